@@ -1,0 +1,342 @@
+"""What is not the common case: other memory orders, conversions, and the wording of errors.
+
+`_core` recognises C-contiguous float arrays of the right shapes by itself and asks here about
+everything else. `Canonical` brings the tensors of a call into that form, without a copy where
+some order of their axes is contiguous; the functions below it do the same for parameters and
+options. Whatever cannot be brought there gets its exception here, before anything is written.
+"""
+
+from __future__ import annotations
+
+from math import isfinite
+from operator import index
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+ACTIVATIONS = {"relu": 1, "relu6": 2, "leaky_relu": 3}
+LEAKY_SLOPE = 0.01
+_DATA_NAMES = ("float32", "float64")
+_PARAMETER_NAMES = ("float16", "bfloat16", "float32", "float64")
+# How hard to look before two interleaved views count as overlapping.
+_MAX_OVERLAP_WORK = 10_000
+
+
+class Canonical:
+    """The tensors of one call, C-contiguous in memory order, and the way back.
+
+    Parameters
+    ----------
+    x, axis
+        The input and its channel axis.
+    residual, dy, y : optional
+        Tensors of the same shape and dtype.
+    out : ndarray, optional
+        Where the caller wants the result.
+    out_may_be : tuple of str
+        Which of the inputs `out` may be: the kernels read each value before they write it.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        axis: Any,
+        *,
+        residual: Any = None,
+        dy: Any = None,
+        y: Any = None,
+        out: Any = None,
+        out_may_be: tuple[str, ...] = ("x", "residual"),
+    ) -> None:
+        source = _tensor("x", x)
+        channel_axis = _axis(axis, source)
+        given = {"x": source, "residual": residual, "dy": dy, "y": y}
+        tensors = {
+            name: _like(name, value, source) for name, value in given.items() if value is not None
+        }
+        if out is not None:
+            _check_out(out, source, tensors, out_may_be)
+        dense = _native(source)
+        if not dense.transpose(memory_order(dense)).flags.c_contiguous:
+            dense = dense.copy(order="K")
+        self._order = memory_order(dense)
+        self._out_asked = out
+        self.x = dense.transpose(self._order)
+        self.axis = self._order.index(channel_axis)
+        self.residual = self._turned(tensors.get("residual"))
+        self.dy = self._turned(tensors.get("dy"))
+        self.y = self._turned(tensors.get("y"))
+        self.out = None if out is None else self._target(out)
+
+    def give(self, result: Array | None) -> Any:
+        """Return the result in the caller's order of axes, and in the caller's `out` if asked."""
+        if self._out_asked is None:
+            return self.restore(result)
+        if result is not None and not np.may_share_memory(result, self._out_asked):
+            self._out_asked[...] = self.restore(result)
+        return self._out_asked
+
+    def restore(self, result: Array | None) -> Any:
+        """Return a fresh array in the caller's order of axes."""
+        return None if result is None else result.transpose(np.argsort(self._order))
+
+    def _turned(self, other: Array | None) -> Array | None:
+        if other is None:
+            return None
+        return np.require(_native(other).transpose(self._order), requirements="C")
+
+    def _target(self, out: Array) -> Array:
+        turned = np.asarray(out).transpose(self._order)
+        if _is_plain(turned):
+            return turned
+        return np.empty(turned.shape, self.x.dtype)
+
+
+def memory_order(x: Array) -> tuple[int, ...]:
+    """Return the order of axes in which x runs through memory: longest strides first."""
+    if x.flags.c_contiguous:
+        return tuple(range(x.ndim))
+    return tuple(sorted(range(x.ndim), key=lambda i: (x.shape[i] != 1, -abs(x.strides[i]))))
+
+
+def _is_plain(a: Array) -> bool:
+    return a.flags.c_contiguous and a.flags.aligned and a.dtype.isnative
+
+
+def _native(a: Array) -> Array:
+    if a.flags.aligned and a.dtype.isnative:
+        return a
+    return a.astype(a.dtype.newbyteorder("="), order="K")
+
+
+def _array(name: str, value: Any) -> Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array; expected a plain array: the mask would be lost "
+            "(fill it, or leave the masked values out)"
+        )
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} is {_kind(value)}, which NumPy cannot read as an array: {error}"
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}"
+    return f"{value!r:.60} of type {type(value).__name__}"
+
+
+def _check_type(name: str, a: Array, accepted: tuple[str, ...]) -> None:
+    if a.dtype.name not in accepted or a.dtype.hasobject:
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(accepted)}")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _tensor(name: str, value: Any) -> Array:
+    a = _array(name, value)
+    _check_type(name, a, _DATA_NAMES)
+    if a.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {a.shape}; expected at least 2 dimensions, one of them channels"
+        )
+    return a
+
+
+def _like(name: str, value: Any, x: Array) -> Array:
+    a = _array(name, value)
+    if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+        raise TypeError(f"{name} has dtype {a.dtype}; expected that of x, {x.dtype}")
+    if a.shape != x.shape:
+        raise ValueError(f"{name} has shape {a.shape}; expected that of x, {x.shape}")
+    return a
+
+
+def _axis(axis: Any, x: Array) -> int:
+    if isinstance(axis, bool | np.bool_) or not hasattr(axis, "__index__"):
+        raise TypeError(f"axis is {_kind(axis)}; expected an integer")
+    number = index(axis)
+    if not -x.ndim <= number < x.ndim:
+        raise ValueError(
+            f"axis is {number}; expected {-x.ndim} to {x.ndim - 1} for x of shape {x.shape}"
+        )
+    return number % x.ndim
+
+
+def _check_out(
+    out: Any, x: Array, tensors: dict[str, Array], out_may_be: tuple[str, ...]
+) -> None:
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out is {_kind(out)}; expected a NumPy array")
+    target = _like("out", out, x)
+    if not out.flags.writeable:
+        raise ValueError(f"out of shape {out.shape} is read-only; expected a writeable array")
+    if _overlaps_itself(target):
+        raise ValueError(
+            f"out has strides {out.strides} for shape {out.shape}, so that values of it share "
+            "memory; expected each to have its own"
+        )
+    for name, tensor in tensors.items():
+        if name in out_may_be and _is_same(target, tensor):
+            continue
+        if _share_memory(target, tensor):
+            raise ValueError(
+                f"out overlaps {name} in memory; expected it to be {_listed(out_may_be)} exactly, "
+                "or to be apart from all inputs"
+            )
+
+
+def _is_same(a: Array, b: Array) -> bool:
+    places = [(v.__array_interface__["data"][0], v.shape, v.strides) for v in (a, b)]
+    return places[0] == places[1]
+
+
+def _share_memory(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=_MAX_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(a: Array) -> bool:
+    if a.size == 0:
+        return False
+    reach = a.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(a.strides, a.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+# ---- Per-channel arrays
+
+
+def parameter(name: str, value: Any, channels: int) -> Array:
+    """Return a per-channel parameter as a plain float32 or float64 array."""
+    a = _array(name, value)
+    _check_type(name, a, _PARAMETER_NAMES)
+    _check_channels(name, a, channels)
+    kept = a.dtype.newbyteorder("=") if a.dtype.name in _DATA_NAMES else np.dtype(np.float32)
+    return np.array(a, dtype=kept, order="C")
+
+
+def constant(name: str, value: Any, channels: int | None = None) -> Array:
+    """Return a read-only float64 copy of a per-channel parameter."""
+    if channels is None:
+        a = _array(name, value)
+        channels = a.shape[0] if a.ndim else 0
+    fixed = parameter(name, value, channels).astype(np.float64)
+    fixed.flags.writeable = False
+    return fixed
+
+
+def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[Any]) -> Array:
+    """Return a plain copy of a running statistic that is to be updated and written back."""
+    check_running_type(name, value, x_dtype)
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is {_kind(value)}; expected a NumPy array to update in place")
+    _check_channels(name, value, channels)
+    if not value.flags.writeable:
+        raise ValueError(f"{name} is read-only; expected a writeable array to update in place")
+    return np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+
+
+def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
+    """Refuse a running statistic of a type that this data does not go with."""
+    a = _array(name, value)
+    accepted = _DATA_NAMES if x_dtype == np.float64 else ("float32",)
+    if a.dtype.name not in accepted:
+        raise TypeError(
+            f"{name} has dtype {a.dtype}; expected {_listed(accepted)} beside x of {x_dtype}"
+        )
+
+
+def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> None:
+    """Refuse running statistics that share memory with each other or with a tensor."""
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        others = [running_var, *tensors] if name == "running_mean" else tensors
+        for other in others:
+            if other is not None and _share_memory(value, other):
+                raise ValueError(
+                    f"{name} overlaps another argument in memory; expected memory of its own, "
+                    "since it is updated in place"
+                )
+
+
+def _check_channels(name: str, a: Array, channels: int) -> None:
+    if a.shape != (channels,):
+        raise ValueError(
+            f"{name} has shape {a.shape}; expected ({channels},), one value per channel of x"
+        )
+
+
+def wrong_channels(shape: tuple[int, ...], axis: int, expected: int) -> str:
+    """Word the error of a tensor with another number of channels than the layer has."""
+    return f"x has shape {shape} with {shape[axis]} channels on axis {axis}; expected {expected}"
+
+
+# ---- Options
+
+
+def activation(value: Any) -> tuple[int, float]:
+    """Return an activation's code (`bnf_activation`) and slope."""
+    name, slope = value, LEAKY_SLOPE
+    if isinstance(value, tuple) and len(value) == 2 and value[0] == "leaky_relu":
+        name, slope = value[0], real("activation slope", value[1])
+        if not 0 < slope <= 1:
+            raise ValueError(f"activation slope is {slope}; expected 0 < slope <= 1")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        kind = ValueError if isinstance(name, str | tuple) else TypeError
+        raise kind(
+            f"activation is {value!r:.60}; expected None, 'relu', 'relu6', 'leaky_relu' "
+            "or ('leaky_relu', slope)"
+        )
+    return ACTIVATIONS[name], slope
+
+
+def real(name: str, value: Any) -> float:
+    """Return an option that must be a finite number."""
+    if isinstance(value, str | bytes | bool | np.bool_) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {_kind(value)}; expected a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} is {_kind(value)}; expected a number") from error
+    if not isfinite(number):
+        raise ValueError(f"{name} is {number}; expected a finite number")
+    return number
+
+
+def eps(value: Any, training: bool) -> float:
+    """Return eps: above 0 in training, where a variance can be 0; at least 0 in inference."""
+    number = real("eps", value)
+    if number < 0 or (training and number == 0):
+        bound = "> 0 in training" if training else ">= 0"
+        raise ValueError(f"eps is {number}; expected {bound}")
+    return number
+
+
+def check_ddof(value: Any) -> int:
+    """Return the correction of the running variance: m - ddof values."""
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"ddof is {_kind(value)}; expected 0 or 1")
+    if index(value) not in (0, 1):
+        raise ValueError(f"ddof is {value}; expected 0 or 1")
+    return index(value)
+
+
+def check_count(count: Any, m: int) -> None:
+    """Refuse statistics of a batch of another size than x; 0 stands for constants."""
+    if count not in (0, m):
+        raise ValueError(
+            f"stats.count is {count}; expected the {m} values per channel of x, "
+            "or 0 for constant statistics"
+        )

@@ -1,0 +1,815 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, embedsignature=False
+"""The one file that knows both Python and C.
+
+An entry point recognises the common case (C-contiguous arrays of our own types
+and the right shapes) in compiled code, takes pointers, plans tiles and runs
+them; whatever is less common goes to `_arrays`, which converts it or says what
+is wrong with it, and comes back here.  C knows elements, this file knows
+threads: every parallel loop of bnfast is in `run`.
+"""
+cimport cython
+cimport numpy as cnp
+from cython.parallel cimport prange
+from libc.math cimport isfinite, sqrt
+from libc.stdint cimport uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+import os
+
+import numpy as np
+
+from . import _arrays, _threads
+
+cnp.import_array()
+
+cdef extern from *:
+    """
+    #ifndef _OPENMP
+    #error "bnfast needs a compiler with OpenMP (gcc, or clang with libomp)"
+    #endif
+    #define BNF_OPENMP _OPENMP
+    #define BNF_COMPILER __VERSION__
+    """
+    const int BNF_OPENMP
+    const char *BNF_COMPILER
+
+cdef extern from "numpy/numpyconfig.h":
+    const char *NPY_FEATURE_VERSION_STRING   # the oldest NumPy this build runs with
+
+cdef enum:
+    # A call on fewer bytes is over before another thread could have taken the GIL.
+    KEEP_GIL_BYTES = 65536
+    MOST_ISAS = 8
+
+
+# --- The instruction set in use, and the counts of what it did -------------------------
+
+cdef const bnf_table *active = NULL
+cdef int active_index = 0
+cdef bnf_caches caches = bnf_read_caches()
+cdef bint threads_started = False
+
+cdef enum Direction:
+    MOMENTS, FORWARD, BACKWARD, INFERENCE, DIRECTIONS
+
+DIRECTION_NAMES = ("moments", "forward", "backward", "inference")
+TYPE_NAMES = ("float32", "float64")
+LAYOUT_NAMES = ("planar", "interleaved")
+VARIANT_NAMES = ("plain", "relu", "relu6", "leaky_relu")
+
+# By direction, type, layout, instruction set, activation and whether a residual took part.
+cdef long long counts[4][2][2][MOST_ISAS][4][2]
+
+
+def dispatches():
+    """How often each kernel set ran: {(direction, dtype, layout, isa, variant): count}."""
+    cdef int d, t, l, i, a, r
+    found = {}
+    for d in range(DIRECTIONS):
+        for t in range(BNF_TYPES):
+            for l in range(BNF_LAYOUTS):
+                for i in range(bnf_isa_count()):
+                    for a in range(BNF_ACTIVATIONS):
+                        for r in range(2):
+                            if counts[d][t][l][i][a][r]:
+                                key = (DIRECTION_NAMES[d], TYPE_NAMES[t], LAYOUT_NAMES[l],
+                                       bnf_isa_name(i).decode(), variant_name(a, r))
+                                found[key] = counts[d][t][l][i][a][r]
+    return found
+
+
+cdef str variant_name(int activation, bint residual):
+    if not residual:
+        return VARIANT_NAMES[activation]
+    return f"{VARIANT_NAMES[activation]}+residual" if activation else "residual"
+
+
+def reset_dispatches():
+    """Count from zero again."""
+    memset(counts, 0, sizeof(counts))
+
+
+def isas():
+    """Names of the instruction sets that can run here, best last."""
+    return tuple(bnf_isa_name(i).decode() for i in range(bnf_isa_count())
+                 if bnf_isa_table(i) != NULL)
+
+
+def isa():
+    """Name of the instruction set in use."""
+    return active.name.decode()
+
+
+def set_isa(str name):
+    """Use another instruction set from here on, in the whole process: for tests."""
+    global active, active_index
+    for i in range(bnf_isa_count()):
+        if bnf_isa_table(i) != NULL and bnf_isa_name(i).decode() == name:
+            active = bnf_isa_table(i)
+            active_index = i
+            return
+    raise ValueError(f"instruction set is {name!r}; expected one of {', '.join(isas())}")
+
+
+cdef choose_isa():
+    pinned = os.environ.get("BNFAST_ISA", "")
+    if pinned and pinned not in isas():
+        raise ImportError(f"BNFAST_ISA is {pinned!r}; this processor and build have "
+                          f"{', '.join(isas())}")
+    set_isa(pinned or max(isas(), key=isas().index))
+
+
+choose_isa()
+
+
+def config():
+    """What was built and what was found, for `show_config`."""
+    return {
+        "isas_built": tuple(bnf_isa_name(i).decode() for i in range(bnf_isa_count())),
+        "isas_runnable": isas(),
+        "isa": isa(),
+        "openmp": BNF_OPENMP,
+        "compiler": BNF_COMPILER.decode(),
+        "caches": {"l1d": caches.l1d, "l2": caches.l2, "l3": caches.l3,
+                   "source": "read from the system" if caches.measured else "assumed"},
+        "numpy_abi": NPY_FEATURE_VERSION_STRING.decode(),
+    }
+
+
+def pool_started():
+    """Whether a parallel region has run in this process: its threads do not survive a fork."""
+    return threads_started
+
+
+# --- One call: gather, settle, spread ---------------------------------------------------
+
+# Sums go into slots, (blocks, channels) arrays; `settle` turns a group's slots into what
+# `spread` multiplies with.  A missing step is NULL: moments() spreads nothing, inference
+# gathers nothing.
+cdef struct Work:
+    bnf_shape shape
+    bnf_plan plan
+    const bnf_kernels *kernels
+    Py_ssize_t bytes
+    double count, eps
+    double *memory
+    double *slot_a          # means, or sums of g
+    double *slot_b          # M2s, or sums of g * (x - mean)
+    double *weight
+    double *shift
+    double *scale
+    double *var
+    double *inv_std
+    double *dweight
+    double *dy_factor
+    double *x_factor
+    double *constant
+    bnf_forward forward
+    bnf_backward backward
+    void (*gather)(Work *, bnf_tile, Py_ssize_t) noexcept nogil
+    void (*settle)(Work *, Py_ssize_t, Py_ssize_t) noexcept nogil
+    void (*spread)(Work *, bnf_tile) noexcept nogil
+
+
+cdef void gather_moments(Work *w, bnf_tile tile, Py_ssize_t block) noexcept nogil:
+    cdef Py_ssize_t row = block * w.shape.channels
+    w.kernels.moments(w.forward.x, w.shape, tile, w.slot_a + row, w.slot_b + row)
+
+
+cdef void merge_moments(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    bnf_merge_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_a, w.slot_b)
+
+
+cdef void settle_forward(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    merge_moments(w, c0, c1)
+    bnf_close_forward(w.count, w.eps, c0, c1, w.slot_b, w.weight, w.var, w.inv_std, w.scale)
+
+
+cdef void spread_forward(Work *w, bnf_tile tile) noexcept nogil:
+    w.kernels.apply(&w.forward, tile)
+
+
+cdef void gather_gradients(Work *w, bnf_tile tile, Py_ssize_t block) noexcept nogil:
+    cdef Py_ssize_t row = block * w.shape.channels
+    w.kernels.grad_sums(&w.backward, tile, w.slot_a + row, w.slot_b + row)
+
+
+cdef void settle_backward(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_a)
+    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_b)
+    bnf_close_backward(w.scale, w.count, c0, c1, w.inv_std, w.slot_a, w.slot_b, w.dweight,
+                       w.dy_factor, w.x_factor, w.constant)
+
+
+cdef void spread_backward(Work *w, bnf_tile tile) noexcept nogil:
+    w.kernels.grad_input(&w.backward, tile)
+
+
+cdef void run_group(Work *w, Py_ssize_t group) noexcept nogil:
+    """All steps of one group of channels, while the caches hold it."""
+    cdef Py_ssize_t block
+    for block in range(w.plan.blocks.count):
+        w.gather(w, bnf_block_tile(w.shape, &w.plan, block, group), block)
+    settle_group(w, group)
+    w.spread(w, bnf_group_tile(w.shape, &w.plan, group))
+
+
+cdef void settle_group(Work *w, Py_ssize_t group) noexcept nogil:
+    cdef Py_ssize_t c0 = group * w.plan.group
+    w.settle(w, c0, min(c0 + w.plan.group, w.shape.channels))
+
+
+cdef void run_block(Work *w, Py_ssize_t item, bint spread) noexcept nogil:
+    """One step of one block of one group, the groups of a block side by side."""
+    cdef Py_ssize_t block = item // w.plan.groups
+    cdef bnf_tile tile = bnf_block_tile(w.shape, &w.plan, block, item % w.plan.groups)
+    if spread:
+        w.spread(w, tile)
+    else:
+        w.gather(w, tile, block)
+
+
+cdef void run(Work *w) noexcept nogil:
+    """All steps over all tiles.  A thread's share may vary; what a tile computes may not."""
+    global threads_started
+    cdef Py_ssize_t i
+    cdef int threads = w.plan.threads
+    cdef Py_ssize_t groups = w.plan.groups, blocks = w.plan.blocks.count * w.plan.groups
+    if threads > 1:
+        threads_started = True
+    if w.plan.fused and w.gather != NULL and w.spread != NULL:
+        for i in prange(groups, schedule="dynamic", num_threads=threads,
+                        use_threads_if=threads > 1):
+            run_group(w, i)
+        return
+    if w.gather != NULL:
+        for i in prange(blocks, schedule="static", num_threads=threads,
+                        use_threads_if=threads > 1):
+            run_block(w, i, False)
+        for i in range(groups):
+            settle_group(w, i)
+    if w.spread != NULL:
+        for i in prange(blocks, schedule="static", num_threads=threads,
+                        use_threads_if=threads > 1):
+            run_block(w, i, True)
+
+
+cdef run_work(Work *w):
+    if w.bytes < KEEP_GIL_BYTES:
+        run(w)
+    else:
+        with nogil:
+            run(w)
+
+
+cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, int reads, int writes,
+                   Direction direction, int activation, bint residual) except -1:
+    """Choose kernels and tiles and count the dispatch; allocates nothing."""
+    cdef int kind = type_of(x)
+    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
+    cdef int most = 1
+    w.shape = shape
+    w.count = <double>(shape.outer * shape.inner)
+    w.bytes = cnp.PyArray_SIZE(x) * itemsize * (reads + writes)
+    if bnf_useful_threads(w.bytes) > 1:
+        most = _threads.limit()
+    w.plan = bnf_make_plan(shape, itemsize, reads, writes, caches, most)
+    w.kernels = &active.kernels[kind][<int>w.plan.layout]
+    counts[<int>direction][kind][<int>w.plan.layout][active_index][activation][residual] += 1
+    return 0
+
+
+cdef double *take(double **memory, Py_ssize_t n) noexcept:
+    """The next n numbers of a block of memory."""
+    cdef double *taken = memory[0]
+    memory[0] += n
+    return taken
+
+
+# --- Recognising the common case ---------------------------------------------------------
+
+cdef inline int type_of(cnp.ndarray x) noexcept:
+    return BNF_F32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT else BNF_F64
+
+
+cdef inline bint is_plain(object x) noexcept:
+    """A C-contiguous, aligned array of a type of ours, and no subclass."""
+    return (cnp.PyArray_CheckExact(x) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
+            and cnp.PyArray_TYPE(<cnp.ndarray>x) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE))
+
+
+cdef inline bint is_like(object a, cnp.ndarray x) noexcept:
+    return (is_plain(a) and cnp.PyArray_TYPE(<cnp.ndarray>a) == cnp.PyArray_TYPE(x)
+            and cnp.PyArray_SAMESHAPE(<cnp.ndarray>a, x))
+
+
+cdef inline bint is_target(object out, cnp.ndarray x) noexcept:
+    return is_like(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
+
+
+cdef inline bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Of two contiguous arrays, whether any byte is in both."""
+    cdef uintptr_t p = <uintptr_t>cnp.PyArray_DATA(a), q = <uintptr_t>cnp.PyArray_DATA(b)
+    return (p < q + <uintptr_t>cnp.PyArray_NBYTES(b)
+            and q < p + <uintptr_t>cnp.PyArray_NBYTES(a))
+
+
+cdef inline bint apart(cnp.ndarray out, object other) noexcept:
+    """Whether writing out leaves the plain array other readable: nothing shared, or all of it."""
+    return (other is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(<cnp.ndarray>other)
+            or not overlap(out, <cnp.ndarray>other))
+
+
+cdef inline bint touches(cnp.ndarray a, cnp.ndarray x, object residual, object out) noexcept:
+    return (overlap(a, x) or (residual is not None and overlap(a, <cnp.ndarray>residual))
+            or (out is not None and overlap(a, <cnp.ndarray>out)))
+
+
+cdef bint see(object x, object axis, bnf_shape *shape) noexcept:
+    """Fill shape and say yes if x and axis are the common case."""
+    cdef cnp.ndarray array
+    cdef int rank, i, channel_axis
+    cdef Py_ssize_t wanted
+    if not is_plain(x) or type(axis) is not int:
+        return False
+    array = <cnp.ndarray>x
+    rank = cnp.PyArray_NDIM(array)
+    try:
+        wanted = axis
+    except OverflowError:
+        return False
+    if rank < 2 or not -rank <= wanted < rank:
+        return False
+    channel_axis = <int>(wanted if wanted >= 0 else wanted + rank)
+    shape.outer = shape.inner = 1
+    for i in range(channel_axis):
+        shape.outer *= cnp.PyArray_DIM(array, i)
+    for i in range(channel_axis + 1, rank):
+        shape.inner *= cnp.PyArray_DIM(array, i)
+    shape.channels = cnp.PyArray_DIM(array, channel_axis)
+    if shape.channels == 1:   # one run of values, and lanes for all of them
+        shape.inner *= shape.outer
+        shape.outer = 1
+    return True
+
+
+cdef cnp.ndarray new_like(cnp.ndarray x):
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+
+
+cdef cnp.ndarray new_vector(Py_ssize_t n):
+    cdef cnp.npy_intp size = n
+    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_DOUBLE, 0)
+
+
+cdef cnp.ndarray vector_of(const double *values, Py_ssize_t n):
+    cdef cnp.ndarray vector = new_vector(n)
+    cdef double *to = <double *>cnp.PyArray_DATA(vector)
+    cdef Py_ssize_t i
+    for i in range(n):
+        to[i] = values[i]
+    return vector
+
+
+cdef inline bint is_parameter(object value, Py_ssize_t channels) noexcept:
+    return (is_plain(value) and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
+            and cnp.PyArray_DIM(<cnp.ndarray>value, 0) == channels)
+
+
+cdef int read_parameter(str name, object value, Py_ssize_t channels, double missing,
+                        double *to) except -1:
+    """Copy a per-channel parameter, or what stands for a missing one, as float64."""
+    cdef Py_ssize_t i
+    cdef const float *single
+    cdef const double *twice
+    if value is None:
+        for i in range(channels):
+            to[i] = missing
+        return 0
+    if not is_parameter(value, channels):
+        value = _arrays.parameter(name, value, channels)
+    if cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT:
+        single = <const float *>cnp.PyArray_DATA(<cnp.ndarray>value)
+        for i in range(channels):
+            to[i] = single[i]
+    else:
+        twice = <const double *>cnp.PyArray_DATA(<cnp.ndarray>value)
+        for i in range(channels):
+            to[i] = twice[i]
+    return 0
+
+
+cdef cnp.ndarray running_statistic(str name, object value, cnp.ndarray x, Py_ssize_t channels):
+    """The array to update: value itself, or a plain copy where value is not plain."""
+    if (is_parameter(value, channels) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>value)
+            and (cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT
+                 or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)):
+        return <cnp.ndarray>value
+    return _arrays.running_statistic(name, value, channels, x.dtype)
+
+
+cdef void move_average(cnp.ndarray running, double momentum, const double *batch) noexcept:
+    cdef Py_ssize_t i, n = cnp.PyArray_DIM(running, 0)
+    cdef float *single = <float *>cnp.PyArray_DATA(running)
+    cdef double *twice = <double *>cnp.PyArray_DATA(running)
+    cdef bint is_single = cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT
+    for i in range(n):
+        if is_single:
+            single[i] = <float>((1 - momentum) * single[i] + momentum * batch[i])
+        else:
+            twice[i] = (1 - momentum) * twice[i] + momentum * batch[i]
+
+
+cdef struct Activation:
+    bnf_activation code
+    double slope
+
+
+cdef Activation read_activation(object activation) except *:
+    cdef Activation read
+    read.code, read.slope = BNF_LINEAR, 0.0
+    if activation is not None:
+        code, slope = _arrays.activation(activation)
+        read.code = <bnf_activation><int>code
+        read.slope = slope
+    return read
+
+
+cdef double read_eps(object eps, bint training) except? -1:
+    if type(eps) is float and isfinite(<double>eps) and (<double>eps) > 0:
+        return eps
+    return _arrays.eps(eps, training)
+
+
+cdef double read_momentum(object momentum) except? -1:
+    if type(momentum) is float and isfinite(<double>momentum):
+        return momentum
+    return _arrays.real("momentum", momentum)
+
+
+# --- Moments --------------------------------------------------------------------------------
+
+def moments(x, axis):
+    """One pass over x: (count, mean, M2), float64 per channel."""
+    cdef Work w
+    cdef bnf_shape shape
+    if not see(x, axis, &shape):
+        seen = _arrays.Canonical(x, axis)
+        return moments(seen.x, seen.axis)
+    cdef cnp.ndarray array = <cnp.ndarray>x
+    cdef Py_ssize_t channels = shape.channels
+    if cnp.PyArray_SIZE(array) == 0:
+        return 0, np.zeros(channels), np.zeros(channels)
+    memset(&w, 0, sizeof(w))
+    plan_work(&w, array, shape, 1, 0, MOMENTS, BNF_LINEAR, False)
+    cdef double *memory = <double *>calloc(2 * w.plan.blocks.count * channels, sizeof(double))
+    if memory == NULL:
+        raise MemoryError
+    w.memory = memory
+    try:
+        w.slot_a = take(&memory, w.plan.blocks.count * channels)
+        w.slot_b = take(&memory, w.plan.blocks.count * channels)
+        w.forward.x = cnp.PyArray_DATA(array)
+        w.gather, w.settle = gather_moments, merge_moments
+        run_work(&w)
+        return (shape.outer * shape.inner, vector_of(w.slot_a, channels),
+                vector_of(w.slot_b, channels))
+    finally:
+        free(w.memory)
+
+
+# --- Inference --------------------------------------------------------------------------------
+
+cdef object apply_map(cnp.ndarray x, bnf_shape shape, const double *mean, const double *scale,
+                      const double *shift, Activation act, object residual, object out):
+    """y = act((x - mean) * scale + shift (+ residual)) of the common case, checked."""
+    cdef Work w
+    cdef cnp.ndarray y = new_like(x) if out is None else <cnp.ndarray>out
+    if cnp.PyArray_SIZE(x) == 0:
+        return y
+    memset(&w, 0, sizeof(w))
+    plan_work(&w, x, shape, 1 + (residual is not None), 1, INFERENCE, act.code,
+              residual is not None)
+    fill_forward(&w, x, residual, y, act)
+    w.forward.mean, w.forward.scale, w.forward.shift = mean, scale, shift
+    w.spread = spread_forward
+    run_work(&w)
+    return y
+
+
+cdef void fill_forward(Work *w, cnp.ndarray x, object residual, cnp.ndarray y,
+                       Activation act) noexcept:
+    w.forward.shape = w.shape
+    w.forward.x = cnp.PyArray_DATA(x)
+    w.forward.y = cnp.PyArray_DATA(y)
+    w.forward.residual = NULL if residual is None else cnp.PyArray_DATA(<cnp.ndarray>residual)
+    w.forward.activation, w.forward.slope = act.code, act.slope
+    w.forward.stream = w.plan.stream
+
+
+cdef inline bint forward_is_common(object x, object axis, object residual, object out,
+                                   bnf_shape *shape) noexcept:
+    return (see(x, axis, shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
+            and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
+                                 and apart(<cnp.ndarray>out, residual))))
+
+
+def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
+              names=("mean", "var", "weight", "bias"), running=False):
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias (+ residual)).
+
+    With var None the scale is weight as it is.
+    """
+    cdef bnf_shape shape
+    if not forward_is_common(x, axis, residual, out, &shape):
+        seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+        return seen.give(normalize(seen.x, mean, var, weight, bias, eps, seen.axis, seen.residual,
+                                   activation, seen.out, names, running))
+    cdef Activation act = read_activation(activation)
+    cdef double epsilon = read_eps(eps, False)
+    cdef Py_ssize_t c, channels = shape.channels
+    if running and cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT:
+        for name, value in (("running_mean", mean), ("running_var", var)):
+            if (not is_parameter(value, channels)
+                    or cnp.PyArray_TYPE(<cnp.ndarray>value) != cnp.NPY_FLOAT):
+                _arrays.check_running_type(name, value, x.dtype)
+    cdef double *memory = <double *>calloc(4 * channels + 1, sizeof(double))
+    if memory == NULL:
+        raise MemoryError
+    cdef double *means = memory
+    cdef double *scales = memory + channels
+    cdef double *shifts = memory + 2 * channels
+    cdef double *vars = memory + 3 * channels
+    try:
+        read_parameter(names[0], mean, channels, 0.0, means)
+        read_parameter(names[2], weight, channels, 1.0, scales)
+        read_parameter(names[3], bias, channels, 0.0, shifts)
+        if var is not None:
+            read_parameter(names[1], var, channels, 1.0, vars)
+            for c in range(channels):
+                scales[c] = scales[c] * (1 / sqrt(vars[c] + epsilon))
+        return apply_map(<cnp.ndarray>x, shape, means, scales, shifts, act, residual, out)
+    finally:
+        free(memory)
+
+
+cdef class FixedMap:
+    """y = act((x - mean) * scale + shift (+ residual)) with its numbers ready: the compiled
+    half of `FrozenBatchNorm`."""
+
+    cdef readonly object mean, scale, shift, activation
+    cdef readonly int axis
+    cdef object axis_object
+    cdef const double *means
+    cdef const double *scales
+    cdef const double *shifts
+    cdef Py_ssize_t channels
+    cdef Activation act
+
+    def __init__(self, mean, scale, shift, axis, activation):
+        if self.means != NULL:
+            raise RuntimeError("this map is immutable; make another one")
+        self.act = read_activation(activation)
+        self.axis = self.axis_object = axis
+        self.activation = activation
+        self.mean = _arrays.constant("mean", mean)
+        self.channels = len(self.mean)
+        self.scale = _arrays.constant("scale", scale, self.channels)
+        self.shift = _arrays.constant("shift", shift, self.channels)
+        self.means = <const double *>cnp.PyArray_DATA(<cnp.ndarray>self.mean)
+        self.scales = <const double *>cnp.PyArray_DATA(<cnp.ndarray>self.scale)
+        self.shifts = <const double *>cnp.PyArray_DATA(<cnp.ndarray>self.shift)
+
+    def __call__(self, x, residual=None, out=None):
+        """Apply the map.
+
+        Parameters
+        ----------
+        x : array_like
+            Rank 2 or more, ``axis`` having as many channels as the layer.
+        residual : array_like, optional
+            Added before the activation; shape and dtype of `x`.
+        out : ndarray, optional
+            Where to write; `x` or `residual` itself, or apart from both.
+
+        Returns
+        -------
+        ndarray
+            `out`, or a fresh array in the memory order of `x`.
+        """
+        return self.at(x, self.axis_object, residual, out)
+
+    cdef object at(self, object x, object axis, object residual, object out):
+        cdef bnf_shape shape
+        if self.means == NULL:
+            raise RuntimeError("this map was never initialised")
+        if not forward_is_common(x, axis, residual, out, &shape):
+            seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+            return seen.give(self.at(seen.x, seen.axis, seen.residual, seen.out))
+        if shape.channels != self.channels:
+            raise ValueError(_arrays.wrong_channels(x.shape, axis, shape.channels, self.channels))
+        return apply_map(<cnp.ndarray>x, shape, self.means, self.scales, self.shifts, self.act,
+                         residual, out)
+
+
+# --- Training -----------------------------------------------------------------------------------
+
+def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
+            activation, out):
+    """Normalise with the batch: (y, (count, mean, var, inv_std)).
+
+    The running statistics, if given, are moved towards the batch's once y is written.
+    """
+    cdef Work w
+    cdef bnf_shape shape
+    if not forward_is_common(x, axis, residual, out, &shape):
+        seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+        found = forward(seen.x, running_mean, running_var, weight, bias, momentum, eps,
+                        seen.axis, ddof, seen.residual, activation, seen.out)
+        return seen.give(found[0]), found[1]
+    cdef Activation act = read_activation(activation)
+    cdef double moved = read_momentum(momentum), correction = _arrays.check_ddof(ddof)
+    cdef cnp.ndarray means = None, vars = None, array = <cnp.ndarray>x, y_array
+    cdef Py_ssize_t c, channels = shape.channels
+    memset(&w, 0, sizeof(w))
+    w.eps = read_eps(eps, True)
+    if running_mean is not None:
+        means = running_statistic("running_mean", running_mean, array, channels)
+        vars = running_statistic("running_var", running_var, array, channels)
+        if (means is not running_mean or vars is not running_var or overlap(means, vars)
+                or touches(means, array, residual, out) or touches(vars, array, residual, out)):
+            _arrays.check_running_apart(running_mean, running_var, x, residual, out)
+    empty = cnp.PyArray_SIZE(array) == 0
+    if not empty and shape.outer * shape.inner == 1:
+        raise ValueError("Expected more than 1 value per channel when training, got input size "
+                         f"{tuple(x.shape)}")
+    if empty:
+        w.memory = <double *>calloc(2 * channels + 1, sizeof(double))
+    else:
+        plan_work(&w, array, shape, 1 + (residual is not None), 1, FORWARD, act.code,
+                  residual is not None)
+        w.memory = <double *>calloc((2 * w.plan.blocks.count + 5) * channels, sizeof(double))
+    if w.memory == NULL:
+        raise MemoryError
+    cdef double *memory = w.memory
+    try:
+        w.weight, w.shift = take(&memory, channels), take(&memory, channels)
+        read_parameter("weight", weight, channels, 1.0, w.weight)
+        read_parameter("bias", bias, channels, 0.0, w.shift)
+        y_array = new_like(array) if out is None else <cnp.ndarray>out
+        if empty:
+            nothing = np.full(channels, np.nan)
+            return y_array, (0, nothing, nothing.copy(), nothing.copy())
+        w.scale, w.var, w.inv_std = (take(&memory, channels), take(&memory, channels),
+                                     take(&memory, channels))
+        w.slot_a = take(&memory, w.plan.blocks.count * channels)
+        w.slot_b = take(&memory, w.plan.blocks.count * channels)
+        fill_forward(&w, array, residual, y_array, act)
+        w.forward.mean, w.forward.scale, w.forward.shift = w.slot_a, w.scale, w.shift
+        w.gather, w.settle, w.spread = gather_moments, settle_forward, spread_forward
+        stats = (shape.outer * shape.inner, new_vector(channels), new_vector(channels),
+                 new_vector(channels))
+        run_work(&w)
+        copy_to(stats[1], w.slot_a)
+        copy_to(stats[2], w.var)
+        copy_to(stats[3], w.inv_std)
+        if means is not None:
+            for c in range(channels):
+                w.var[c] = bnf_variance(w.slot_b[c], w.count, correction)
+            move_average(means, moved, w.slot_a)
+            move_average(vars, moved, w.var)
+            if means is not running_mean:
+                running_mean[...] = means
+            if vars is not running_var:
+                running_var[...] = vars
+        return y_array, stats
+    finally:
+        free(w.memory)
+
+
+cdef void copy_to(object vector, const double *values) noexcept:
+    cdef double *to = <double *>cnp.PyArray_DATA(<cnp.ndarray>vector)
+    cdef Py_ssize_t i
+    for i in range(cnp.PyArray_DIM(<cnp.ndarray>vector, 0)):
+        to[i] = values[i]
+
+
+# --- Backward -----------------------------------------------------------------------------------
+
+cdef inline bint backward_is_common(object dy, object x, object axis, object residual, object y,
+                                    object out, bnf_shape *shape) noexcept:
+    return (see(x, axis, shape) and is_like(dy, <cnp.ndarray>x)
+            and (residual is None or is_like(residual, <cnp.ndarray>x))
+            and (y is None or is_like(y, <cnp.ndarray>x))
+            and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
+                                 and apart(<cnp.ndarray>out, dy)
+                                 and (residual is None or not overlap(out, residual))
+                                 and (y is None or not overlap(out, y)))))
+
+
+def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out,
+             needs):
+    """(dx, dweight, dbias, dresidual), None where needs, four bools, does not ask.
+
+    With count 0 the statistics are constants: nothing flows through them.
+    """
+    cdef Work w
+    cdef bnf_shape shape
+    if not backward_is_common(dy, x, axis, residual, y, out, &shape):
+        seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=out,
+                                 out_may_be=("x", "dy"))
+        found = backward(seen.dy, seen.x, mean, inv_std, count, weight, bias, seen.axis,
+                         seen.residual, activation, seen.y, seen.out, needs)
+        return seen.give(found[0]), found[1], found[2], seen.restore(found[3])
+    cdef Activation act = read_activation(activation)
+    cdef cnp.ndarray array = <cnp.ndarray>x
+    cdef bint needs_x = needs[0], needs_residual = needs[3]
+    cdef bint has_batch = count != 0
+    cdef bint needs_sums = needs[1] or needs[2] or (needs_x and has_batch)
+    cdef Py_ssize_t c, channels = shape.channels, blocks
+    cdef cnp.ndarray dx = None, dresidual = None
+    _arrays.check_count(count, shape.outer * shape.inner)
+    if needs_x:
+        dx = new_like(array) if out is None else <cnp.ndarray>out
+    if needs_residual:
+        dresidual = new_like(array)
+    memset(&w, 0, sizeof(w))
+    empty = cnp.PyArray_SIZE(array) == 0
+    blocks = 1
+    if not empty:
+        plan_work(&w, array, shape, 2 + (y is not None or residual is not None),
+                  needs_x + needs_residual, BACKWARD, act.code, residual is not None)
+        blocks = w.plan.blocks.count
+    w.memory = <double *>calloc((2 * blocks + 9) * channels + 1, sizeof(double))
+    if w.memory == NULL:
+        raise MemoryError
+    cdef double *memory = w.memory
+    cdef double *means
+    try:
+        w.slot_a, w.slot_b = take(&memory, blocks * channels), take(&memory, blocks * channels)
+        means, w.inv_std = take(&memory, channels), take(&memory, channels)
+        w.scale, w.shift = take(&memory, channels), take(&memory, channels)
+        w.dweight, w.dy_factor = take(&memory, channels), take(&memory, channels)
+        w.x_factor, w.constant = take(&memory, channels), take(&memory, channels)
+        read_parameter("stats.mean", mean, channels, 0.0, means)
+        read_parameter("stats.inv_std", inv_std, channels, 1.0, w.inv_std)
+        read_parameter("weight", weight, channels, 1.0, w.scale)
+        read_parameter("bias", bias, channels, 0.0, w.shift)
+        for c in range(channels):
+            w.scale[c] = w.scale[c] * w.inv_std[c]
+            w.dy_factor[c] = w.scale[c]
+        w.count = <double>(shape.outer * shape.inner)
+        fill_backward(&w, array, dy, residual, y, act)
+        w.backward.mean = means
+        w.backward.through_moments = has_batch
+        if needs_sums:
+            w.gather, w.settle = gather_gradients, settle_backward
+        if needs_x or needs_residual:
+            w.spread = spread_backward
+        if needs_x:
+            w.backward.dx = cnp.PyArray_DATA(dx)
+            w.backward.dresidual = cnp.PyArray_DATA(dresidual) if needs_residual else NULL
+        elif needs_residual:   # g alone: the gradient with respect to x under a scale of one
+            w.backward.dx = cnp.PyArray_DATA(dresidual)
+            w.backward.through_moments = False
+            w.settle = settle_sums_only
+            for c in range(channels):
+                w.dy_factor[c] = 1.0
+        if not empty:
+            run_work(&w)
+        return (dx, vector_of(w.dweight, channels) if needs[1] else None,
+                vector_of(w.slot_a, channels) if needs[2] else None, dresidual)
+    finally:
+        free(w.memory)
+
+
+cdef void settle_sums_only(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    cdef Py_ssize_t c
+    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_a)
+    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_b)
+    for c in range(c0, c1):
+        w.dweight[c] = w.inv_std[c] * w.slot_b[c]
+
+
+cdef void fill_backward(Work *w, cnp.ndarray x, object dy, object residual, object y,
+                        Activation act) noexcept:
+    w.backward.shape = w.shape
+    w.backward.x = cnp.PyArray_DATA(x)
+    w.backward.dy = cnp.PyArray_DATA(<cnp.ndarray>dy)
+    w.backward.activation, w.backward.slope = act.code, act.slope
+    w.backward.scale, w.backward.shift = w.scale, w.shift
+    w.backward.dy_factor, w.backward.x_factor = w.dy_factor, w.x_factor
+    w.backward.constant = w.constant
+    w.backward.stream = w.plan.stream
+    if act.code == BNF_LINEAR:
+        w.backward.mask = BNF_UNMASKED
+    elif y is not None:
+        w.backward.mask = BNF_FROM_Y
+        w.backward.y = cnp.PyArray_DATA(<cnp.ndarray>y)
+    elif residual is not None:
+        w.backward.mask = BNF_FROM_X_RESIDUAL
+        w.backward.residual = cnp.PyArray_DATA(<cnp.ndarray>residual)
+    else:
+        w.backward.mask = BNF_FROM_X

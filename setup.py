@@ -1,0 +1,70 @@
+"""Compiler facts: which sources are built with which flags.  All else is in pyproject.toml.
+
+One static library per instruction set, each with its own flags, so that no
+instruction of a newer processor can leak into code that runs on every one.
+"""
+
+import os
+import platform
+import sys
+
+import numpy as np
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+# Contraction would let the compiler fuse what another build does not, and change bits;
+# link-time optimisation would let code cross from one instruction set to another.
+COMMON = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-lto", "-Wall", "-Wextra"]
+# The compiler's own conventions of other vector widths and nested braces are not ours.
+KERNEL = [*COMMON, "-Wno-missing-braces"]
+
+ISA_FLAGS = {
+    "x86_64": {"sse2": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]},
+}
+
+
+def machine():
+    name = platform.machine().lower()
+    return {"amd64": "x86_64"}.get(name, name)
+
+
+def library(name, sources, flags):
+    headers = [f"src/{file}" for file in sorted(os.listdir(os.path.join(ROOT, "src")))
+               if file.endswith(".h")]
+    return name, {
+        "sources": sources,
+        "cflags": flags,
+        "include_dirs": ["src"],
+        "obj_deps": {"": headers},
+    }
+
+
+def libraries():
+    if machine() not in ISA_FLAGS:
+        sys.exit(f"bnfast: no kernels for processor {machine()!r} yet; "
+                 f"there are some for {', '.join(ISA_FLAGS)}")
+    kernels = [library(f"bnfast_{isa}", [f"src/kernels_{isa}.c"], [*KERNEL, *flags])
+               for isa, flags in ISA_FLAGS[machine()].items()]
+    driver = ["src/dispatch.c", "src/tiling.c", "src/caches.c"]
+    return [library("bnfast_driver", driver, COMMON), *kernels]
+
+
+LIBRARIES = libraries()
+
+
+def extension():
+    return Extension(
+        "bnfast._core",
+        ["bnfast/_core.pyx"],
+        include_dirs=["src", np.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        depends=[f"src/{file}" for file in os.listdir(os.path.join(ROOT, "src"))],
+        extra_compile_args=["-O2", "-ffp-contract=off", "-fopenmp"],
+        extra_link_args=["-fopenmp"],
+    )
+
+
+if __name__ == "__main__":
+    setup(ext_modules=cythonize([extension()]), libraries=LIBRARIES)

@@ -1,0 +1,123 @@
+/* The C contract of bnfast: shapes, tiles, the operands of the four kernels
+ * and the table of them that each instruction set fills.
+ *
+ * Every tensor is (outer, channels, inner), C-contiguous: NCHW is (N, C, H*W),
+ * NHWC is (N*H*W, C, 1), a dense (N, C) is (N, C, 1).  inner > 1 is the planar
+ * layout, inner == 1 the interleaved one.  Per-channel numbers are float64
+ * whatever the data are; a kernel rounds them to its own type once. */
+#ifndef BNFAST_H
+#define BNFAST_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+typedef enum { BNF_F32, BNF_F64, BNF_TYPES } bnf_type;
+typedef enum { BNF_PLANAR, BNF_INTERLEAVED, BNF_LAYOUTS } bnf_layout;
+typedef enum { BNF_LINEAR, BNF_RELU, BNF_RELU6, BNF_LEAKY_RELU, BNF_ACTIVATIONS } bnf_activation;
+
+/* Where the backward finds the pre-activation's sign: nowhere (no activation),
+ * recomputed from x, from x and the residual, or read off the output y. */
+typedef enum { BNF_UNMASKED, BNF_FROM_X, BNF_FROM_X_RESIDUAL, BNF_FROM_Y } bnf_mask;
+
+/* The most channels an interleaved tile may have: its sums live on the stack,
+ * in L1, while the rows go by. */
+#define BNF_MAX_INTERLEAVED 512
+/* The same for a planar tile, whose channels keep 16 lanes of sums each. */
+#define BNF_MAX_PLANAR 64
+
+typedef struct {
+    ptrdiff_t outer, channels, inner;
+} bnf_shape;
+
+/* Half-open ranges of the three axes. */
+typedef struct {
+    ptrdiff_t outer0, outer1, channel0, channel1, inner0, inner1;
+} bnf_tile;
+
+/* y = act((x - mean) * scale + shift (+ residual)) */
+typedef struct {
+    bnf_shape shape;
+    const void *x, *residual; /* residual may be NULL */
+    void *y;
+    const double *mean, *scale, *shift;
+    bnf_activation activation;
+    double slope; /* of leaky_relu */
+    bool stream;  /* write y around the caches */
+} bnf_forward;
+
+/* g = dy * act'(pre-activation); dx = dy_factor*g + x_factor*(x - mean) + constant,
+ * or dx = dy_factor*g alone where the statistics are constants. */
+typedef struct {
+    bnf_shape shape;
+    const void *dy, *x, *residual, *y; /* residual and y as the mask needs them */
+    void *dx, *dresidual;              /* dresidual may be NULL */
+    const double *mean, *scale, *shift;
+    const double *dy_factor, *x_factor, *constant;
+    bnf_activation activation;
+    double slope;
+    bnf_mask mask;
+    bool through_moments;
+    bool stream; /* write dx around the caches */
+} bnf_backward;
+
+/* Each writes one entry per channel of the tile, indexed by the channel's
+ * number in the whole tensor. */
+typedef void bnf_moments_kernel(const void *x, bnf_shape shape, bnf_tile tile, double *mean,
+                                double *m2);
+typedef void bnf_apply_kernel(const bnf_forward *operands, bnf_tile tile);
+typedef void bnf_grad_sums_kernel(const bnf_backward *operands, bnf_tile tile, double *sum,
+                                  double *dot);
+typedef void bnf_grad_input_kernel(const bnf_backward *operands, bnf_tile tile);
+
+typedef struct {
+    bnf_moments_kernel *moments;       /* mean, M2 */
+    bnf_apply_kernel *apply;           /* y */
+    bnf_grad_sums_kernel *grad_sums;   /* sum of g, sum of g * (x - mean) */
+    bnf_grad_input_kernel *grad_input; /* dx, dresidual */
+} bnf_kernels;
+
+typedef struct {
+    const char *name;
+    const bnf_kernels *kernels[BNF_TYPES]; /* by layout */
+} bnf_table;
+
+/* dispatch.c */
+int bnf_isa_count(void);                   /* instruction sets built in, best last */
+const bnf_table *bnf_isa_table(int index); /* NULL where this processor cannot run it */
+const char *bnf_isa_name(int index);
+
+/* caches.c */
+typedef struct {
+    ptrdiff_t l1d, l2, l3; /* bytes; l2 of one core, l3 of one shared instance (0: none) */
+    bool measured;         /* read from the system, not the fallback */
+} bnf_caches;
+bnf_caches bnf_read_caches(void);
+
+/* tiling.c */
+typedef struct {
+    ptrdiff_t count;    /* blocks a channel is cut into */
+    ptrdiff_t outers;   /* images (or rows) a block spans */
+    ptrdiff_t segments; /* pieces a plane is cut into; 1 unless a plane is a long one */
+    ptrdiff_t length;   /* values of a plane in one piece */
+} bnf_blocks;
+
+typedef struct {
+    bnf_layout layout;
+    bnf_blocks blocks;
+    ptrdiff_t group;  /* channels a tile */
+    ptrdiff_t groups; /* tiles across the channels */
+    bool fused;       /* a group is gathered and written while the caches hold it */
+    bool stream;
+    int threads;
+} bnf_plan;
+
+bnf_layout bnf_shape_layout(bnf_shape shape);
+bnf_blocks bnf_cut_blocks(bnf_shape shape);
+ptrdiff_t bnf_values_before(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block);
+int bnf_useful_threads(ptrdiff_t bytes);
+bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, int reads, int writes,
+                       bnf_caches caches, int max_threads);
+bnf_tile bnf_block_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t block, ptrdiff_t group);
+bnf_tile bnf_group_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t group);
+
+#endif

@@ -1,0 +1,147 @@
+/* 4. grad_input: dx = dy_factor*g + x_factor*(x - mean) + constant, or
+ * dx = dy_factor*g where the statistics are constants; the residual's gradient is g. */
+
+INLINE void NAME(grad_input_some)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n,
+                                  NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
+{
+    const vec g = NAME(gated)(b, i, n, a, slope, v);
+    vec dx = mul(s.dy_factor, g);
+    if (v.through) {
+        const vec d = NAME(center)(NAME(load_some)((const T *)b->x + i, n), a);
+        dx = fmadd(s.x_factor, d, fmadd(s.dy_factor, g, s.constant));
+    }
+    if (v.residual)
+        NAME(store_some)((T *)b->dresidual + i, n, g, false);
+    NAME(store_some)((T *)b->dx + i, n, dx, b->stream);
+}
+
+INLINE void NAME(grad_input_run)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t end,
+                                 NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
+{
+    const ptrdiff_t lead = b->stream ? NAME(lead)((const T *)b->dx + i, end - i) : 0;
+    if (lead)
+        NAME(grad_input_some)(b, i, lead, a, s, slope, v);
+    for (i += lead; i + LANES <= end; i += LANES)
+        NAME(grad_input_some)(b, i, LANES, a, s, slope, v);
+    if (i < end)
+        NAME(grad_input_some)(b, i, end - i, a, s, slope, v);
+}
+
+INLINE void NAME(grad_input_planar_as)(const bnf_backward *operands, bnf_tile tile, variant v)
+{
+    const bnf_backward own = *operands, *b = &own; /* as in apply */
+    NAME(affine) affine;
+    NAME(slopes) slopes;
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &affine);
+    NAME(round_slopes)(b, tile, &slopes);
+    const vec slope = set1(b->slope);
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
+        for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
+            const ptrdiff_t plane = (o * b->shape.channels + c) * b->shape.inner;
+            NAME(grad_input_run)(b, plane + tile.inner0, plane + tile.inner1,
+                                 NAME(spread_affine)(&affine, c - tile.channel0),
+                                 NAME(spread_slopes)(&slopes, c - tile.channel0), slope, v);
+        }
+}
+
+INLINE void NAME(grad_input_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t n,
+                                   NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, i += b->shape.channels)
+        NAME(grad_input_some)(b, i, n, a, s, slope, v);
+}
+
+INLINE void NAME(grad_input_interleaved_as)(const bnf_backward *operands, bnf_tile tile, variant v)
+{
+    const bnf_backward own = *operands, *b = &own; /* as in apply */
+    NAME(affine) affine;
+    NAME(slopes) slopes;
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &affine);
+    NAME(round_slopes)(b, tile, &slopes);
+    const vec slope = set1(b->slope);
+    const ptrdiff_t step = b->stream ? STREAM_ROWS : ROWS;
+    const ptrdiff_t channels = tile.channel1 - tile.channel0;
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += step) {
+        const ptrdiff_t rows = at_most(step, tile.outer1 - o);
+        const ptrdiff_t row = o * b->shape.channels + tile.channel0;
+        ptrdiff_t c = b->stream ? NAME(lead)((const T *)b->dx + row, channels) : 0;
+        if (c)
+            NAME(grad_input_strip)(b, row, rows, c, NAME(load_affine)(&affine, 0, c),
+                                   NAME(load_slopes)(&slopes, 0, c), slope, v);
+        for (; c + LANES <= channels; c += LANES)
+            NAME(grad_input_strip)(b, row + c, rows, LANES, NAME(load_affine)(&affine, c, LANES),
+                                   NAME(load_slopes)(&slopes, c, LANES), slope, v);
+        if (c < channels)
+            NAME(grad_input_strip)(b, row + c, rows, channels - c,
+                                   NAME(load_affine)(&affine, c, channels - c),
+                                   NAME(load_slopes)(&slopes, c, channels - c), slope, v);
+    }
+}
+
+INLINE void NAME(grad_input_as)(const bnf_backward *b, bnf_tile tile, variant v)
+{
+    if (v.layout == BNF_PLANAR)
+        NAME(grad_input_planar_as)(b, tile, v);
+    else
+        NAME(grad_input_interleaved_as)(b, tile, v);
+    if (b->stream)
+        stream_end();
+}
+
+INLINE void NAME(grad_input_added)(const bnf_backward *b, bnf_tile tile, variant v)
+{
+    if (v.mask != BNF_FROM_X && b->dresidual) /* that mask means there is no residual */
+        NAME(grad_input_as)(b, tile, (v.residual = true, v));
+    else
+        NAME(grad_input_as)(b, tile, v);
+}
+
+INLINE void NAME(grad_input_through)(const bnf_backward *b, bnf_tile tile, variant v)
+{
+    if (b->through_moments)
+        NAME(grad_input_added)(b, tile, (v.through = true, v));
+    else
+        NAME(grad_input_added)(b, tile, v);
+}
+
+INLINE void NAME(grad_input_masked)(const bnf_backward *b, bnf_tile tile, variant v)
+{
+    switch (b->mask) {
+    case BNF_FROM_X:
+        NAME(grad_input_through)(b, tile, (v.mask = BNF_FROM_X, v));
+        break;
+    case BNF_FROM_X_RESIDUAL:
+        NAME(grad_input_through)(b, tile, (v.mask = BNF_FROM_X_RESIDUAL, v));
+        break;
+    default:
+        NAME(grad_input_through)(b, tile, (v.mask = BNF_FROM_Y, v));
+    }
+}
+
+INLINE void NAME(grad_input)(const bnf_backward *b, bnf_tile tile, bnf_layout layout)
+{
+    variant v = {.layout = layout};
+    switch (b->activation) {
+    case BNF_RELU:
+        NAME(grad_input_masked)(b, tile, (v.activation = BNF_RELU, v));
+        break;
+    case BNF_RELU6:
+        NAME(grad_input_masked)(b, tile, (v.activation = BNF_RELU6, v));
+        break;
+    case BNF_LEAKY_RELU:
+        NAME(grad_input_masked)(b, tile, (v.activation = BNF_LEAKY_RELU, v));
+        break;
+    default:
+        NAME(grad_input_through)(b, tile, v);
+    }
+}
+
+static void NAME(grad_input_planar)(const bnf_backward *b, bnf_tile tile)
+{
+    NAME(grad_input)(b, tile, BNF_PLANAR);
+}
+
+static void NAME(grad_input_interleaved)(const bnf_backward *b, bnf_tile tile)
+{
+    NAME(grad_input)(b, tile, BNF_INTERLEAVED);
+}

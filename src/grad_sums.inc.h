@@ -1,0 +1,149 @@
+/* 3. grad_sums: tile -> sum of g, sum of g * (x - mean) per channel, g being dy
+ * before the activation. */
+
+INLINE void NAME(grad_sums_step)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, d8 mean,
+                                 NAME(affine_vec) a, vec slope, variant v, d8 *sum, d8 *dot)
+{
+    const T *x = (const T *)b->x + i, *dy = (const T *)b->dy + i;
+    const d8 wide_x = n < LANES ? widen(NAME(load_some)(x, n)) : load_wide(x);
+    const d8 g = n < LANES || v.mask != BNF_UNMASKED ? widen(NAME(gated)(b, i, n, a, slope, v))
+                                                     : load_wide(dy);
+    *sum = add(*sum, g);
+    *dot = fmadd(g, sub(wide_x, mean), *dot);
+}
+
+INLINE void NAME(grad_sums_run)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t end, double mean,
+                                NAME(affine_vec) a, vec slope, variant v, lane_sums *sums)
+{
+    const d8 m = d8_set1(mean);
+    lane_sums s = *sums;
+    for (; i + 2 * LANES <= end; i += 2 * LANES) {
+        NAME(grad_sums_step)(b, i, LANES, m, a, slope, v, &s.first[0], &s.second[0]);
+        NAME(grad_sums_step)(b, i + LANES, LANES, m, a, slope, v, &s.first[1], &s.second[1]);
+    }
+    if (i < end)
+        NAME(grad_sums_step)(b, i, at_most(LANES, end - i), m, a, slope, v, &s.first[0],
+                             &s.second[0]);
+    if (i + LANES < end)
+        NAME(grad_sums_step)(b, i + LANES, end - i - LANES, m, a, slope, v, &s.first[1],
+                             &s.second[1]);
+    *sums = s;
+}
+
+INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile tile, double *sum, double *dot, variant v)
+{
+    const bnf_backward own = *operands, *b = &own; /* as in apply */
+    NAME(affine) rounded;
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &rounded);
+    const vec slope = set1(b->slope);
+    lane_sums sums[BNF_MAX_PLANAR];
+    for (ptrdiff_t c = 0; c < tile.channel1 - tile.channel0; c++)
+        sums[c] = no_sums();
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
+        for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
+            const ptrdiff_t plane = (o * b->shape.channels + c) * b->shape.inner;
+            NAME(grad_sums_run)(b, plane + tile.inner0, plane + tile.inner1, b->mean[c],
+                                NAME(spread_affine)(&rounded, c - tile.channel0), slope, v,
+                                &sums[c - tile.channel0]);
+        }
+    for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
+        sum[c] = total(sums[c - tile.channel0].first);
+        dot[c] = total(sums[c - tile.channel0].second);
+    }
+}
+
+INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t n,
+                                  const double *mean, NAME(affine_vec) a, vec slope, variant v,
+                                  double *sum, double *dot)
+{
+    const d8 m = load(mean);
+    d8 s = load(sum), q = load(dot);
+    for (ptrdiff_t r = 0; r < rows; r++, i += b->shape.channels)
+        NAME(grad_sums_step)(b, i, n, m, a, slope, v, &s, &q);
+    store(sum, s);
+    store(dot, q);
+}
+
+INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_tile tile, double *sum, double *dot, variant v)
+{
+    const bnf_backward own = *operands, *b = &own; /* as in apply */
+    NAME(affine) rounded;
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &rounded);
+    const vec slope = set1(b->slope);
+    const ptrdiff_t channels = tile.channel1 - tile.channel0;
+    double mean[BNF_MAX_INTERLEAVED + LANES] = {0}; /* room for a last strip's idle lanes */
+    double sums[BNF_MAX_INTERLEAVED + LANES] = {0}, dots[BNF_MAX_INTERLEAVED + LANES] = {0};
+    for (ptrdiff_t c = 0; c < channels; c++)
+        mean[c] = b->mean[tile.channel0 + c];
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += ROWS) {
+        const ptrdiff_t rows = at_most(ROWS, tile.outer1 - o);
+        const ptrdiff_t row = o * b->shape.channels + tile.channel0;
+        ptrdiff_t c = 0;
+        for (; c + LANES <= channels; c += LANES)
+            NAME(grad_sums_strip)(b, row + c, rows, LANES, mean + c,
+                                  NAME(load_affine)(&rounded, c, LANES), slope, v, sums + c,
+                                  dots + c);
+        if (c < channels)
+            NAME(grad_sums_strip)(b, row + c, rows, channels - c, mean + c,
+                                  NAME(load_affine)(&rounded, c, channels - c), slope, v, sums + c,
+                                  dots + c);
+    }
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        sum[tile.channel0 + c] = sums[c];
+        dot[tile.channel0 + c] = dots[c];
+    }
+}
+
+INLINE void NAME(grad_sums_as)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot,
+                               variant v)
+{
+    if (v.layout == BNF_PLANAR)
+        NAME(grad_sums_planar_as)(b, tile, sum, dot, v);
+    else
+        NAME(grad_sums_interleaved_as)(b, tile, sum, dot, v);
+}
+
+INLINE void NAME(grad_sums_masked)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot,
+                                   variant v)
+{
+    switch (b->mask) {
+    case BNF_FROM_X:
+        NAME(grad_sums_as)(b, tile, sum, dot, (v.mask = BNF_FROM_X, v));
+        break;
+    case BNF_FROM_X_RESIDUAL:
+        NAME(grad_sums_as)(b, tile, sum, dot, (v.mask = BNF_FROM_X_RESIDUAL, v));
+        break;
+    default:
+        NAME(grad_sums_as)(b, tile, sum, dot, (v.mask = BNF_FROM_Y, v));
+    }
+}
+
+INLINE void NAME(grad_sums)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot,
+                            bnf_layout layout)
+{
+    variant v = {.layout = layout};
+    switch (b->activation) {
+    case BNF_RELU:
+        NAME(grad_sums_masked)(b, tile, sum, dot, (v.activation = BNF_RELU, v));
+        break;
+    case BNF_RELU6:
+        NAME(grad_sums_masked)(b, tile, sum, dot, (v.activation = BNF_RELU6, v));
+        break;
+    case BNF_LEAKY_RELU:
+        NAME(grad_sums_masked)(b, tile, sum, dot, (v.activation = BNF_LEAKY_RELU, v));
+        break;
+    default:
+        NAME(grad_sums_as)(b, tile, sum, dot, v);
+    }
+}
+
+static void NAME(grad_sums_planar)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot)
+{
+    NAME(grad_sums)(b, tile, sum, dot, BNF_PLANAR);
+}
+
+static void NAME(grad_sums_interleaved)(const bnf_backward *b, bnf_tile tile, double *sum,
+                                        double *dot)
+{
+    NAME(grad_sums)(b, tile, sum, dot, BNF_INTERLEAVED);
+}

@@ -1,0 +1,183 @@
+/* The four kernels, each in a planar and an interleaved form, written once.
+ *
+ * Included once per data type by kernels_<isa>.c, which defines around it
+ *   T        the element type in memory,
+ *   vec      the vector that eight of them are computed in (f8 or d8),
+ *   NAME(f)  the name of f for this type.
+ *
+ * Statistics are summed in float64 around a pivot that is itself one of the
+ * values.  That is exact enough in one look at float32 data: if x_j is the
+ * pivot and S the sum of (x - x_j)^2 over n values, then M2 = S - n (mean - x_j)^2
+ * and M2 >= (mean - x_j)^2 (x_j's own term), so S <= (n + 1) M2 and the
+ * subtraction magnifies the rounding of S, at most n/16 units of 2^-53, by no
+ * more than n + 1: 2e-9 for a block of 16384 planar values, 3e-8 for 16384
+ * rows of one lane, on any data in any order.  (A float32 sum has no such room:
+ * there a guessed pivot loses digits.)  float64 data have no spare bits, so
+ * they are swept twice while the caches hold the block, the first sweep's mean
+ * being the second one's pivot.
+ *
+ * What was taken from where: the shapes and roles said at the line from llm.c's
+ * layernorm, the fixed-width accumulators from YNNPACK's reductions. */
+
+#define SWEEPS (sizeof(T) < sizeof(double) ? 1 : 2)
+#define INLINE static inline __attribute__((always_inline))
+
+/* --- n values in memory, n up to LANES -------------------------------------- */
+
+INLINE vec NAME(load_some)(const T *p, ptrdiff_t n)
+{
+    return n < LANES ? load_part(p, n, set1(0.0)) : load(p);
+}
+
+INLINE void NAME(store_some)(T *p, ptrdiff_t n, vec a, bool stream_it)
+{
+    if (n < LANES)
+        store_part(p, n, a);
+    else if (stream_it)
+        stream(p, a);
+    else
+        store(p, a);
+}
+
+/* --- Parameters of a tile's channels, rounded to the data's type ------------ */
+
+/* The mean is kept as a high and a low part: x - high is exact near the mean,
+ * so a constant channel gives exactly its bias and a mean of 1e6 costs nothing. */
+typedef struct {
+    T high[BNF_MAX_INTERLEAVED], low[BNF_MAX_INTERLEAVED];
+    T scale[BNF_MAX_INTERLEAVED], shift[BNF_MAX_INTERLEAVED];
+} NAME(affine);
+
+typedef struct {
+    T dy_factor[BNF_MAX_INTERLEAVED], x_factor[BNF_MAX_INTERLEAVED], constant[BNF_MAX_INTERLEAVED];
+} NAME(slopes);
+
+typedef struct {
+    vec high, low, scale, shift;
+} NAME(affine_vec);
+
+typedef struct {
+    vec dy_factor, x_factor, constant;
+} NAME(slopes_vec);
+
+static __attribute__((noinline)) void NAME(round_affine)(const double *mean, const double *scale, const double *shift,
+                               bnf_tile tile, NAME(affine) * to)
+{
+    for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
+        to->high[i] = (T)mean[c];
+        to->low[i] = (T)(mean[c] - (double)to->high[i]);
+        to->scale[i] = (T)scale[c];
+        to->shift[i] = (T)shift[c];
+    }
+}
+
+static __attribute__((noinline)) void NAME(round_slopes)(const bnf_backward *b, bnf_tile tile, NAME(slopes) * to)
+{
+    for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
+        to->dy_factor[i] = (T)b->dy_factor[c];
+        to->x_factor[i] = (T)b->x_factor[c];
+        to->constant[i] = (T)b->constant[c];
+    }
+}
+
+/* Planar: one channel in every lane. */
+INLINE NAME(affine_vec) NAME(spread_affine)(const NAME(affine) * a, ptrdiff_t i)
+{
+    return (NAME(affine_vec)){.high = set1(a->high[i]),
+                              .low = set1(a->low[i]),
+                              .scale = set1(a->scale[i]),
+                              .shift = set1(a->shift[i])};
+}
+
+INLINE NAME(slopes_vec) NAME(spread_slopes)(const NAME(slopes) * s, ptrdiff_t i)
+{
+    return (NAME(slopes_vec)){.dy_factor = set1(s->dy_factor[i]),
+                              .x_factor = set1(s->x_factor[i]),
+                              .constant = set1(s->constant[i])};
+}
+
+/* Interleaved: n channels side by side. */
+INLINE NAME(affine_vec) NAME(load_affine)(const NAME(affine) * a, ptrdiff_t i, ptrdiff_t n)
+{
+    return (NAME(affine_vec)){NAME(load_some)(a->high + i, n), NAME(load_some)(a->low + i, n),
+                              NAME(load_some)(a->scale + i, n), NAME(load_some)(a->shift + i, n)};
+}
+
+INLINE NAME(slopes_vec) NAME(load_slopes)(const NAME(slopes) * s, ptrdiff_t i, ptrdiff_t n)
+{
+    return (NAME(slopes_vec)){NAME(load_some)(s->dy_factor + i, n),
+                              NAME(load_some)(s->x_factor + i, n),
+                              NAME(load_some)(s->constant + i, n)};
+}
+
+/* --- Eight values ----------------------------------------------------------- */
+
+INLINE vec NAME(center)(vec x, NAME(affine_vec) a) { return sub(sub(x, a.high), a.low); }
+
+INLINE vec NAME(activate)(vec z, vec slope, variant v)
+{
+    switch (v.activation) { /* NaN passes: min and max return their second operand then */
+    case BNF_RELU:
+        return max(set1(0.0), z);
+    case BNF_RELU6:
+        return min(set1(6.0), max(set1(0.0), z));
+    case BNF_LEAKY_RELU: /* 0 < slope <= 1 */
+        return max(mul(slope, z), z);
+    default:
+        return z;
+    }
+}
+
+/* dy times the activation's derivative at z; at a kink 0, or the slope. */
+INLINE vec NAME(gate)(vec dy, vec z, vec slope, variant v)
+{
+    const vec zero = set1(0.0);
+    switch (v.activation) {
+    case BNF_RELU:
+        return select_le(z, zero, zero, dy);
+    case BNF_RELU6:
+        return select_le(z, zero, zero, select_le(set1(6.0), z, zero, dy));
+    case BNF_LEAKY_RELU:
+        return select_le(z, zero, mul(slope, dy), dy);
+    default:
+        return dy;
+    }
+}
+
+/* g, the gradient before the activation, of the n values at offset i. */
+INLINE vec NAME(gated)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, NAME(affine_vec) a,
+                       vec slope, variant v)
+{
+    const vec dy = NAME(load_some)((const T *)b->dy + i, n);
+    if (v.mask == BNF_UNMASKED)
+        return dy;
+    if (v.mask == BNF_FROM_Y)
+        return NAME(gate)(dy, NAME(load_some)((const T *)b->y + i, n), slope, v);
+    const vec d = NAME(center)(NAME(load_some)((const T *)b->x + i, n), a);
+    vec z = fmadd(d, a.scale, a.shift);
+    if (v.mask == BNF_FROM_X_RESIDUAL)
+        z = add(z, NAME(load_some)((const T *)b->residual + i, n));
+    return NAME(gate)(dy, z, slope, v);
+}
+
+/* How many of n values lead up to an address that streaming stores accept. */
+INLINE ptrdiff_t NAME(lead)(const T *p, ptrdiff_t n)
+{
+    return at_most(n, (ptrdiff_t)(-(size_t)p % STREAM_ALIGNMENT / sizeof(T)));
+}
+
+#include "moments.inc.h"
+#include "apply.inc.h"
+#include "grad_sums.inc.h"
+#include "grad_input.inc.h"
+
+/* This type's part of the table. */
+static const bnf_kernels NAME(kernels)[BNF_LAYOUTS] = {
+    [BNF_PLANAR] = {NAME(moments_planar), NAME(apply_planar), NAME(grad_sums_planar),
+                    NAME(grad_input_planar)},
+    [BNF_INTERLEAVED] = {NAME(moments_interleaved), NAME(apply_interleaved),
+                         NAME(grad_sums_interleaved), NAME(grad_input_interleaved)},
+};
+
+#undef SWEEPS
+#undef INLINE

@@ -1,0 +1,5 @@
+#include "bnfast.h"
+#include "simd_sse2.h"
+#include "types.inc.h"
+
+const bnf_table bnf_table_sse2 = {"sse2", {kernels_f32, kernels_f64}};

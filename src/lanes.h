@@ -1,0 +1,61 @@
+/* One name for an operation, whichever of f8 and d8 it is done on, so that
+ * kernels.inc.h reads the same for every data type.  Included by each
+ * kernels_<isa>.c after its simd_<isa>.h. */
+#ifndef BNFAST_LANES_H
+#define BNFAST_LANES_H
+
+#define LANES 8
+/* Rows a strip of eight channels takes at a time: enough to keep its sums or
+ * factors in registers for a while, few enough to be read as so many streams. */
+#define ROWS 8
+/* Streamed lines must be finished before others are begun: row after row. */
+#define STREAM_ROWS 1
+#define STREAM_ALIGNMENT 32
+
+/* Selected by the element pointed to, so that const pointers match. */
+#define load(p) _Generic(*(p), float: f8_load, double: d8_load)(p)
+#define load_part(p, n, fill) _Generic(*(p), float: f8_load_part, double: d8_load_part)(p, n, fill)
+#define load_wide(p) _Generic(*(p), float: f8_load_wide, double: d8_load)(p)
+#define store(p, a) _Generic(*(p), float: f8_store, double: d8_store)(p, a)
+#define store_part(p, n, a) _Generic(*(p), float: f8_store_part, double: d8_store_part)(p, n, a)
+#define stream(p, a) _Generic(*(p), float: f8_stream, double: d8_stream)(p, a)
+/* Selected by the vector. */
+#define add(a, b) _Generic((a), f8: f8_add, d8: d8_add)(a, b)
+#define sub(a, b) _Generic((a), f8: f8_sub, d8: d8_sub)(a, b)
+#define mul(a, b) _Generic((a), f8: f8_mul, d8: d8_mul)(a, b)
+#define fmadd(a, b, c) _Generic((a), f8: f8_fma, d8: d8_fma)(a, b, c)
+#define max(a, b) _Generic((a), f8: f8_max, d8: d8_max)(a, b)
+#define min(a, b) _Generic((a), f8: f8_min, d8: d8_min)(a, b)
+#define select_le(a, b, yes, no) _Generic((a), f8: f8_select_le, d8: d8_select_le)(a, b, yes, no)
+#define widen(a) _Generic((a), f8: f8_widen, d8: d8_same)(a)
+/* Selected by the kernels' own vector type, vec. */
+#define set1(a) _Generic((vec){0}, f8: f8_set1, d8: d8_set1)(a)
+
+static inline d8 d8_same(d8 a) { return a; }
+
+static inline ptrdiff_t at_most(ptrdiff_t limit, ptrdiff_t n) { return n < limit ? n : limit; }
+
+/* What a loop is compiled for.  Always a constant where a loop is reached, so
+ * that none of it is decided inside. */
+typedef struct {
+    bnf_layout layout;
+    bnf_activation activation;
+    bnf_mask mask;
+    bool residual, through;
+} variant;
+
+/* Two float64 sums over a run of values: value i goes to lane i % 16.  Sixteen
+ * independent chains hide the latency of an addition on every set. */
+typedef struct {
+    d8 first[2], second[2];
+} lane_sums;
+
+static inline lane_sums no_sums(void)
+{
+    const d8 zero = d8_set1(0.0);
+    return (lane_sums){{zero, zero}, {zero, zero}};
+}
+
+static inline double total(const d8 halves[2]) { return d8_sum(d8_add(halves[0], halves[1])); }
+
+#endif

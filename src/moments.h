@@ -1,0 +1,87 @@
+/* What a channel's numbers become once its blocks are gathered: the merge of
+ * Chan, Golub and LeVeque (1979) and the closing formulas of the forward and
+ * the backward, in float64.
+ *
+ * Slots are (blocks, channels) arrays, one row a block; the fixed tree below
+ * leaves the whole batch's in row 0, whoever gathered which block. */
+#ifndef BNFAST_MOMENTS_H
+#define BNFAST_MOMENTS_H
+
+#include <math.h>
+
+#include "bnfast.h"
+
+/* (n_a, mean_a, m2_a) += (n_b, mean_b, m2_b), channel by channel. */
+static inline void bnf_merge(double n_a, double *mean_a, double *m2_a, double n_b,
+                             const double *mean_b, const double *m2_b, ptrdiff_t channels)
+{
+    const double share = n_b / (n_a + n_b), weight = n_a * share;
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        const double delta = mean_b[c] - mean_a[c];
+        mean_a[c] += delta * share;
+        m2_a[c] += m2_b[c] + delta * delta * weight;
+    }
+}
+
+/* The variance over count - ddof; of one value, or of none, there is none. */
+static inline double bnf_variance(double m2, double count, double ddof)
+{
+    return count > ddof ? m2 / (count - ddof) : NAN;
+}
+
+/* Pairs of neighbours, then pairs of pairs. */
+static inline void bnf_merge_blocks(bnf_shape shape, bnf_blocks blocks, ptrdiff_t c0, ptrdiff_t c1,
+                                    double *mean, double *m2)
+{
+    for (ptrdiff_t step = 1; step < blocks.count; step *= 2)
+        for (ptrdiff_t a = 0; a + step < blocks.count; a += 2 * step) {
+            const ptrdiff_t b = a + step;
+            const ptrdiff_t end = b + step < blocks.count ? b + step : blocks.count;
+            const ptrdiff_t before_b = bnf_values_before(shape, blocks, b);
+            const ptrdiff_t to = a * shape.channels + c0, from = b * shape.channels + c0;
+            bnf_merge((double)(before_b - bnf_values_before(shape, blocks, a)), mean + to, m2 + to,
+                      (double)(bnf_values_before(shape, blocks, end) - before_b), mean + from,
+                      m2 + from, c1 - c0);
+        }
+}
+
+static inline void bnf_add_blocks(bnf_shape shape, bnf_blocks blocks, ptrdiff_t c0, ptrdiff_t c1,
+                                  double *sum)
+{
+    for (ptrdiff_t step = 1; step < blocks.count; step *= 2)
+        for (ptrdiff_t a = 0; a + step < blocks.count; a += 2 * step)
+            for (ptrdiff_t c = c0; c < c1; c++)
+                sum[a * shape.channels + c] += sum[(a + step) * shape.channels + c];
+}
+
+/* Algorithm 1 of the paper, after the sums: what x is normalised with. */
+static inline void bnf_close_forward(double count, double eps, ptrdiff_t c0, ptrdiff_t c1,
+                                     const double *m2, const double *weight, double *var,
+                                     double *inv_std, double *scale)
+{
+    for (ptrdiff_t c = c0; c < c1; c++) {
+        var[c] = bnf_variance(m2[c], count, 0);
+        inv_std[c] = 1 / sqrt(var[c] + eps);
+        scale[c] = weight[c] * inv_std[c];
+    }
+}
+
+/* The chain rule of the paper's section 3, with sum = sum of g and dot = sum of
+ * g * (x - mean):
+ *     dbias = sum, dweight = inv_std * dot,
+ *     dx = weight * inv_std * (g - sum/m - (x - mean) * inv_std^2 * dot/m),
+ * the last two terms through the batch's mean and variance. */
+static inline void bnf_close_backward(const double *scale, double count, ptrdiff_t c0, ptrdiff_t c1,
+                                      const double *inv_std, const double *sum, const double *dot,
+                                      double *dweight, double *dy_factor, double *x_factor,
+                                      double *constant)
+{
+    for (ptrdiff_t c = c0; c < c1; c++) {
+        dweight[c] = inv_std[c] * dot[c];
+        dy_factor[c] = scale[c];
+        x_factor[c] = -scale[c] * inv_std[c] * (dweight[c] / count);
+        constant[c] = -scale[c] * (sum[c] / count);
+    }
+}
+
+#endif

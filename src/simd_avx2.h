@@ -1,0 +1,170 @@
+/* Eight lanes of float32 or float64 on AVX2, FMA and F16C.
+ *
+ * Every instruction set offers the same dozen operations on the same two
+ * types, f8 and d8, whatever its own width: a kernel written on eight lanes
+ * adds in the same order everywhere, so results are equal to the bit among
+ * all sets that have a fused multiply-add (YNNPACK's fixed-width accumulators,
+ * taken one step further). */
+#ifndef BNFAST_SIMD_AVX2_H
+#define BNFAST_SIMD_AVX2_H
+
+#include <immintrin.h>
+#include <stddef.h>
+
+typedef __m256 f8;
+typedef struct {
+    __m256d lo, hi;
+} d8;
+
+/* After streaming stores, before another thread may read what they wrote. */
+static inline void stream_end(void) { _mm_sfence(); }
+
+static inline f8 f8_set1(double a) { return _mm256_set1_ps((float)a); }
+static inline f8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void f8_store(float *p, f8 a) { _mm256_storeu_ps(p, a); }
+static inline void f8_stream(float *p, f8 a) { _mm256_stream_ps(p, a); }
+static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
+static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
+static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
+static inline f8 f8_fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }
+/* a > b ? a : b and a < b ? a : b: b where either is NaN. */
+static inline f8 f8_max(f8 a, f8 b) { return _mm256_max_ps(a, b); }
+static inline f8 f8_min(f8 a, f8 b) { return _mm256_min_ps(a, b); }
+
+/* a <= b ? yes : no */
+static inline f8 f8_select_le(f8 a, f8 b, f8 yes, f8 no)
+{
+    return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+}
+
+static inline __m256i f8_first(ptrdiff_t n)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane);
+}
+
+/* The first n (1 to 7) lanes from memory, the others from fill. */
+static inline f8 f8_load_part(const float *p, ptrdiff_t n, f8 fill)
+{
+    const __m256i first = f8_first(n);
+    return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, first), _mm256_castsi256_ps(first));
+}
+
+/* By halves, since a masked store is microcoded on AMD. */
+static inline void f8_store_part(float *p, ptrdiff_t n, f8 a)
+{
+    __m128 rest = _mm256_castps256_ps128(a);
+    if (n & 4) {
+        _mm_storeu_ps(p, rest);
+        rest = _mm256_extractf128_ps(a, 1);
+        p += 4;
+    }
+    if (n & 2) {
+        _mm_storel_pi((__m64 *)p, rest);
+        rest = _mm_movehl_ps(rest, rest);
+        p += 2;
+    }
+    if (n & 1)
+        _mm_store_ss(p, rest);
+}
+
+static inline d8 d8_set1(double a) { return (d8){_mm256_set1_pd(a), _mm256_set1_pd(a)}; }
+static inline d8 d8_load(const double *p)
+{
+    return (d8){_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)};
+}
+static inline void d8_store(double *p, d8 a)
+{
+    _mm256_storeu_pd(p, a.lo);
+    _mm256_storeu_pd(p + 4, a.hi);
+}
+static inline void d8_stream(double *p, d8 a)
+{
+    _mm256_stream_pd(p, a.lo);
+    _mm256_stream_pd(p + 4, a.hi);
+}
+static inline d8 d8_add(d8 a, d8 b)
+{
+    return (d8){_mm256_add_pd(a.lo, b.lo), _mm256_add_pd(a.hi, b.hi)};
+}
+static inline d8 d8_sub(d8 a, d8 b)
+{
+    return (d8){_mm256_sub_pd(a.lo, b.lo), _mm256_sub_pd(a.hi, b.hi)};
+}
+static inline d8 d8_mul(d8 a, d8 b)
+{
+    return (d8){_mm256_mul_pd(a.lo, b.lo), _mm256_mul_pd(a.hi, b.hi)};
+}
+static inline d8 d8_fma(d8 a, d8 b, d8 c)
+{
+    return (d8){_mm256_fmadd_pd(a.lo, b.lo, c.lo), _mm256_fmadd_pd(a.hi, b.hi, c.hi)};
+}
+static inline d8 d8_max(d8 a, d8 b)
+{
+    return (d8){_mm256_max_pd(a.lo, b.lo), _mm256_max_pd(a.hi, b.hi)};
+}
+static inline d8 d8_min(d8 a, d8 b)
+{
+    return (d8){_mm256_min_pd(a.lo, b.lo), _mm256_min_pd(a.hi, b.hi)};
+}
+static inline d8 d8_select_le(d8 a, d8 b, d8 yes, d8 no)
+{
+    return (d8){_mm256_blendv_pd(no.lo, yes.lo, _mm256_cmp_pd(a.lo, b.lo, _CMP_LE_OQ)),
+                _mm256_blendv_pd(no.hi, yes.hi, _mm256_cmp_pd(a.hi, b.hi, _CMP_LE_OQ))};
+}
+
+static inline __m256d d8_half_part(const double *p, ptrdiff_t n, __m256d fill)
+{
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    const __m256i first = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane);
+    return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, first), _mm256_castsi256_pd(first));
+}
+static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)
+{
+    if (n <= 4)
+        return (d8){d8_half_part(p, n, fill.lo), fill.hi};
+    return (d8){_mm256_loadu_pd(p), d8_half_part(p + 4, n - 4, fill.hi)};
+}
+static inline void d8_store_part(double *p, ptrdiff_t n, d8 a)
+{
+    __m256d half = a.lo;
+    if (n & 4) {
+        _mm256_storeu_pd(p, half);
+        half = a.hi;
+        p += 4;
+    }
+    __m128d rest = _mm256_castpd256_pd128(half);
+    if (n & 2) {
+        _mm_storeu_pd(p, rest);
+        rest = _mm256_extractf128_pd(half, 1);
+        p += 2;
+    }
+    if (n & 1)
+        _mm_store_sd(p, rest);
+}
+
+/* Lanes 0+4, 1+5, 2+6, 3+7; then 0+2, 1+3; then 0+1. */
+static inline double d8_sum(d8 a)
+{
+    const __m256d four = _mm256_add_pd(a.lo, a.hi);
+    const __m128d two =
+        _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+static inline d8 f8_widen(f8 a)
+{
+    return (d8){_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
+                _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
+}
+static inline f8 f8_narrow(d8 a)
+{
+    return _mm256_set_m128(_mm256_cvtpd_ps(a.hi), _mm256_cvtpd_ps(a.lo));
+}
+/* Not f8_widen(f8_load(p)): conversions straight from memory save a shuffle. */
+static inline d8 f8_load_wide(const float *p)
+{
+    return (d8){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
+}
+
+#endif

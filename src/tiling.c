@@ -1,0 +1,121 @@
+/* Shape -> blocks -> tiles, as pure functions.
+ *
+ * Blocks are what the order of summation is made of: they follow from the shape
+ * alone, so the bits of a result do too.  Tiles are unions of whole blocks and
+ * follow from the caches and the threads, which may only change the speed. */
+#include "bnfast.h"
+
+/* The most values of a planar block, and rows of an interleaved one: the bound
+ * that kernels.inc.h proves for a sum around a pivot. */
+#define BLOCK_VALUES 16384
+#define MIN_ROWS 32
+#define MAX_ROWS 16384
+/* What an interleaved block should weigh in values: about a quarter of a modest L2. */
+#define BLOCK_WEIGHT 32768
+/* More blocks than this occupy more threads than anyone has, and cost merges. */
+#define ENOUGH_BLOCKS 512
+/* Below this many bytes a second thread costs more than it brings. */
+#define BYTES_PER_THREAD 100000
+/* A shorter run is not worth streaming: its ends share lines with its neighbours. */
+#define MIN_STREAMED_RUN 4096
+
+static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+static ptrdiff_t most(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+static ptrdiff_t quotient_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+
+bnf_layout bnf_shape_layout(bnf_shape shape)
+{
+    return shape.inner > 1 ? BNF_PLANAR : BNF_INTERLEAVED;
+}
+
+static bnf_blocks cut_rows(bnf_shape shape)
+{
+    const ptrdiff_t width = least(shape.channels, BNF_MAX_INTERLEAVED);
+    ptrdiff_t rows = most(BLOCK_WEIGHT / width, MIN_ROWS);
+    rows = least(most(rows, shape.outer / ENOUGH_BLOCKS), MAX_ROWS);
+    return (bnf_blocks){quotient_up(shape.outer, rows), rows, 1, 1};
+}
+
+bnf_blocks bnf_cut_blocks(bnf_shape shape)
+{
+    if (bnf_shape_layout(shape) == BNF_INTERLEAVED)
+        return cut_rows(shape);
+    if (shape.inner > BLOCK_VALUES) {
+        const ptrdiff_t even = quotient_up(shape.inner, quotient_up(shape.inner, BLOCK_VALUES));
+        const ptrdiff_t length = quotient_up(even, 16) * 16; /* whole groups of lanes */
+        const ptrdiff_t segments = quotient_up(shape.inner, length);
+        return (bnf_blocks){shape.outer * segments, 1, segments, length};
+    }
+    const ptrdiff_t images = least(BLOCK_VALUES / shape.inner, shape.outer);
+    return (bnf_blocks){quotient_up(shape.outer, images), images, 1, shape.inner};
+}
+
+/* How many values of a channel lie in the blocks before this one. */
+ptrdiff_t bnf_values_before(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block)
+{
+    const ptrdiff_t plane = block / blocks.segments * blocks.outers;
+    const ptrdiff_t rest = block % blocks.segments * blocks.length;
+    return least(least(plane, shape.outer) * shape.inner + least(rest, shape.inner),
+                 shape.outer * shape.inner);
+}
+
+static ptrdiff_t group_of(bnf_shape shape, bnf_layout layout, ptrdiff_t channel_bytes,
+                          bnf_caches caches, int threads)
+{
+    if (layout == BNF_INTERLEAVED)
+        return least(shape.channels, BNF_MAX_INTERLEAVED);
+    const ptrdiff_t fits = most(caches.l2 / 2 / channel_bytes, 1);
+    return least(least(fits, BNF_MAX_PLANAR), quotient_up(shape.channels, threads));
+}
+
+/* Whether all threads have about as many groups to do: four fifths of an even share. */
+static bool is_even(ptrdiff_t groups, int threads)
+{
+    return groups * 5 >= quotient_up(groups, threads) * threads * 4;
+}
+
+int bnf_useful_threads(ptrdiff_t bytes)
+{
+    return (int)most(least(bytes / BYTES_PER_THREAD, 1 << 16), 1);
+}
+
+/* reads and writes: how many tensors of this shape the whole call takes in and
+ * gives out. */
+bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, int reads, int writes,
+                       bnf_caches caches, int max_threads)
+{
+    bnf_plan plan = {.layout = bnf_shape_layout(shape), .blocks = bnf_cut_blocks(shape)};
+    const ptrdiff_t channel_bytes = shape.outer * shape.inner * itemsize * most(reads, 1);
+    const ptrdiff_t bytes = channel_bytes * shape.channels / most(reads, 1) * (reads + writes);
+    const bool planar = plan.layout == BNF_PLANAR;
+
+    plan.threads = (int)least(bnf_useful_threads(bytes), most(max_threads, 1));
+    plan.group = group_of(shape, plan.layout, channel_bytes, caches, plan.threads);
+    plan.groups = quotient_up(shape.channels, plan.group);
+    plan.fused = planar && is_even(plan.groups, plan.threads) &&
+                 plan.group * channel_bytes <= most(caches.l2, caches.l3 / plan.threads) / 2;
+    /* Streaming wins where the call's tensors together are well past the last cache. */
+    const ptrdiff_t last = most(caches.l2, caches.l3);
+    const bool whole_lines =
+        planar ? shape.inner * itemsize >= MIN_STREAMED_RUN : shape.channels * itemsize % 64 == 0;
+    plan.stream = whole_lines && bytes > last + last / 2;
+    return plan;
+}
+
+bnf_tile bnf_block_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t block, ptrdiff_t group)
+{
+    const bnf_blocks *blocks = &plan->blocks;
+    const ptrdiff_t outer = block / blocks->segments * blocks->outers;
+    const ptrdiff_t inner = block % blocks->segments * blocks->length;
+    const ptrdiff_t channel = group * plan->group;
+    return (bnf_tile){outer,   least(outer + blocks->outers, shape.outer),
+                      channel, least(channel + plan->group, shape.channels),
+                      inner,   least(inner + blocks->length, shape.inner)};
+}
+
+bnf_tile bnf_group_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t group)
+{
+    const ptrdiff_t channel = group * plan->group;
+    return (bnf_tile){0, shape.outer, channel, least(channel + plan->group, shape.channels),
+                      0, shape.inner};
+}
