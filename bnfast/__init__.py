@@ -1,0 +1,45 @@
+"""bnfast: exact and fast batch normalization for NumPy arrays on CPUs."""
+
+from . import conventions
+from ._config import show_config
+from ._threads import get_num_threads, num_threads, set_num_threads
+from .functional import (
+    BatchStats,
+    Gradients,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    normalize,
+    scale_shift,
+)
+from .inference import fold, fold_before, recompute_statistics
+from .layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
+from .moments import Moments, moments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchStats",
+    "FrozenBatchNorm",
+    "Gradients",
+    "Moments",
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "conventions",
+    "fold",
+    "fold_before",
+    "get_num_threads",
+    "moments",
+    "normalize",
+    "num_threads",
+    "recompute_statistics",
+    "scale_shift",
+    "set_num_threads",
+    "show_config",
+]

@@ -1,0 +1,394 @@
+"""Batch normalization as functions over NumPy arrays.
+
+The thin side of `_core`: signatures, defaults and documentation. Every tensor argument of a call
+has the shape of `x`, of any rank from 2, with its channels on `axis`; m is the number of values a
+channel has in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from . import _arrays, _core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Tensor = NDArray[Any]
+    Vector = NDArray[np.float64]
+    Activation = str | tuple[str, float] | None
+
+__all__ = [
+    "BatchStats",
+    "Gradients",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "normalize",
+    "scale_shift",
+]
+
+_RUNNING = ("running_mean", "running_var", "weight", "bias")
+_SCALE_SHIFT = ("mean", "var", "scale", "shift")
+
+
+class BatchStats(NamedTuple):
+    """What a batch was normalised with, kept for its backward.
+
+    Attributes
+    ----------
+    mean, var, inv_std : ndarray of float64, shape (channels,)
+        The batch's mean, its biased variance (divided by m), and ``1 / sqrt(var + eps)``.
+    count : int
+        m, the values per channel; 0 says that the numbers are constants, not a batch's.
+    """
+
+    mean: Vector
+    var: Vector
+    inv_std: Vector
+    count: int  # type: ignore[assignment]  # tuple.count, which nobody misses here
+
+    @classmethod
+    def from_population(cls, mean: ArrayLike, var: ArrayLike, eps: float = 1e-5) -> BatchStats:
+        """Return constant statistics, as an eval-mode layer has them.
+
+        Parameters
+        ----------
+        mean, var : array_like, shape (channels,)
+            Population mean and variance.
+        eps : float
+            Added to the variance.
+
+        Returns
+        -------
+        BatchStats
+            With ``count`` 0: a backward with it lets no gradient through the statistics.
+        """
+        means = _arrays.constant("mean", mean)
+        variances = _arrays.constant("var", var, len(means))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inv_std = 1 / np.sqrt(variances + _arrays.eps(eps, False))
+        return cls(means, variances, inv_std, 0)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss with respect to the inputs of a batch norm; None where not wanted."""
+
+    x: Tensor | None
+    weight: Vector | None
+    bias: Vector | None
+    residual: Tensor | None
+
+
+def batch_norm(
+    x: ArrayLike,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    ddof: int = 1,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normalise each channel, with the batch's statistics or with running ones.
+
+    The positional order of ``torch.nn.functional.batch_norm``.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Rank 2 or more. Read in place whenever some order of its axes is C-contiguous.
+    running_mean, running_var : ndarray, shape (channels,), optional
+        Float32, or float64 where `x` is. Needed in inference. In training updated in place, if
+        given: ``running = (1 - momentum) * running + momentum * batch``.
+    weight, bias : array_like, shape (channels,), optional
+        Gamma and beta; 1 and 0 where left out.
+    training : bool
+        Normalise with the batch's mean and variance, and update the running ones.
+    momentum : float
+        The weight of this batch in the running statistics.
+    eps : float
+        Added to the variance; above 0 in training, at least 0 in inference.
+    axis : int
+        The channel axis.
+    ddof : {1, 0}
+        The running variance takes the batch's over ``m - ddof``: 1 as in PyTorch and the paper,
+        0 as in Keras, ONNX and Flax.
+    residual : array_like, optional
+        Added before the activation; shape and dtype of `x`.
+    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+        Applied last; the slope, 0.01 unless given, is above 0 and at most 1.
+    out : ndarray, optional
+        Where to write; `x` or `residual` itself, or apart from both.
+
+    Returns
+    -------
+    ndarray
+        ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: `out`, or a fresh
+        array in the memory order of `x`.
+
+    Raises
+    ------
+    TypeError
+        If an argument has a dtype or type that is not accepted.
+    ValueError
+        If an argument has a wrong shape or value, or channels have one value each in training.
+
+    See Also
+    --------
+    batch_norm_forward : keeps the statistics for `batch_norm_backward`.
+
+    Notes
+    -----
+    Algorithm 1 of Ioffe and Szegedy (2015) in training, Algorithm 2's line 11 in inference.
+    """
+    if (running_mean is None) != (running_var is None):
+        missing, given = (
+            ("running_mean", "running_var") if running_mean is None else
+            ("running_var", "running_mean")
+        )
+        raise ValueError(f"{missing} is None beside a {given}; expected both or neither")
+    if training:
+        y: Tensor = _core.forward(
+            x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
+            activation, out,
+        )[0]
+        return y
+    if running_mean is None:
+        raise ValueError(
+            "running_mean and running_var are None; expected both in inference (training=True "
+            "normalises with the batch)"
+        )
+    return _core.normalize(
+        x, running_mean, running_var, weight, bias, eps, axis, residual, activation, out,
+        _RUNNING, True,
+    )
+
+
+def batch_norm_forward(
+    x: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, BatchStats]:
+    """Normalise with the batch, and return what the backward needs.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, axis, residual, activation, out
+        As in `batch_norm` with ``training=True``.
+
+    Returns
+    -------
+    y : ndarray
+        As `batch_norm` returns it.
+    stats : BatchStats
+        Float64 whatever the data are: a float32 mean ruins the backward at a mean of 1e6.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Notes
+    -----
+    Algorithm 1 of the paper.
+    """
+    y, (count, mean, var, inv_std) = _core.forward(
+        x, None, None, weight, bias, 0.0, eps, axis, 1, residual, activation, out
+    )
+    return y, BatchStats(mean, var, inv_std, count)
+
+
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    stats: BatchStats,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    y: ArrayLike | None = None,
+    out: Tensor | None = None,
+    needs: Iterable[str] | None = None,
+) -> Gradients:
+    """Return the gradients of a batch norm, through its mean and variance.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient with respect to the output; shape and dtype of `x`.
+    x : array_like
+        The forward's input.
+    stats : BatchStats
+        What the forward returned; `BatchStats.from_population` for constant statistics.
+    weight, bias : array_like, shape (channels,), optional
+        The forward's (`bias` only matters where there is an activation).
+    axis : int
+        The channel axis.
+    residual : array_like, optional
+        The forward's.
+    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+        The forward's. Where it was flat is recomputed from `x` (and `residual`), or read off `y`.
+    y : array_like, optional
+        The forward's output, which spares a recomputation; never needed.
+    out : ndarray, optional
+        Where to write the gradient of `x`; `dy` or `x` itself, or apart from all.
+    needs : iterable of {"x", "weight", "bias", "residual"}, optional
+        The gradients wanted; all that apply, by default. What is not asked for costs nothing.
+
+    Returns
+    -------
+    Gradients
+        ``x`` (`out`, or fresh) and ``residual`` (always fresh) in the dtype of `x`, ``weight``
+        and ``bias`` in float64; None for what `needs` leaves out.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; also for an unknown name in `needs`, or for `stats` of another batch size.
+
+    Notes
+    -----
+    The chain rule of the paper's section 3. At a kink of the activation the gradient is
+    PyTorch's: 0 for relu and relu6, the slope for leaky_relu.
+    """
+    wanted = _wanted(needs, residual, activation, y, out)
+    mean, _, inv_std, count = _stats_of(stats)
+    return Gradients(
+        *_core.backward(
+            dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out, wanted
+        )
+    )
+
+
+def _wanted(
+    needs: Iterable[str] | None, residual: Any, activation: Any, y: Any, out: Any
+) -> tuple[bool, ...]:
+    if needs is None:
+        return (True, True, True, residual is not None)
+    names = {needs} if isinstance(needs, str) else set(needs)
+    unknown = names.difference(Gradients._fields)
+    if unknown:
+        raise ValueError(
+            f"needs names {', '.join(sorted(map(repr, unknown)))}; "
+            f"expected some of {', '.join(map(repr, Gradients._fields))}"
+        )
+    if "residual" in names and activation is not None and residual is None and y is None:
+        raise ValueError(
+            "needs names 'residual', but residual and y are None; expected one of them, to tell "
+            "where the activation was flat"
+        )
+    if out is not None and "x" not in names:
+        raise ValueError("out is given, but needs leaves out 'x', which it would hold")
+    return tuple(field in names for field in Gradients._fields)
+
+
+def _stats_of(stats: Any) -> BatchStats:
+    if not isinstance(stats, BatchStats):
+        raise TypeError(
+            f"stats is {stats!r:.60} of type {type(stats).__name__}; expected the BatchStats that "
+            "batch_norm_forward returned"
+        )
+    return stats
+
+
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = 1,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Normalise each channel with a given mean and variance.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Rank 2 or more.
+    mean, var : array_like, shape (channels,)
+        Float32 or float64; a float64 mean is applied to float64 precision.
+    weight, bias, eps, axis, residual, activation, out
+        As in `batch_norm` in inference.
+
+    Returns
+    -------
+    ndarray
+        ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Notes
+    -----
+    Line 11 of the paper's Algorithm 2, the mean subtracted first.
+    """
+    if mean is None or var is None:
+        raise TypeError(f"{'mean' if mean is None else 'var'} is None; expected one per channel")
+    return _core.normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out)
+
+
+def scale_shift(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    shift: ArrayLike | None,
+    *,
+    axis: int = 1,
+    residual: ArrayLike | None = None,
+    activation: Activation = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the affine map ``activation(x * scale + shift (+ residual))``.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Rank 2 or more.
+    scale, shift : array_like, shape (channels,)
+        1 and 0 where None.
+    axis, residual, activation, out
+        As in `batch_norm`.
+
+    Returns
+    -------
+    ndarray
+        `out`, or a fresh array in the memory order of `x`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`.
+
+    Notes
+    -----
+    A batch norm written as one such map has a rounded ``shift - mean * scale`` in it, an error
+    that grows with ``mean * scale``; `normalize` and the layers subtract the mean first.
+    """
+    return _core.normalize(
+        x, None, None, scale, shift, 0.0, axis, residual, activation, out, _SCALE_SHIFT
+    )

@@ -1,0 +1,192 @@
+"""`Moments`: count, mean and M2 per channel, which merge.
+
+The running state of Welford's method is a monoid: batches, threads, processes and machines all
+combine by the same formula (Chan, Golub and LeVeque, 1979), and the order of merging changes the
+result by rounding only.
+"""
+
+from __future__ import annotations
+
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _arrays, _core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import ArrayLike, NDArray
+
+    Vector = NDArray[np.float64]
+
+
+class Moments:
+    """How many values each channel has had, their mean, and the sum of squares about it.
+
+    Parameters
+    ----------
+    count : int
+        Values per channel.
+    mean : array_like, shape (channels,)
+        Their mean.
+    m2 : array_like, shape (channels,)
+        The sum of squared deviations from it.
+
+    Attributes
+    ----------
+    count : int
+    mean, m2 : ndarray of float64, shape (channels,)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has another type or shape.
+    """
+
+    __slots__ = ("count", "m2", "mean")
+    __hash__ = None  # type: ignore[assignment]  # update() changes it
+
+    def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
+        if isinstance(count, bool) or not hasattr(count, "__index__"):
+            raise TypeError(f"count is {count!r:.60}; expected an integer")
+        if index(count) < 0:
+            raise ValueError(f"count is {count}; expected 0 or more")
+        self.count: int = index(count)
+        self.mean: Vector = _vector("mean", mean)
+        self.m2: Vector = _vector("m2", m2)
+        if self.mean.shape != self.m2.shape:
+            raise ValueError(
+                f"m2 has shape {self.m2.shape}; expected that of mean, {self.mean.shape}"
+            )
+
+    @classmethod
+    def empty(cls, channels: int) -> Moments:
+        """Return the moments of no values, the neutral element of `merge`."""
+        if isinstance(channels, bool) or not hasattr(channels, "__index__"):
+            raise TypeError(f"channels is {channels!r:.60}; expected an integer")
+        if index(channels) < 0:
+            raise ValueError(f"channels is {channels}; expected 0 or more")
+        return cls(0, np.zeros(index(channels)), np.zeros(index(channels)))
+
+    @classmethod
+    def merge_all(cls, parts: Iterable[Moments]) -> Moments:
+        """Merge any number of moments, neighbours first, so that rounding grows with the log.
+
+        Raises
+        ------
+        ValueError
+            If there are none: how many channels would they have?
+        """
+        row = [_moments_of(part) for part in parts]
+        if not row:
+            raise ValueError("merge_all got no moments; expected at least one")
+        while len(row) > 1:
+            pairs = [a.merge(b) for a, b in zip(row[::2], row[1::2], strict=False)]
+            row = pairs + row[2 * len(pairs) :]
+        return row[0].merge(cls.empty(len(row[0].mean)))
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of both sets of values together, exact to rounding."""
+        other = _moments_of(other)
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"the other moments have {len(other.mean)} channels; expected {len(self.mean)}"
+            )
+        if not self.count or not other.count:
+            kept = self if self.count else other
+            return Moments(kept.count, kept.mean.copy(), kept.m2.copy())
+        count = self.count + other.count
+        share = other.count / count
+        with np.errstate(invalid="ignore", over="ignore"):  # an infinite channel stays its own
+            delta = other.mean - self.mean
+            mean = self.mean + delta * share
+            m2 = self.m2 + (other.m2 + delta * delta * (self.count * share))
+        return Moments(count, mean, m2)
+
+    def update(self, x: ArrayLike, axis: int = 1) -> Moments:
+        """Take in the values of `x`, in place, and return self.
+
+        Parameters
+        ----------
+        x : array_like
+            Rank 2 or more; every axis but `axis` is reduced.
+        axis : int
+            The channel axis.
+        """
+        merged = self.merge(moments(x, axis=axis))
+        self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
+        return self
+
+    def var(self, ddof: float = 0) -> Vector:
+        """Return the variance, M2 / (count - ddof); NaN where ``count <= ddof``."""
+        values = self.count - _arrays.real("ddof", ddof)
+        return self.m2 / values if values > 0 else np.full_like(self.m2, np.nan)
+
+    def std(self, ddof: float = 0) -> Vector:
+        """Return the standard deviation, the root of `var`."""
+        return np.sqrt(self.var(ddof))
+
+    def __add__(self, other: object) -> Moments:
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    def __radd__(self, other: object) -> Moments:
+        # sum() starts from the integer 0.
+        return self.merge(self.empty(len(self.mean))) if other == 0 else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return (
+            self.count == other.count
+            and np.array_equal(self.mean, other.mean, equal_nan=True)
+            and np.array_equal(self.m2, other.m2, equal_nan=True)
+        )
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, mean={self.mean!r}, m2={self.m2!r})"
+
+
+def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+    """Return the moments of each channel of `x`, in one pass over memory.
+
+    Parameters
+    ----------
+    x : array_like of float32 or float64
+        Rank 2 or more.
+    axis : int
+        The channel axis; all others are reduced.
+
+    Returns
+    -------
+    Moments
+        ``count`` values per channel, their mean and M2 in float64. The variance of float32
+        data is accurate to 1e-7 relative for any mean and any order of the data.
+
+    Raises
+    ------
+    TypeError
+        If `x` has another dtype.
+    ValueError
+        If `x` has fewer than two dimensions, or no such axis.
+
+    Notes
+    -----
+    The mini-batch mean and variance of the paper's Algorithm 1, by blocks: each is summed in
+    float64 around one of its own values, and blocks are merged as Welford's states are.
+    """
+    return Moments(*_core.moments(x, axis))
+
+
+def _moments_of(value: Any) -> Moments:
+    if not isinstance(value, Moments):
+        raise TypeError(f"got {value!r:.60} of type {type(value).__name__}; expected Moments")
+    return value
+
+
+def _vector(name: str, value: ArrayLike) -> Vector:
+    vector = np.asarray(value, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} has shape {vector.shape}; expected (channels,)")
+    return vector
