@@ -21,7 +21,11 @@ COMMON = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-lto", "-Wall", "-Wextra"
 KERNEL = [*COMMON, "-Wno-missing-braces"]
 
 ISA_FLAGS = {
-    "x86_64": {"sse2": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]},
+    "x86_64": {
+        "sse2": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mf16c"],
+    },
 }
 
 

@@ -76,17 +76,16 @@ cdef extern from "bnfast.h" nogil:
 
     ctypedef struct bnf_plan:
         bnf_layout layout
-        bnf_blocks blocks
-        Py_ssize_t group, groups
+        bnf_blocks blocks, spread
+        Py_ssize_t group, groups, width, widths
         bint fused, stream
         int threads
 
     int bnf_useful_threads(Py_ssize_t bytes)
-    bnf_plan bnf_make_plan(bnf_shape shape, Py_ssize_t itemsize, int reads, int writes,
-                           bnf_caches caches, int max_threads)
-    bnf_tile bnf_block_tile(bnf_shape shape, const bnf_plan *plan, Py_ssize_t block,
-                            Py_ssize_t group)
-    bnf_tile bnf_group_tile(bnf_shape shape, const bnf_plan *plan, Py_ssize_t group)
+    bnf_plan bnf_make_plan(bnf_shape shape, Py_ssize_t itemsize, bint gathers, int reads,
+                           int writes, bnf_caches caches, int max_threads)
+    bnf_tile bnf_block_tile(bnf_shape shape, bnf_blocks blocks, Py_ssize_t block,
+                            Py_ssize_t channel0, Py_ssize_t channels)
 
 
 cdef extern from "moments.h" nogil:

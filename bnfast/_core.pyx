@@ -207,13 +207,9 @@ cdef void spread_backward(Work *w, bnf_tile tile) noexcept nogil:
     w.kernels.grad_input(&w.backward, tile)
 
 
-cdef void run_group(Work *w, Py_ssize_t group) noexcept nogil:
-    """All steps of one group of channels, while the caches hold it."""
-    cdef Py_ssize_t block
-    for block in range(w.plan.blocks.count):
-        w.gather(w, bnf_block_tile(w.shape, &w.plan, block, group), block)
-    settle_group(w, group)
-    w.spread(w, bnf_group_tile(w.shape, &w.plan, group))
+cdef void gather_tile(Work *w, Py_ssize_t block, Py_ssize_t group) noexcept nogil:
+    w.gather(w, bnf_block_tile(w.shape, w.plan.blocks, block, group * w.plan.group,
+                               w.plan.group), block)
 
 
 cdef void settle_group(Work *w, Py_ssize_t group) noexcept nogil:
@@ -221,39 +217,43 @@ cdef void settle_group(Work *w, Py_ssize_t group) noexcept nogil:
     w.settle(w, c0, min(c0 + w.plan.group, w.shape.channels))
 
 
-cdef void run_block(Work *w, Py_ssize_t item, bint spread) noexcept nogil:
-    """One step of one block of one group, the groups of a block side by side."""
-    cdef Py_ssize_t block = item // w.plan.groups
-    cdef bnf_tile tile = bnf_block_tile(w.shape, &w.plan, block, item % w.plan.groups)
-    if spread:
-        w.spread(w, tile)
-    else:
-        w.gather(w, tile, block)
+cdef void spread_tile(Work *w, Py_ssize_t block, Py_ssize_t width) noexcept nogil:
+    w.spread(w, bnf_block_tile(w.shape, w.plan.spread, block, width * w.plan.width,
+                               w.plan.width))
+
+
+cdef void run_group(Work *w, Py_ssize_t group) noexcept nogil:
+    """All steps of one group of channels, while the caches hold it."""
+    cdef Py_ssize_t block
+    for block in range(w.plan.blocks.count):
+        gather_tile(w, block, group)
+    settle_group(w, group)
+    spread_tile(w, 0, group)
 
 
 cdef void run(Work *w) noexcept nogil:
-    """All steps over all tiles.  A thread's share may vary; what a tile computes may not."""
+    """All steps over all tiles.  Which thread takes a tile may vary; what it computes may not."""
     global threads_started
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, groups = w.plan.groups, widths = w.plan.widths
+    cdef Py_ssize_t blocks = w.plan.blocks.count
     cdef int threads = w.plan.threads
-    cdef Py_ssize_t groups = w.plan.groups, blocks = w.plan.blocks.count * w.plan.groups
     if threads > 1:
         threads_started = True
-    if w.plan.fused and w.gather != NULL and w.spread != NULL:
+    if w.plan.fused:
         for i in prange(groups, schedule="dynamic", num_threads=threads,
                         use_threads_if=threads > 1):
             run_group(w, i)
         return
-    if w.gather != NULL:
-        for i in prange(blocks, schedule="static", num_threads=threads,
+    if w.gather != NULL:   # a block's tiles side by side, as they lie in memory
+        for i in prange(blocks * groups, schedule="static", num_threads=threads,
                         use_threads_if=threads > 1):
-            run_block(w, i, False)
+            gather_tile(w, i // groups, i % groups)
         for i in range(groups):
             settle_group(w, i)
     if w.spread != NULL:
-        for i in prange(blocks, schedule="static", num_threads=threads,
+        for i in prange(w.plan.spread.count * widths, schedule="static", num_threads=threads,
                         use_threads_if=threads > 1):
-            run_block(w, i, True)
+            spread_tile(w, i // widths, i % widths)
 
 
 cdef run_work(Work *w):
@@ -264,7 +264,7 @@ cdef run_work(Work *w):
             run(w)
 
 
-cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, int reads, int writes,
+cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, bint gathers, int reads, int writes,
                    Direction direction, int activation, bint residual) except -1:
     """Choose kernels and tiles and count the dispatch; allocates nothing."""
     cdef int kind = type_of(x)
@@ -275,7 +275,7 @@ cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, int reads, int write
     w.bytes = cnp.PyArray_SIZE(x) * itemsize * (reads + writes)
     if bnf_useful_threads(w.bytes) > 1:
         most = _threads.limit()
-    w.plan = bnf_make_plan(shape, itemsize, reads, writes, caches, most)
+    w.plan = bnf_make_plan(shape, itemsize, gathers, reads, writes, caches, most)
     w.kernels = &active.kernels[kind][<int>w.plan.layout]
     counts[<int>direction][kind][<int>w.plan.layout][active_index][activation][residual] += 1
     return 0
@@ -463,7 +463,7 @@ def moments(x, axis):
     if cnp.PyArray_SIZE(array) == 0:
         return 0, np.zeros(channels), np.zeros(channels)
     memset(&w, 0, sizeof(w))
-    plan_work(&w, array, shape, 1, 0, MOMENTS, BNF_LINEAR, False)
+    plan_work(&w, array, shape, True, 1, 0, MOMENTS, BNF_LINEAR, False)
     cdef double *memory = <double *>calloc(2 * w.plan.blocks.count * channels, sizeof(double))
     if memory == NULL:
         raise MemoryError
@@ -490,7 +490,7 @@ cdef object apply_map(cnp.ndarray x, bnf_shape shape, const double *mean, const 
     if cnp.PyArray_SIZE(x) == 0:
         return y
     memset(&w, 0, sizeof(w))
-    plan_work(&w, x, shape, 1 + (residual is not None), 1, INFERENCE, act.code,
+    plan_work(&w, x, shape, False, 1 + (residual is not None), 1, INFERENCE, act.code,
               residual is not None)
     fill_forward(&w, x, residual, y, act)
     w.forward.mean, w.forward.scale, w.forward.shift = mean, scale, shift
@@ -648,7 +648,7 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     if empty:
         w.memory = <double *>calloc(2 * channels + 1, sizeof(double))
     else:
-        plan_work(&w, array, shape, 1 + (residual is not None), 1, FORWARD, act.code,
+        plan_work(&w, array, shape, True, 1 + (residual is not None), 1, FORWARD, act.code,
                   residual is not None)
         w.memory = <double *>calloc((2 * w.plan.blocks.count + 5) * channels, sizeof(double))
     if w.memory == NULL:
@@ -739,7 +739,7 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     empty = cnp.PyArray_SIZE(array) == 0
     blocks = 1
     if not empty:
-        plan_work(&w, array, shape, 2 + (y is not None or residual is not None),
+        plan_work(&w, array, shape, needs_sums, 2 + (y is not None or residual is not None),
                   needs_x + needs_residual, BACKWARD, act.code, residual is not None)
         blocks = w.plan.blocks.count
     w.memory = <double *>calloc((2 * blocks + 9) * channels + 1, sizeof(double))

@@ -49,7 +49,7 @@ INLINE void NAME(apply_interleaved_as)(const bnf_forward *operands, bnf_tile til
     NAME(affine) rounded;
     NAME(round_affine)(f->mean, f->scale, f->shift, tile, &rounded);
     const vec slope = set1(f->slope);
-    const ptrdiff_t step = f->stream ? STREAM_ROWS : ROWS;
+    const ptrdiff_t step = f->stream ? STREAM_ROWS : SPREAD_ROWS;
     const ptrdiff_t channels = tile.channel1 - tile.channel0;
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += step) {
         const ptrdiff_t rows = at_most(step, tile.outer1 - o);

@@ -19,11 +19,12 @@ typedef enum { BNF_LINEAR, BNF_RELU, BNF_RELU6, BNF_LEAKY_RELU, BNF_ACTIVATIONS 
  * recomputed from x, from x and the residual, or read off the output y. */
 typedef enum { BNF_UNMASKED, BNF_FROM_X, BNF_FROM_X_RESIDUAL, BNF_FROM_Y } bnf_mask;
 
-/* The most channels an interleaved tile may have: its sums live on the stack,
- * in L1, while the rows go by. */
-#define BNF_MAX_INTERLEAVED 512
-/* The same for a planar tile, whose channels keep 16 lanes of sums each. */
+/* The most channels a tile may have while it is summed: its sums live on the
+ * stack, in L1, while the data go by.  A planar channel keeps 16 lanes of them. */
 #define BNF_MAX_PLANAR 64
+#define BNF_MAX_INTERLEAVED 512
+/* The most channels of any tile: their parameters, rounded, are on the stack. */
+#define BNF_MAX_CHANNELS 2048
 
 typedef struct {
     ptrdiff_t outer, channels, inner;
@@ -104,9 +105,10 @@ typedef struct {
 typedef struct {
     bnf_layout layout;
     bnf_blocks blocks;
-    ptrdiff_t group;  /* channels a tile */
-    ptrdiff_t groups; /* tiles across the channels */
-    bool fused;       /* a group is gathered and written while the caches hold it */
+    bnf_blocks spread;       /* how the tiles that are written are cut: any way, for speed */
+    ptrdiff_t group, groups; /* channels of a tile that is summed, such tiles across all */
+    ptrdiff_t width, widths; /* the same for a tile that is written */
+    bool fused;              /* a group is summed and written while the caches hold it */
     bool stream;
     int threads;
 } bnf_plan;
@@ -115,9 +117,9 @@ bnf_layout bnf_shape_layout(bnf_shape shape);
 bnf_blocks bnf_cut_blocks(bnf_shape shape);
 ptrdiff_t bnf_values_before(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block);
 int bnf_useful_threads(ptrdiff_t bytes);
-bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, int reads, int writes,
+bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int reads, int writes,
                        bnf_caches caches, int max_threads);
-bnf_tile bnf_block_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t block, ptrdiff_t group);
-bnf_tile bnf_group_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t group);
+bnf_tile bnf_block_tile(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block, ptrdiff_t channel0,
+                        ptrdiff_t channels);
 
 #endif

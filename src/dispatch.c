@@ -4,32 +4,45 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 
-extern const bnf_table bnf_table_sse2, bnf_table_avx2;
+extern const bnf_table bnf_table_sse2, bnf_table_avx2, bnf_table_avx512;
 
 static bool runs_sse2(void) { return true; /* the x86-64 baseline */ }
 
-/* The operating system's word that it saves the ymm registers. */
-static bool saves_ymm(void)
+/* Whether the operating system saves these registers when it switches tasks. */
+static bool saves_state(unsigned wanted)
 {
-    unsigned low, high;
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return false;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & 6) == 6;
+    return (low & wanted) == wanted;
 }
 
 static bool runs_avx2(void)
 {
+    const unsigned first = bit_AVX | bit_FMA | bit_F16C, ymm = 0x6;
     unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d))
-        return false;
-    if (!(c & bit_OSXSAVE) || !(c & bit_AVX) || !(c & bit_FMA) || !(c & bit_F16C) || !saves_ymm())
+    if (!saves_state(ymm) || !__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first)
         return false;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
+}
+
+static bool runs_avx512(void)
+{
+    const unsigned wanted = bit_AVX512F | bit_AVX512VL | bit_AVX512DQ | bit_AVX512BW, zmm = 0xe6;
+    unsigned a, b, c, d;
+    return runs_avx2() && saves_state(zmm) && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+           (b & wanted) == wanted;
 }
 
 static const struct {
     const bnf_table *table;
     bool (*runs)(void);
-} built[] = {{&bnf_table_sse2, runs_sse2}, {&bnf_table_avx2, runs_avx2}};
+} built[] = {
+    {&bnf_table_sse2, runs_sse2},
+    {&bnf_table_avx2, runs_avx2},
+    {&bnf_table_avx512, runs_avx512},
+};
 
 #else
 #error "bnfast has no kernel table for this processor yet"

@@ -59,7 +59,7 @@ INLINE void NAME(grad_input_interleaved_as)(const bnf_backward *operands, bnf_ti
     NAME(round_affine)(b->mean, b->scale, b->shift, tile, &affine);
     NAME(round_slopes)(b, tile, &slopes);
     const vec slope = set1(b->slope);
-    const ptrdiff_t step = b->stream ? STREAM_ROWS : ROWS;
+    const ptrdiff_t step = b->stream ? STREAM_ROWS : SPREAD_ROWS;
     const ptrdiff_t channels = tile.channel1 - tile.channel0;
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += step) {
         const ptrdiff_t rows = at_most(step, tile.outer1 - o);

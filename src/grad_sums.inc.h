@@ -75,8 +75,8 @@ INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_til
     double sums[BNF_MAX_INTERLEAVED + LANES] = {0}, dots[BNF_MAX_INTERLEAVED + LANES] = {0};
     for (ptrdiff_t c = 0; c < channels; c++)
         mean[c] = b->mean[tile.channel0 + c];
-    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += ROWS) {
-        const ptrdiff_t rows = at_most(ROWS, tile.outer1 - o);
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += GRAD_SUMS_ROWS) {
+        const ptrdiff_t rows = at_most(GRAD_SUMS_ROWS, tile.outer1 - o);
         const ptrdiff_t row = o * b->shape.channels + tile.channel0;
         ptrdiff_t c = 0;
         for (; c + LANES <= channels; c += LANES)

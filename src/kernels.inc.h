@@ -44,12 +44,12 @@ INLINE void NAME(store_some)(T *p, ptrdiff_t n, vec a, bool stream_it)
 /* The mean is kept as a high and a low part: x - high is exact near the mean,
  * so a constant channel gives exactly its bias and a mean of 1e6 costs nothing. */
 typedef struct {
-    T high[BNF_MAX_INTERLEAVED], low[BNF_MAX_INTERLEAVED];
-    T scale[BNF_MAX_INTERLEAVED], shift[BNF_MAX_INTERLEAVED];
+    T high[BNF_MAX_CHANNELS], low[BNF_MAX_CHANNELS];
+    T scale[BNF_MAX_CHANNELS], shift[BNF_MAX_CHANNELS];
 } NAME(affine);
 
 typedef struct {
-    T dy_factor[BNF_MAX_INTERLEAVED], x_factor[BNF_MAX_INTERLEAVED], constant[BNF_MAX_INTERLEAVED];
+    T dy_factor[BNF_MAX_CHANNELS], x_factor[BNF_MAX_CHANNELS], constant[BNF_MAX_CHANNELS];
 } NAME(slopes);
 
 typedef struct {

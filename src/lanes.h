@@ -6,8 +6,11 @@
 
 #define LANES 8
 /* Rows a strip of eight channels takes at a time: enough to keep its sums or
- * factors in registers for a while, few enough to be read as so many streams. */
-#define ROWS 8
+ * factors in registers for a while, few enough that rows a power of two apart
+ * (1024 channels), which share a cache set, do not throw each other out. */
+#define MOMENTS_ROWS 8
+#define GRAD_SUMS_ROWS 2
+#define SPREAD_ROWS 1
 /* Streamed lines must be finished before others are begun: row after row. */
 #define STREAM_ROWS 1
 #define STREAM_ALIGNMENT 32

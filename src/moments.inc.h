@@ -101,8 +101,8 @@ static void NAME(moments_interleaved)(const void *data, bnf_shape shape, bnf_til
     for (size_t sweep = 0; sweep < SWEEPS; sweep++) {
         for (ptrdiff_t c = 0; c < channels + LANES; c++)
             sum[c] = square[c] = 0.0;
-        for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += ROWS) {
-            const ptrdiff_t rows = at_most(ROWS, tile.outer1 - o);
+        for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += MOMENTS_ROWS) {
+            const ptrdiff_t rows = at_most(MOMENTS_ROWS, tile.outer1 - o);
             ptrdiff_t c = 0;
             for (; c + LANES <= channels; c += LANES)
                 NAME(moments_strip)(x + o * stride + c, stride, rows, LANES, pivot + c, sum + c,

@@ -79,9 +79,25 @@ int bnf_useful_threads(ptrdiff_t bytes)
     return (int)most(least(bytes / BYTES_PER_THREAD, 1 << 16), 1);
 }
 
-/* reads and writes: how many tensors of this shape the whole call takes in and
- * gives out. */
-bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, int reads, int writes,
+/* Tiles for writing alone may be cut anywhere: a few for each thread, of whole
+ * rows or images where there are enough of them, since memory likes long runs. */
+static void cut_spread(bnf_shape shape, bnf_plan *plan)
+{
+    const ptrdiff_t wanted = plan->threads > 1 ? 4 * plan->threads : 1;
+    const ptrdiff_t outers = quotient_up(shape.outer, wanted);
+    const ptrdiff_t stripes = quotient_up(shape.outer, outers);
+    const ptrdiff_t width = quotient_up(shape.channels, quotient_up(wanted, stripes));
+    plan->width = least(width, BNF_MAX_CHANNELS);
+    plan->widths = quotient_up(shape.channels, plan->width);
+    const ptrdiff_t pieces = quotient_up(wanted, stripes * plan->widths);
+    const ptrdiff_t length = quotient_up(quotient_up(shape.inner, pieces), 16) * 16;
+    const ptrdiff_t segments = quotient_up(shape.inner, length);
+    plan->spread = (bnf_blocks){stripes * segments, outers, segments, length};
+}
+
+/* gathers: whether the call sums anything; reads and writes: how many tensors of
+ * this shape it takes in and gives out. */
+bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int reads, int writes,
                        bnf_caches caches, int max_threads)
 {
     bnf_plan plan = {.layout = bnf_shape_layout(shape), .blocks = bnf_cut_blocks(shape)};
@@ -92,30 +108,28 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, int reads, int write
     plan.threads = (int)least(bnf_useful_threads(bytes), most(max_threads, 1));
     plan.group = group_of(shape, plan.layout, channel_bytes, caches, plan.threads);
     plan.groups = quotient_up(shape.channels, plan.group);
-    plan.fused = planar && is_even(plan.groups, plan.threads) &&
+    plan.fused = planar && gathers && writes > 0 && is_even(plan.groups, plan.threads) &&
                  plan.group * channel_bytes <= most(caches.l2, caches.l3 / plan.threads) / 2;
-    /* Streaming wins where the call's tensors together are well past the last cache. */
+    if (plan.fused) {
+        plan.width = plan.group;
+        plan.widths = plan.groups;
+        plan.spread = (bnf_blocks){1, shape.outer, 1, shape.inner};
+    } else
+        cut_spread(shape, &plan);
+    /* Streaming wins where the call's tensors together are twice the last cache. */
     const ptrdiff_t last = most(caches.l2, caches.l3);
     const bool whole_lines =
         planar ? shape.inner * itemsize >= MIN_STREAMED_RUN : shape.channels * itemsize % 64 == 0;
-    plan.stream = whole_lines && bytes > last + last / 2;
+    plan.stream = whole_lines && bytes > 2 * last;
     return plan;
 }
 
-bnf_tile bnf_block_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t block, ptrdiff_t group)
+bnf_tile bnf_block_tile(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block, ptrdiff_t channel0,
+                        ptrdiff_t channels)
 {
-    const bnf_blocks *blocks = &plan->blocks;
-    const ptrdiff_t outer = block / blocks->segments * blocks->outers;
-    const ptrdiff_t inner = block % blocks->segments * blocks->length;
-    const ptrdiff_t channel = group * plan->group;
-    return (bnf_tile){outer,   least(outer + blocks->outers, shape.outer),
-                      channel, least(channel + plan->group, shape.channels),
-                      inner,   least(inner + blocks->length, shape.inner)};
-}
-
-bnf_tile bnf_group_tile(bnf_shape shape, const bnf_plan *plan, ptrdiff_t group)
-{
-    const ptrdiff_t channel = group * plan->group;
-    return (bnf_tile){0, shape.outer, channel, least(channel + plan->group, shape.channels),
-                      0, shape.inner};
+    const ptrdiff_t outer = block / blocks.segments * blocks.outers;
+    const ptrdiff_t inner = block % blocks.segments * blocks.length;
+    return (bnf_tile){outer,    least(outer + blocks.outers, shape.outer),
+                      channel0, least(channel0 + channels, shape.channels),
+                      inner,    least(inner + blocks.length, shape.inner)};
 }

@@ -1,0 +1,83 @@
+/* Eight lanes of float32 or float64 on AVX-512 (F, VL, DQ, BW): the operations
+ * of simd_avx2.h, a d8 being one register, and tails being masks. */
+#ifndef BNFAST_SIMD_AVX512_H
+#define BNFAST_SIMD_AVX512_H
+
+#include <immintrin.h>
+#include <stddef.h>
+
+typedef __m256 f8;
+typedef __m512d d8;
+
+/* After streaming stores, before another thread may read what they wrote. */
+static inline void stream_end(void) { _mm_sfence(); }
+
+static inline __mmask8 first_lanes(ptrdiff_t n) { return (__mmask8)((1u << n) - 1); }
+
+static inline f8 f8_set1(double a) { return _mm256_set1_ps((float)a); }
+static inline f8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void f8_store(float *p, f8 a) { _mm256_storeu_ps(p, a); }
+static inline void f8_stream(float *p, f8 a) { _mm256_stream_ps(p, a); }
+static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
+static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
+static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
+static inline f8 f8_fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }
+/* a > b ? a : b and a < b ? a : b: b where either is NaN. */
+static inline f8 f8_max(f8 a, f8 b) { return _mm256_max_ps(a, b); }
+static inline f8 f8_min(f8 a, f8 b) { return _mm256_min_ps(a, b); }
+/* a <= b ? yes : no */
+static inline f8 f8_select_le(f8 a, f8 b, f8 yes, f8 no)
+{
+    return _mm256_mask_blend_ps(_mm256_cmp_ps_mask(a, b, _CMP_LE_OQ), no, yes);
+}
+/* The first n (1 to 7) lanes from memory, the others from fill. */
+static inline f8 f8_load_part(const float *p, ptrdiff_t n, f8 fill)
+{
+    return _mm256_mask_loadu_ps(fill, first_lanes(n), p);
+}
+static inline void f8_store_part(float *p, ptrdiff_t n, f8 a)
+{
+    _mm256_mask_storeu_ps(p, first_lanes(n), a);
+}
+
+static inline d8 d8_set1(double a) { return _mm512_set1_pd(a); }
+static inline d8 d8_load(const double *p) { return _mm512_loadu_pd(p); }
+static inline void d8_store(double *p, d8 a) { _mm512_storeu_pd(p, a); }
+/* In halves: kernels only promise 32 bytes of alignment. */
+static inline void d8_stream(double *p, d8 a)
+{
+    _mm256_stream_pd(p, _mm512_castpd512_pd256(a));
+    _mm256_stream_pd(p + 4, _mm512_extractf64x4_pd(a, 1));
+}
+static inline d8 d8_add(d8 a, d8 b) { return _mm512_add_pd(a, b); }
+static inline d8 d8_sub(d8 a, d8 b) { return _mm512_sub_pd(a, b); }
+static inline d8 d8_mul(d8 a, d8 b) { return _mm512_mul_pd(a, b); }
+static inline d8 d8_fma(d8 a, d8 b, d8 c) { return _mm512_fmadd_pd(a, b, c); }
+static inline d8 d8_max(d8 a, d8 b) { return _mm512_max_pd(a, b); }
+static inline d8 d8_min(d8 a, d8 b) { return _mm512_min_pd(a, b); }
+static inline d8 d8_select_le(d8 a, d8 b, d8 yes, d8 no)
+{
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), no, yes);
+}
+static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)
+{
+    return _mm512_mask_loadu_pd(fill, first_lanes(n), p);
+}
+static inline void d8_store_part(double *p, ptrdiff_t n, d8 a)
+{
+    _mm512_mask_storeu_pd(p, first_lanes(n), a);
+}
+/* Lanes 0+4, 1+5, 2+6, 3+7; then 0+2, 1+3; then 0+1. */
+static inline double d8_sum(d8 a)
+{
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
+    const __m128d two =
+        _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+
+static inline d8 f8_widen(f8 a) { return _mm512_cvtps_pd(a); }
+static inline f8 f8_narrow(d8 a) { return _mm512_cvtpd_ps(a); }
+static inline d8 f8_load_wide(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+
+#endif
