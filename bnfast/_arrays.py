@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from math import isfinite
 from operator import index
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -173,7 +173,7 @@ def _axis(axis: Any, x: Array) -> int:
 def _check_out(
     out: Any, x: Array, tensors: dict[str, Array], out_may_be: tuple[str, ...]
 ) -> None:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+    if not isinstance(out, np.ndarray):
         raise TypeError(f"out is {_kind(out)}; expected a NumPy array")
     target = _like("out", out, x)
     if not out.flags.writeable:
@@ -219,13 +219,20 @@ def _overlaps_itself(a: Array) -> bool:
 # ---- Per-channel arrays
 
 
-def parameter(name: str, value: Any, channels: int) -> Array:
+def parameter(name: str, value: Any, channels: int, out: Array | None = None) -> Array:
     """Return a per-channel parameter as a plain float32 or float64 array."""
     a = _array(name, value)
     _check_type(name, a, _PARAMETER_NAMES)
     _check_channels(name, a, channels)
+    if out is not None and _share_memory(a, out):
+        refuse_overlap(name)
     kept = a.dtype.newbyteorder("=") if a.dtype.name in _DATA_NAMES else np.dtype(np.float32)
     return np.array(a, dtype=kept, order="C")
+
+
+def refuse_overlap(name: str) -> NoReturn:
+    """Refuse an `out` that a parameter or running statistic lies in."""
+    raise ValueError(f"out overlaps {name} in memory; expected {name} to have memory of its own")
 
 
 def constant(name: str, value: Any, channels: int | None = None) -> Array:

@@ -14,7 +14,7 @@ from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import os
 
@@ -145,6 +145,11 @@ def pool_started():
 
 # --- One call: gather, settle, spread ---------------------------------------------------
 
+cdef struct Activation:
+    bnf_activation code
+    double slope
+
+
 # Sums go into slots, (blocks, channels) arrays; `settle` turns a group's slots into what
 # `spread` multiplies with.  A missing step is NULL: moments() spreads nothing, inference
 # gathers nothing.
@@ -152,11 +157,11 @@ cdef struct Work:
     bnf_shape shape
     bnf_plan plan
     const bnf_kernels *kernels
+    long long *counter      # of dispatches like this one
     Py_ssize_t bytes
     double count, eps
-    double *memory
-    double *slot_a          # means, or sums of g
-    double *slot_b          # M2s, or sums of g * (x - mean)
+    double *memory          # of all the arrays below, one value per channel but for the slots
+    double *mean
     double *weight
     double *shift
     double *scale
@@ -166,11 +171,30 @@ cdef struct Work:
     double *dy_factor
     double *x_factor
     double *constant
+    double *ones
+    double *slot_a          # means, or sums of g; the whole batch's in row 0 once settled
+    double *slot_b          # M2s, or sums of g * (x - mean)
     bnf_forward forward
     bnf_backward backward
     void (*gather)(Work *, bnf_tile, Py_ssize_t) noexcept nogil
     void (*settle)(Work *, Py_ssize_t, Py_ssize_t) noexcept nogil
     void (*spread)(Work *, bnf_tile) noexcept nogil
+
+
+cdef int reserve(Work *w, Py_ssize_t channels, Py_ssize_t blocks) except -1:
+    """Take zeroed memory for all of a call's per-channel numbers, or raise MemoryError."""
+    cdef double **vectors[11]
+    cdef Py_ssize_t i
+    vectors[:] = [&w.mean, &w.weight, &w.shift, &w.scale, &w.var, &w.inv_std, &w.dweight,
+                  &w.dy_factor, &w.x_factor, &w.constant, &w.ones]
+    w.memory = <double *>calloc((11 + 2 * blocks) * channels + 1, sizeof(double))
+    if w.memory == NULL:
+        raise MemoryError
+    for i in range(11):
+        vectors[i][0] = w.memory + i * channels
+    w.slot_a = w.memory + 11 * channels
+    w.slot_b = w.slot_a + blocks * channels
+    return 0
 
 
 cdef void gather_moments(Work *w, bnf_tile tile, Py_ssize_t block) noexcept nogil:
@@ -257,6 +281,7 @@ cdef void run(Work *w) noexcept nogil:
 
 
 cdef run_work(Work *w):
+    w.counter[0] += 1
     if w.bytes < KEEP_GIL_BYTES:
         run(w)
     else:
@@ -265,8 +290,8 @@ cdef run_work(Work *w):
 
 
 cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, bint gathers, int reads, int writes,
-                   Direction direction, int activation, bint residual) except -1:
-    """Choose kernels and tiles and count the dispatch; allocates nothing."""
+                   Direction direction, Activation act, bint residual) except -1:
+    """Choose kernels and tiles; takes no memory and writes nothing."""
     cdef int kind = type_of(x)
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
     cdef int most = 1
@@ -277,15 +302,9 @@ cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, bint gathers, int re
         most = _threads.limit()
     w.plan = bnf_make_plan(shape, itemsize, gathers, reads, writes, caches, most)
     w.kernels = &active.kernels[kind][<int>w.plan.layout]
-    counts[<int>direction][kind][<int>w.plan.layout][active_index][activation][residual] += 1
+    w.counter = &counts[<int>direction][kind][<int>w.plan.layout][active_index][<int>act.code][
+        residual]
     return 0
-
-
-cdef double *take(double **memory, Py_ssize_t n) noexcept:
-    """The next n numbers of a block of memory."""
-    cdef double *taken = memory[0]
-    memory[0] += n
-    return taken
 
 
 # --- Recognising the common case ---------------------------------------------------------
@@ -364,12 +383,17 @@ cdef cnp.ndarray new_vector(Py_ssize_t n):
     return cnp.PyArray_EMPTY(1, &size, cnp.NPY_DOUBLE, 0)
 
 
+cdef inline double *numbers(object vector) noexcept:
+    return <double *>cnp.PyArray_DATA(<cnp.ndarray>vector)
+
+
+cdef void copy_numbers(object vector, const double *values) noexcept:
+    memcpy(numbers(vector), values, cnp.PyArray_NBYTES(<cnp.ndarray>vector))
+
+
 cdef cnp.ndarray vector_of(const double *values, Py_ssize_t n):
     cdef cnp.ndarray vector = new_vector(n)
-    cdef double *to = <double *>cnp.PyArray_DATA(vector)
-    cdef Py_ssize_t i
-    for i in range(n):
-        to[i] = values[i]
+    copy_numbers(vector, values)
     return vector
 
 
@@ -379,7 +403,7 @@ cdef inline bint is_parameter(object value, Py_ssize_t channels) noexcept:
 
 
 cdef int read_parameter(str name, object value, Py_ssize_t channels, double missing,
-                        double *to) except -1:
+                        double *to, object out) except -1:
     """Copy a per-channel parameter, or what stands for a missing one, as float64."""
     cdef Py_ssize_t i
     cdef const float *single
@@ -389,7 +413,9 @@ cdef int read_parameter(str name, object value, Py_ssize_t channels, double miss
             to[i] = missing
         return 0
     if not is_parameter(value, channels):
-        value = _arrays.parameter(name, value, channels)
+        value = _arrays.parameter(name, value, channels, out)
+    elif out is not None and overlap(<cnp.ndarray>value, <cnp.ndarray>out):
+        _arrays.refuse_overlap(name)
     if cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT:
         single = <const float *>cnp.PyArray_DATA(<cnp.ndarray>value)
         for i in range(channels):
@@ -401,11 +427,22 @@ cdef int read_parameter(str name, object value, Py_ssize_t channels, double miss
     return 0
 
 
+cdef inline bint is_running(object value, cnp.ndarray x) noexcept:
+    """A plain array of a type that running statistics may have beside x."""
+    return is_plain(value) and (cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT
+                                or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)
+
+
+cdef int check_running(str name, object value, cnp.ndarray x) except -1:
+    if not is_running(value, x):
+        _arrays.check_running_type(name, value, x.dtype)
+    return 0
+
+
 cdef cnp.ndarray running_statistic(str name, object value, cnp.ndarray x, Py_ssize_t channels):
     """The array to update: value itself, or a plain copy where value is not plain."""
-    if (is_parameter(value, channels) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>value)
-            and (cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT
-                 or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)):
+    if (is_parameter(value, channels) and is_running(value, x)
+            and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>value)):
         return <cnp.ndarray>value
     return _arrays.running_statistic(name, value, channels, x.dtype)
 
@@ -420,11 +457,6 @@ cdef void move_average(cnp.ndarray running, double momentum, const double *batch
             single[i] = <float>((1 - momentum) * single[i] + momentum * batch[i])
         else:
             twice[i] = (1 - momentum) * twice[i] + momentum * batch[i]
-
-
-cdef struct Activation:
-    bnf_activation code
-    double slope
 
 
 cdef Activation read_activation(object activation) except *:
@@ -455,48 +487,33 @@ def moments(x, axis):
     """One pass over x: (count, mean, M2), float64 per channel."""
     cdef Work w
     cdef bnf_shape shape
+    cdef Activation none
     if not see(x, axis, &shape):
         seen = _arrays.Canonical(x, axis)
         return moments(seen.x, seen.axis)
-    cdef cnp.ndarray array = <cnp.ndarray>x
-    cdef Py_ssize_t channels = shape.channels
-    if cnp.PyArray_SIZE(array) == 0:
-        return 0, np.zeros(channels), np.zeros(channels)
+    if cnp.PyArray_SIZE(<cnp.ndarray>x) == 0:
+        return 0, np.zeros(shape.channels), np.zeros(shape.channels)
     memset(&w, 0, sizeof(w))
-    plan_work(&w, array, shape, True, 1, 0, MOMENTS, BNF_LINEAR, False)
-    cdef double *memory = <double *>calloc(2 * w.plan.blocks.count * channels, sizeof(double))
-    if memory == NULL:
-        raise MemoryError
-    w.memory = memory
+    none.code, none.slope = BNF_LINEAR, 0.0
+    plan_work(&w, <cnp.ndarray>x, shape, True, 1, 0, MOMENTS, none, False)
+    reserve(&w, shape.channels, w.plan.blocks.count)
     try:
-        w.slot_a = take(&memory, w.plan.blocks.count * channels)
-        w.slot_b = take(&memory, w.plan.blocks.count * channels)
-        w.forward.x = cnp.PyArray_DATA(array)
+        w.forward.x = cnp.PyArray_DATA(<cnp.ndarray>x)
         w.gather, w.settle = gather_moments, merge_moments
         run_work(&w)
-        return (shape.outer * shape.inner, vector_of(w.slot_a, channels),
-                vector_of(w.slot_b, channels))
+        return (shape.outer * shape.inner, vector_of(w.slot_a, shape.channels),
+                vector_of(w.slot_b, shape.channels))
     finally:
         free(w.memory)
 
 
 # --- Inference --------------------------------------------------------------------------------
 
-cdef object apply_map(cnp.ndarray x, bnf_shape shape, const double *mean, const double *scale,
-                      const double *shift, Activation act, object residual, object out):
-    """y = act((x - mean) * scale + shift (+ residual)) of the common case, checked."""
-    cdef Work w
-    cdef cnp.ndarray y = new_like(x) if out is None else <cnp.ndarray>out
-    if cnp.PyArray_SIZE(x) == 0:
-        return y
-    memset(&w, 0, sizeof(w))
-    plan_work(&w, x, shape, False, 1 + (residual is not None), 1, INFERENCE, act.code,
-              residual is not None)
-    fill_forward(&w, x, residual, y, act)
-    w.forward.mean, w.forward.scale, w.forward.shift = mean, scale, shift
-    w.spread = spread_forward
-    run_work(&w)
-    return y
+cdef inline bint forward_is_common(object x, object axis, object residual, object out,
+                                   bnf_shape *shape) noexcept:
+    return (see(x, axis, shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
+            and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
+                                 and apart(<cnp.ndarray>out, residual))))
 
 
 cdef void fill_forward(Work *w, cnp.ndarray x, object residual, cnp.ndarray y,
@@ -509,78 +526,73 @@ cdef void fill_forward(Work *w, cnp.ndarray x, object residual, cnp.ndarray y,
     w.forward.stream = w.plan.stream
 
 
-cdef inline bint forward_is_common(object x, object axis, object residual, object out,
-                                   bnf_shape *shape) noexcept:
-    return (see(x, axis, shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
-            and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
-                                 and apart(<cnp.ndarray>out, residual))))
+cdef object apply_map(cnp.ndarray x, bnf_shape shape, const double *mean, const double *scale,
+                      const double *shift, Activation act, object residual, object out):
+    """act((x - mean) * scale + shift (+ residual)) of the common case, already checked."""
+    cdef Work w
+    cdef cnp.ndarray y = new_like(x) if out is None else <cnp.ndarray>out
+    if cnp.PyArray_SIZE(x) == 0:
+        return y
+    memset(&w, 0, sizeof(w))
+    plan_work(&w, x, shape, False, 1 + (residual is not None), 1, INFERENCE, act,
+              residual is not None)
+    fill_forward(&w, x, residual, y, act)
+    w.forward.mean, w.forward.scale, w.forward.shift = mean, scale, shift
+    w.spread = spread_forward
+    run_work(&w)
+    return y
 
 
 def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
               names=("mean", "var", "weight", "bias"), running=False):
-    """y = act((x - mean) / sqrt(var + eps) * weight + bias (+ residual)).
+    """act((x - mean) / sqrt(var + eps) * weight + bias (+ residual)).
 
-    With var None the scale is weight as it is.
+    With var None the scale is weight as it is.  With running, mean and var must be of the
+    types that running statistics have.
     """
+    cdef Work w
     cdef bnf_shape shape
+    cdef Py_ssize_t c
     if not forward_is_common(x, axis, residual, out, &shape):
         seen = _arrays.Canonical(x, axis, residual=residual, out=out)
         return seen.give(normalize(seen.x, mean, var, weight, bias, eps, seen.axis, seen.residual,
                                    activation, seen.out, names, running))
     cdef Activation act = read_activation(activation)
     cdef double epsilon = read_eps(eps, False)
-    cdef Py_ssize_t c, channels = shape.channels
-    if running and cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT:
-        for name, value in (("running_mean", mean), ("running_var", var)):
-            if (not is_parameter(value, channels)
-                    or cnp.PyArray_TYPE(<cnp.ndarray>value) != cnp.NPY_FLOAT):
-                _arrays.check_running_type(name, value, x.dtype)
-    cdef double *memory = <double *>calloc(4 * channels + 1, sizeof(double))
-    if memory == NULL:
-        raise MemoryError
-    cdef double *means = memory
-    cdef double *scales = memory + channels
-    cdef double *shifts = memory + 2 * channels
-    cdef double *vars = memory + 3 * channels
+    if running:
+        check_running(names[0], mean, <cnp.ndarray>x)
+        check_running(names[1], var, <cnp.ndarray>x)
+    memset(&w, 0, sizeof(w))
+    reserve(&w, shape.channels, 0)
     try:
-        read_parameter(names[0], mean, channels, 0.0, means)
-        read_parameter(names[2], weight, channels, 1.0, scales)
-        read_parameter(names[3], bias, channels, 0.0, shifts)
+        read_parameter(names[0], mean, shape.channels, 0.0, w.mean, out)
+        read_parameter(names[1], var, shape.channels, 1.0, w.var, out)
+        read_parameter(names[2], weight, shape.channels, 1.0, w.scale, out)
+        read_parameter(names[3], bias, shape.channels, 0.0, w.shift, out)
         if var is not None:
-            read_parameter(names[1], var, channels, 1.0, vars)
-            for c in range(channels):
-                scales[c] = scales[c] * (1 / sqrt(vars[c] + epsilon))
-        return apply_map(<cnp.ndarray>x, shape, means, scales, shifts, act, residual, out)
+            for c in range(shape.channels):
+                w.scale[c] = w.scale[c] * (1 / sqrt(w.var[c] + epsilon))
+        return apply_map(<cnp.ndarray>x, shape, w.mean, w.scale, w.shift, act, residual, out)
     finally:
-        free(memory)
+        free(w.memory)
 
 
 cdef class FixedMap:
-    """y = act((x - mean) * scale + shift (+ residual)) with its numbers ready: the compiled
-    half of `FrozenBatchNorm`."""
+    """act((x - mean) * scale + shift (+ residual)) with its numbers ready: the compiled half of
+    `FrozenBatchNorm`."""
 
-    cdef readonly object mean, scale, shift, activation
-    cdef readonly int axis
-    cdef object axis_object
-    cdef const double *means
-    cdef const double *scales
-    cdef const double *shifts
-    cdef Py_ssize_t channels
+    cdef readonly object mean, scale, shift, axis, activation
     cdef Activation act
 
     def __init__(self, mean, scale, shift, axis, activation):
-        if self.means != NULL:
-            raise RuntimeError("this map is immutable; make another one")
+        if self.mean is not None:
+            raise RuntimeError("a frozen batch norm is immutable; make another one")
         self.act = read_activation(activation)
-        self.axis = self.axis_object = axis
-        self.activation = activation
-        self.mean = _arrays.constant("mean", mean)
-        self.channels = len(self.mean)
-        self.scale = _arrays.constant("scale", scale, self.channels)
-        self.shift = _arrays.constant("shift", shift, self.channels)
-        self.means = <const double *>cnp.PyArray_DATA(<cnp.ndarray>self.mean)
-        self.scales = <const double *>cnp.PyArray_DATA(<cnp.ndarray>self.scale)
-        self.shifts = <const double *>cnp.PyArray_DATA(<cnp.ndarray>self.shift)
+        self.axis, self.activation = axis, activation
+        means = _arrays.constant("mean", mean)
+        self.scale = _arrays.constant("scale", scale, len(means))
+        self.shift = _arrays.constant("shift", shift, len(means))
+        self.mean = means
 
     def __call__(self, x, residual=None, out=None):
         """Apply the map.
@@ -588,7 +600,7 @@ cdef class FixedMap:
         Parameters
         ----------
         x : array_like
-            Rank 2 or more, ``axis`` having as many channels as the layer.
+            Rank 2 or more, with as many channels on ``axis`` as the layer has.
         residual : array_like, optional
             Added before the activation; shape and dtype of `x`.
         out : ndarray, optional
@@ -599,19 +611,19 @@ cdef class FixedMap:
         ndarray
             `out`, or a fresh array in the memory order of `x`.
         """
-        return self.at(x, self.axis_object, residual, out)
+        return self.apply(x, self.axis, residual, out)
 
-    cdef object at(self, object x, object axis, object residual, object out):
+    cdef object apply(self, object x, object axis, object residual, object out):
         cdef bnf_shape shape
-        if self.means == NULL:
-            raise RuntimeError("this map was never initialised")
+        if self.mean is None:
+            raise RuntimeError("this frozen batch norm was never initialised")
         if not forward_is_common(x, axis, residual, out, &shape):
             seen = _arrays.Canonical(x, axis, residual=residual, out=out)
-            return seen.give(self.at(seen.x, seen.axis, seen.residual, seen.out))
-        if shape.channels != self.channels:
-            raise ValueError(_arrays.wrong_channels(x.shape, axis, shape.channels, self.channels))
-        return apply_map(<cnp.ndarray>x, shape, self.means, self.scales, self.shifts, self.act,
-                         residual, out)
+            return seen.give(self.apply(seen.x, seen.axis, seen.residual, seen.out))
+        if shape.channels != cnp.PyArray_DIM(<cnp.ndarray>self.mean, 0):
+            raise ValueError(_arrays.wrong_channels(x.shape, axis, len(self.mean)))
+        return apply_map(<cnp.ndarray>x, shape, numbers(self.mean), numbers(self.scale),
+                         numbers(self.shift), self.act, residual, out)
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -626,74 +638,61 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     cdef bnf_shape shape
     if not forward_is_common(x, axis, residual, out, &shape):
         seen = _arrays.Canonical(x, axis, residual=residual, out=out)
-        found = forward(seen.x, running_mean, running_var, weight, bias, momentum, eps,
-                        seen.axis, ddof, seen.residual, activation, seen.out)
+        found = forward(seen.x, running_mean, running_var, weight, bias, momentum, eps, seen.axis,
+                        ddof, seen.residual, activation, seen.out)
         return seen.give(found[0]), found[1]
     cdef Activation act = read_activation(activation)
     cdef double moved = read_momentum(momentum), correction = _arrays.check_ddof(ddof)
-    cdef cnp.ndarray means = None, vars = None, array = <cnp.ndarray>x, y_array
-    cdef Py_ssize_t c, channels = shape.channels
+    cdef cnp.ndarray array = <cnp.ndarray>x, y, means = None, vars = None
+    cdef bint empty = cnp.PyArray_SIZE(array) == 0
     memset(&w, 0, sizeof(w))
     w.eps = read_eps(eps, True)
     if running_mean is not None:
-        means = running_statistic("running_mean", running_mean, array, channels)
-        vars = running_statistic("running_var", running_var, array, channels)
+        means = running_statistic("running_mean", running_mean, array, shape.channels)
+        vars = running_statistic("running_var", running_var, array, shape.channels)
         if (means is not running_mean or vars is not running_var or overlap(means, vars)
                 or touches(means, array, residual, out) or touches(vars, array, residual, out)):
             _arrays.check_running_apart(running_mean, running_var, x, residual, out)
-    empty = cnp.PyArray_SIZE(array) == 0
-    if not empty and shape.outer * shape.inner == 1:
+    if shape.outer * shape.inner == 1 and not empty:
         raise ValueError("Expected more than 1 value per channel when training, got input size "
                          f"{tuple(x.shape)}")
-    if empty:
-        w.memory = <double *>calloc(2 * channels + 1, sizeof(double))
-    else:
-        plan_work(&w, array, shape, True, 1 + (residual is not None), 1, FORWARD, act.code,
+    if not empty:
+        plan_work(&w, array, shape, True, 1 + (residual is not None), 1, FORWARD, act,
                   residual is not None)
-        w.memory = <double *>calloc((2 * w.plan.blocks.count + 5) * channels, sizeof(double))
-    if w.memory == NULL:
-        raise MemoryError
-    cdef double *memory = w.memory
+    reserve(&w, shape.channels, w.plan.blocks.count)
     try:
-        w.weight, w.shift = take(&memory, channels), take(&memory, channels)
-        read_parameter("weight", weight, channels, 1.0, w.weight)
-        read_parameter("bias", bias, channels, 0.0, w.shift)
-        y_array = new_like(array) if out is None else <cnp.ndarray>out
+        read_parameter("weight", weight, shape.channels, 1.0, w.weight, out)
+        read_parameter("bias", bias, shape.channels, 0.0, w.shift, out)
+        y = new_like(array) if out is None else <cnp.ndarray>out
         if empty:
-            nothing = np.full(channels, np.nan)
-            return y_array, (0, nothing, nothing.copy(), nothing.copy())
-        w.scale, w.var, w.inv_std = (take(&memory, channels), take(&memory, channels),
-                                     take(&memory, channels))
-        w.slot_a = take(&memory, w.plan.blocks.count * channels)
-        w.slot_b = take(&memory, w.plan.blocks.count * channels)
-        fill_forward(&w, array, residual, y_array, act)
+            return y, (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
+        fill_forward(&w, array, residual, y, act)
         w.forward.mean, w.forward.scale, w.forward.shift = w.slot_a, w.scale, w.shift
         w.gather, w.settle, w.spread = gather_moments, settle_forward, spread_forward
-        stats = (shape.outer * shape.inner, new_vector(channels), new_vector(channels),
-                 new_vector(channels))
+        stats = (shape.outer * shape.inner, new_vector(shape.channels),
+                 new_vector(shape.channels), new_vector(shape.channels))
         run_work(&w)
-        copy_to(stats[1], w.slot_a)
-        copy_to(stats[2], w.var)
-        copy_to(stats[3], w.inv_std)
+        copy_numbers(stats[1], w.slot_a)
+        copy_numbers(stats[2], w.var)
+        copy_numbers(stats[3], w.inv_std)
         if means is not None:
-            for c in range(channels):
-                w.var[c] = bnf_variance(w.slot_b[c], w.count, correction)
-            move_average(means, moved, w.slot_a)
-            move_average(vars, moved, w.var)
+            update_running(&w, means, vars, moved, correction)
             if means is not running_mean:
                 running_mean[...] = means
             if vars is not running_var:
                 running_var[...] = vars
-        return y_array, stats
+        return y, stats
     finally:
         free(w.memory)
 
 
-cdef void copy_to(object vector, const double *values) noexcept:
-    cdef double *to = <double *>cnp.PyArray_DATA(<cnp.ndarray>vector)
-    cdef Py_ssize_t i
-    for i in range(cnp.PyArray_DIM(<cnp.ndarray>vector, 0)):
-        to[i] = values[i]
+cdef void update_running(Work *w, cnp.ndarray means, cnp.ndarray vars, double momentum,
+                         double ddof) noexcept:
+    cdef Py_ssize_t c
+    for c in range(w.shape.channels):
+        w.var[c] = bnf_variance(w.slot_b[c], w.count, ddof)
+    move_average(means, momentum, w.slot_a)
+    move_average(vars, momentum, w.var)
 
 
 # --- Backward -----------------------------------------------------------------------------------
@@ -709,97 +708,13 @@ cdef inline bint backward_is_common(object dy, object x, object axis, object res
                                  and (y is None or not overlap(out, y)))))
 
 
-def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out,
-             needs):
-    """(dx, dweight, dbias, dresidual), None where needs, four bools, does not ask.
-
-    With count 0 the statistics are constants: nothing flows through them.
-    """
-    cdef Work w
-    cdef bnf_shape shape
-    if not backward_is_common(dy, x, axis, residual, y, out, &shape):
-        seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=out,
-                                 out_may_be=("x", "dy"))
-        found = backward(seen.dy, seen.x, mean, inv_std, count, weight, bias, seen.axis,
-                         seen.residual, activation, seen.y, seen.out, needs)
-        return seen.give(found[0]), found[1], found[2], seen.restore(found[3])
-    cdef Activation act = read_activation(activation)
-    cdef cnp.ndarray array = <cnp.ndarray>x
-    cdef bint needs_x = needs[0], needs_residual = needs[3]
-    cdef bint has_batch = count != 0
-    cdef bint needs_sums = needs[1] or needs[2] or (needs_x and has_batch)
-    cdef Py_ssize_t c, channels = shape.channels, blocks
-    cdef cnp.ndarray dx = None, dresidual = None
-    _arrays.check_count(count, shape.outer * shape.inner)
-    if needs_x:
-        dx = new_like(array) if out is None else <cnp.ndarray>out
-    if needs_residual:
-        dresidual = new_like(array)
-    memset(&w, 0, sizeof(w))
-    empty = cnp.PyArray_SIZE(array) == 0
-    blocks = 1
-    if not empty:
-        plan_work(&w, array, shape, needs_sums, 2 + (y is not None or residual is not None),
-                  needs_x + needs_residual, BACKWARD, act.code, residual is not None)
-        blocks = w.plan.blocks.count
-    w.memory = <double *>calloc((2 * blocks + 9) * channels + 1, sizeof(double))
-    if w.memory == NULL:
-        raise MemoryError
-    cdef double *memory = w.memory
-    cdef double *means
-    try:
-        w.slot_a, w.slot_b = take(&memory, blocks * channels), take(&memory, blocks * channels)
-        means, w.inv_std = take(&memory, channels), take(&memory, channels)
-        w.scale, w.shift = take(&memory, channels), take(&memory, channels)
-        w.dweight, w.dy_factor = take(&memory, channels), take(&memory, channels)
-        w.x_factor, w.constant = take(&memory, channels), take(&memory, channels)
-        read_parameter("stats.mean", mean, channels, 0.0, means)
-        read_parameter("stats.inv_std", inv_std, channels, 1.0, w.inv_std)
-        read_parameter("weight", weight, channels, 1.0, w.scale)
-        read_parameter("bias", bias, channels, 0.0, w.shift)
-        for c in range(channels):
-            w.scale[c] = w.scale[c] * w.inv_std[c]
-            w.dy_factor[c] = w.scale[c]
-        w.count = <double>(shape.outer * shape.inner)
-        fill_backward(&w, array, dy, residual, y, act)
-        w.backward.mean = means
-        w.backward.through_moments = has_batch
-        if needs_sums:
-            w.gather, w.settle = gather_gradients, settle_backward
-        if needs_x or needs_residual:
-            w.spread = spread_backward
-        if needs_x:
-            w.backward.dx = cnp.PyArray_DATA(dx)
-            w.backward.dresidual = cnp.PyArray_DATA(dresidual) if needs_residual else NULL
-        elif needs_residual:   # g alone: the gradient with respect to x under a scale of one
-            w.backward.dx = cnp.PyArray_DATA(dresidual)
-            w.backward.through_moments = False
-            w.settle = settle_sums_only
-            for c in range(channels):
-                w.dy_factor[c] = 1.0
-        if not empty:
-            run_work(&w)
-        return (dx, vector_of(w.dweight, channels) if needs[1] else None,
-                vector_of(w.slot_a, channels) if needs[2] else None, dresidual)
-    finally:
-        free(w.memory)
-
-
-cdef void settle_sums_only(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    cdef Py_ssize_t c
-    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_a)
-    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_b)
-    for c in range(c0, c1):
-        w.dweight[c] = w.inv_std[c] * w.slot_b[c]
-
-
 cdef void fill_backward(Work *w, cnp.ndarray x, object dy, object residual, object y,
                         Activation act) noexcept:
     w.backward.shape = w.shape
     w.backward.x = cnp.PyArray_DATA(x)
     w.backward.dy = cnp.PyArray_DATA(<cnp.ndarray>dy)
     w.backward.activation, w.backward.slope = act.code, act.slope
-    w.backward.scale, w.backward.shift = w.scale, w.shift
+    w.backward.mean, w.backward.scale, w.backward.shift = w.mean, w.scale, w.shift
     w.backward.dy_factor, w.backward.x_factor = w.dy_factor, w.x_factor
     w.backward.constant = w.constant
     w.backward.stream = w.plan.stream
@@ -813,3 +728,69 @@ cdef void fill_backward(Work *w, cnp.ndarray x, object dy, object residual, obje
         w.backward.residual = cnp.PyArray_DATA(<cnp.ndarray>residual)
     else:
         w.backward.mask = BNF_FROM_X
+
+
+cdef void choose_steps(Work *w, bint gathers, cnp.ndarray dx, cnp.ndarray dresidual) noexcept:
+    cdef Py_ssize_t c
+    if gathers:
+        w.gather, w.settle = gather_gradients, settle_backward
+    if dx is not None:
+        w.spread = spread_backward
+        w.backward.dx = cnp.PyArray_DATA(dx)
+        if dresidual is not None:
+            w.backward.dresidual = cnp.PyArray_DATA(dresidual)
+    elif dresidual is not None:   # g alone, which is dx under constants and a factor of one
+        w.spread = spread_backward
+        w.backward.dx = cnp.PyArray_DATA(dresidual)
+        w.backward.through_moments = False
+        w.backward.dy_factor = w.ones
+        for c in range(w.shape.channels):
+            w.ones[c] = 1.0
+
+
+def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out,
+             needs):
+    """(dx, dweight, dbias, dresidual), None where needs, four bools, does not ask.
+
+    With count 0 the statistics are constants: nothing flows through them.
+    """
+    cdef Work w
+    cdef bnf_shape shape
+    if not backward_is_common(dy, x, axis, residual, y, out, &shape):
+        seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=out,
+                                 out_may_be=("x", "dy"))
+        found = backward(seen.dy, seen.x, mean, inv_std, count, weight, bias, seen.axis,
+                         seen.residual, activation, seen.y, seen.out, needs)
+        return (seen.give(found[0]) if needs[0] else None, found[1], found[2],
+                seen.restore(found[3]))
+    cdef Activation act = read_activation(activation)
+    cdef cnp.ndarray array = <cnp.ndarray>x, dx = None, dresidual = None
+    cdef bint empty = cnp.PyArray_SIZE(array) == 0, has_batch = count != 0
+    cdef bint gathers = needs[1] or needs[2] or (needs[0] and has_batch)
+    cdef Py_ssize_t c
+    _arrays.check_count(count, shape.outer * shape.inner)
+    memset(&w, 0, sizeof(w))
+    if not empty:
+        plan_work(&w, array, shape, gathers, 2 + (y is not None or residual is not None),
+                  needs[0] + needs[3], BACKWARD, act, residual is not None or needs[3])
+    reserve(&w, shape.channels, w.plan.blocks.count if not empty else 1)
+    try:
+        read_parameter("stats.mean", mean, shape.channels, 0.0, w.mean, out)
+        read_parameter("stats.inv_std", inv_std, shape.channels, 1.0, w.inv_std, out)
+        read_parameter("weight", weight, shape.channels, 1.0, w.weight, out)
+        read_parameter("bias", bias, shape.channels, 0.0, w.shift, out)
+        for c in range(shape.channels):
+            w.scale[c] = w.dy_factor[c] = w.weight[c] * w.inv_std[c]
+        if needs[0]:
+            dx = new_like(array) if out is None else <cnp.ndarray>out
+        if needs[3]:
+            dresidual = new_like(array)
+        if not empty:
+            fill_backward(&w, array, dy, residual, y, act)
+            w.backward.through_moments = has_batch
+            choose_steps(&w, gathers, dx, dresidual)
+            run_work(&w)
+        return (dx, vector_of(w.dweight, shape.channels) if needs[1] else None,
+                vector_of(w.slot_a, shape.channels) if needs[2] else None, dresidual)
+    finally:
+        free(w.memory)

@@ -169,6 +169,8 @@ def batch_norm(
             "running_mean and running_var are None; expected both in inference (training=True "
             "normalises with the batch)"
         )
+    if momentum != 0.1:  # of no use here, but a bad one is a mistake all the same
+        _arrays.real("momentum", momentum)
     return _core.normalize(
         x, running_mean, running_var, weight, bias, eps, axis, residual, activation, out,
         _RUNNING, True,

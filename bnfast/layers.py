@@ -155,31 +155,33 @@ class BatchNorm:
         self.training = True
         self._forget()
         self._observer: Callable[[Moments], None] | None = None
+
+        def new(wanted: bool) -> Tensor | None:
+            return np.zeros(self.num_features, kind) if wanted else None
+
+        self.weight, self.bias = new(self.affine), new(self.affine)
+        self.weight_grad, self.bias_grad = new(self.affine), new(self.affine)
+        tracked = self.track_running_stats
+        self.running_mean, self.running_var = new(tracked), new(tracked)
+        self.num_batches_tracked = np.zeros((), np.int64) if tracked else None
         self.reset_parameters()
 
     # ---- state
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, gradients to 0 and running statistics to their start."""
+        """Set weight to 1, bias to 0 and the running statistics to their start, in place."""
         self.reset_running_stats()
-        ones, zeros = np.ones, np.zeros
-        self.weight, self.bias, self.weight_grad, self.bias_grad = (
-            fill(self.num_features, self.dtype) if self.affine else None
-            for fill in (ones, zeros, zeros, zeros)
-        )
+        _fill(1, self.weight)
+        _fill(0, self.bias)
 
     def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1, and the batch count to 0."""
-        tracked = self.track_running_stats
-        self.running_mean = np.zeros(self.num_features, self.dtype) if tracked else None
-        self.running_var = np.ones(self.num_features, self.dtype) if tracked else None
-        self.num_batches_tracked = np.zeros((), np.int64) if tracked else None
+        """Set the running mean to 0, the running variance to 1, the batch count to 0, in place."""
+        _fill(0, self.running_mean, self.num_batches_tracked)
+        _fill(1, self.running_var)
 
     def zero_grad(self) -> None:
         """Set `weight_grad` and `bias_grad` to zero."""
-        for gradient in (self.weight_grad, self.bias_grad):
-            if gradient is not None:
-                gradient[...] = 0
+        _fill(0, self.weight_grad, self.bias_grad)
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Switch to training (or, with False, evaluation) and return self."""
@@ -280,9 +282,8 @@ class BatchNorm:
                 x, self.running_mean, self.running_var, self.weight, self.bias, self.eps,
                 self.axis, residual, self.activation, out, _NAMES, True,
             )
-        updates = (
-            self.training and self.track_running_stats and update_stats and self._observer is None
-        )
+        observed = self._observer is not None
+        updates = self.training and self.track_running_stats and update_stats and not observed
         y, (count, mean, var, inv_std) = _core.forward(
             x,
             self.running_mean if updates else None,
@@ -292,11 +293,12 @@ class BatchNorm:
         )
         if not self.training:
             return y
-        stats = BatchStats(mean, var, inv_std, count)
-        if updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
         if self._observer is not None:
             self._observer(Moments(count, mean, var * count))
+            return y
+        if updates and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+        stats = BatchStats(mean, var, inv_std, count)
         overwritten = out is not None and np.may_share_memory(out, np.asarray(x))
         keeps_y = residual is not None and self.activation is not None
         self._saved = (None if overwritten else x, stats, residual is not None,
@@ -412,6 +414,12 @@ def _axis(axis: Any) -> int:
     if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"axis is {axis!r:.60}; expected an integer")
     return index(axis)
+
+
+def _fill(value: int, *arrays: Tensor | None) -> None:
+    for a in arrays:
+        if a is not None:
+            a[...] = value
 
 
 def _check_keys(found: set[str], own: set[str], prefix: str, layer: str) -> None:

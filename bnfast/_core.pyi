@@ -1,0 +1,82 @@
+"""Types of the compiled core; `tests/test_stubs.py` holds them against it."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+DIRECTION_NAMES: tuple[str, ...]
+TYPE_NAMES: tuple[str, ...]
+LAYOUT_NAMES: tuple[str, ...]
+VARIANT_NAMES: tuple[str, ...]
+
+Vector = NDArray[np.float64]
+Stats = tuple[int, Vector, Vector, Vector]
+
+def dispatches() -> dict[tuple[str, str, str, str, str], int]: ...
+def reset_dispatches() -> None: ...
+def isas() -> tuple[str, ...]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def config() -> dict[str, Any]: ...
+def pool_started() -> bool: ...
+def moments(x: ArrayLike, axis: int) -> tuple[int, Vector, Vector]: ...
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike | None,
+    var: ArrayLike | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    eps: float,
+    axis: int,
+    residual: ArrayLike | None,
+    activation: Any,
+    out: NDArray[Any] | None,
+    names: tuple[str, str, str, str] = ...,
+    running: bool = ...,
+) -> NDArray[Any]: ...
+def forward(
+    x: ArrayLike,
+    running_mean: NDArray[Any] | None,
+    running_var: NDArray[Any] | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    momentum: float,
+    eps: float,
+    axis: int,
+    ddof: int,
+    residual: ArrayLike | None,
+    activation: Any,
+    out: NDArray[Any] | None,
+) -> tuple[NDArray[Any], Stats]: ...
+def backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    inv_std: ArrayLike,
+    count: int,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    axis: int,
+    residual: ArrayLike | None,
+    activation: Any,
+    y: ArrayLike | None,
+    out: NDArray[Any] | None,
+    needs: tuple[bool, ...],
+) -> tuple[NDArray[Any] | None, Vector | None, Vector | None, NDArray[Any] | None]: ...
+
+class FixedMap:
+    mean: Vector
+    scale: Vector
+    shift: Vector
+    axis: int
+    activation: Any
+    def __init__(
+        self, mean: ArrayLike, scale: ArrayLike, shift: ArrayLike, axis: int, activation: Any
+    ) -> None: ...
+    def __call__(
+        self,
+        x: ArrayLike,
+        residual: ArrayLike | None = None,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]: ...
