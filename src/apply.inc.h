@@ -24,7 +24,8 @@ INLINE void NAME(apply_run)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t end, NA
 
 INLINE void NAME(apply_planar_as)(const bnf_forward *operands, bnf_tile tile, variant v)
 {
-    const bnf_forward own = *operands, *f = &own; /* no store can change a copy: it stays in registers */
+    /* No store can change a copy, so it stays in registers. */
+    const bnf_forward own = *operands, *f = &own;
     NAME(affine) rounded;
     NAME(round_affine)(f->mean, f->scale, f->shift, tile, &rounded);
     const vec slope = set1(f->slope);
@@ -36,33 +37,33 @@ INLINE void NAME(apply_planar_as)(const bnf_forward *operands, bnf_tile tile, va
         }
 }
 
-INLINE void NAME(apply_strip)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t n,
-                              NAME(affine_vec) a, vec slope, variant v)
+/* n channels of one row, from channel i of the tile on. */
+INLINE void NAME(apply_strip)(const bnf_forward *f, ptrdiff_t row, ptrdiff_t i, ptrdiff_t n,
+                              const NAME(affine) * rounded, vec slope, variant v)
 {
-    for (ptrdiff_t r = 0; r < rows; r++, i += f->shape.channels)
-        NAME(apply_some)(f, i, n, a, slope, v);
+    NAME(apply_some)(f, row + i, n, NAME(load_affine)(rounded, i, n), slope, v);
 }
 
+/* Row by row, the parameters from L1: rows may lie a multiple of 4 KiB apart,
+ * and then a strip of several would load right behind stores to the same low
+ * address bits, which processors take for the same address. */
 INLINE void NAME(apply_interleaved_as)(const bnf_forward *operands, bnf_tile tile, variant v)
 {
-    const bnf_forward own = *operands, *f = &own; /* no store can change a copy: it stays in registers */
+    const bnf_forward own = *operands, *f = &own;
     NAME(affine) rounded;
     NAME(round_affine)(f->mean, f->scale, f->shift, tile, &rounded);
     const vec slope = set1(f->slope);
-    const ptrdiff_t step = f->stream ? STREAM_ROWS : SPREAD_ROWS;
     const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += step) {
-        const ptrdiff_t rows = at_most(step, tile.outer1 - o);
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++) {
         const ptrdiff_t row = o * f->shape.channels + tile.channel0;
-        ptrdiff_t c = f->stream ? NAME(lead)((const T *)f->y + row, channels) : 0;
-        if (c)
-            NAME(apply_strip)(f, row, rows, c, NAME(load_affine)(&rounded, 0, c), slope, v);
-        for (; c + LANES <= channels; c += LANES)
-            NAME(apply_strip)(f, row + c, rows, LANES, NAME(load_affine)(&rounded, c, LANES), slope,
-                              v);
-        if (c < channels)
-            NAME(apply_strip)(f, row + c, rows, channels - c,
-                              NAME(load_affine)(&rounded, c, channels - c), slope, v);
+        const ptrdiff_t lead = f->stream ? NAME(lead)((const T *)f->y + row, channels) : 0;
+        ptrdiff_t i = lead;
+        if (lead)
+            NAME(apply_strip)(f, row, 0, lead, &rounded, slope, v);
+        for (; i + LANES <= channels; i += LANES)
+            NAME(apply_strip)(f, row, i, LANES, &rounded, slope, v);
+        if (i < channels)
+            NAME(apply_strip)(f, row, i, channels - i, &rounded, slope, v);
     }
 }
 

@@ -44,11 +44,12 @@ INLINE void NAME(grad_input_planar_as)(const bnf_backward *operands, bnf_tile ti
         }
 }
 
-INLINE void NAME(grad_input_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t n,
-                                   NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
+INLINE void NAME(grad_input_strip)(const bnf_backward *b, ptrdiff_t row, ptrdiff_t i, ptrdiff_t n,
+                                   const NAME(affine) * affine, const NAME(slopes) * slopes,
+                                   vec slope, variant v)
 {
-    for (ptrdiff_t r = 0; r < rows; r++, i += b->shape.channels)
-        NAME(grad_input_some)(b, i, n, a, s, slope, v);
+    NAME(grad_input_some)(b, row + i, n, NAME(load_affine)(affine, i, n),
+                          NAME(load_slopes)(slopes, i, n), slope, v);
 }
 
 INLINE void NAME(grad_input_interleaved_as)(const bnf_backward *operands, bnf_tile tile, variant v)
@@ -59,22 +60,17 @@ INLINE void NAME(grad_input_interleaved_as)(const bnf_backward *operands, bnf_ti
     NAME(round_affine)(b->mean, b->scale, b->shift, tile, &affine);
     NAME(round_slopes)(b, tile, &slopes);
     const vec slope = set1(b->slope);
-    const ptrdiff_t step = b->stream ? STREAM_ROWS : SPREAD_ROWS;
     const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += step) {
-        const ptrdiff_t rows = at_most(step, tile.outer1 - o);
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++) { /* row by row, as in apply */
         const ptrdiff_t row = o * b->shape.channels + tile.channel0;
-        ptrdiff_t c = b->stream ? NAME(lead)((const T *)b->dx + row, channels) : 0;
-        if (c)
-            NAME(grad_input_strip)(b, row, rows, c, NAME(load_affine)(&affine, 0, c),
-                                   NAME(load_slopes)(&slopes, 0, c), slope, v);
-        for (; c + LANES <= channels; c += LANES)
-            NAME(grad_input_strip)(b, row + c, rows, LANES, NAME(load_affine)(&affine, c, LANES),
-                                   NAME(load_slopes)(&slopes, c, LANES), slope, v);
-        if (c < channels)
-            NAME(grad_input_strip)(b, row + c, rows, channels - c,
-                                   NAME(load_affine)(&affine, c, channels - c),
-                                   NAME(load_slopes)(&slopes, c, channels - c), slope, v);
+        const ptrdiff_t lead = b->stream ? NAME(lead)((const T *)b->dx + row, channels) : 0;
+        ptrdiff_t i = lead;
+        if (lead)
+            NAME(grad_input_strip)(b, row, 0, lead, &affine, &slopes, slope, v);
+        for (; i + LANES <= channels; i += LANES)
+            NAME(grad_input_strip)(b, row, i, LANES, &affine, &slopes, slope, v);
+        if (i < channels)
+            NAME(grad_input_strip)(b, row, i, channels - i, &affine, &slopes, slope, v);
     }
 }
 

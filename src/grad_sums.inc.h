@@ -53,44 +53,50 @@ INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile til
 }
 
 INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t n,
-                                  const double *mean, NAME(affine_vec) a, vec slope, variant v,
-                                  double *sum, double *dot)
+                                  NAME(affine_vec) a, vec slope, variant v, strip_sums *sums)
 {
-    const d8 m = load(mean);
-    d8 s = load(sum), q = load(dot);
-    for (ptrdiff_t r = 0; r < rows; r++, i += b->shape.channels)
-        NAME(grad_sums_step)(b, i, n, m, a, slope, v, &s, &q);
-    store(sum, s);
-    store(dot, q);
+    const d8 mean = load(sums->about);
+    d8 sum = load(sums->first), dot = load(sums->second);
+    UNROLL_ROWS
+    for (ptrdiff_t r = 0; r < rows; r++)
+        NAME(grad_sums_step)(b, i + r * b->shape.channels, n, mean, a, slope, v, &sum, &dot);
+    store(sums->first, sum);
+    store(sums->second, dot);
 }
 
-INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_tile tile, double *sum, double *dot, variant v)
+INLINE void NAME(grad_sums_rows)(const bnf_backward *b, ptrdiff_t row, ptrdiff_t rows,
+                                 ptrdiff_t channels, const NAME(affine) * rounded, vec slope,
+                                 variant v, strip_sums *sums)
+{
+    ptrdiff_t c = 0;
+    for (; c + LANES <= channels; c += LANES, sums++)
+        NAME(grad_sums_strip)(b, row + c, rows, LANES, NAME(load_affine)(rounded, c, LANES), slope,
+                              v, sums);
+    if (c < channels)
+        NAME(grad_sums_strip)(b, row + c, rows, channels - c,
+                              NAME(load_affine)(rounded, c, channels - c), slope, v, sums);
+}
+
+INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_tile tile,
+                                           double *sum, double *dot, variant v)
 {
     const bnf_backward own = *operands, *b = &own; /* as in apply */
     NAME(affine) rounded;
     NAME(round_affine)(b->mean, b->scale, b->shift, tile, &rounded);
     const vec slope = set1(b->slope);
-    const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    double mean[BNF_MAX_INTERLEAVED + LANES] = {0}; /* room for a last strip's idle lanes */
-    double sums[BNF_MAX_INTERLEAVED + LANES] = {0}, dots[BNF_MAX_INTERLEAVED + LANES] = {0};
+    const ptrdiff_t stride = b->shape.channels, channels = tile.channel1 - tile.channel0;
+    strip_sums sums[BNF_MAX_STRIPS] = {0};
     for (ptrdiff_t c = 0; c < channels; c++)
-        mean[c] = b->mean[tile.channel0 + c];
-    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += GRAD_SUMS_ROWS) {
-        const ptrdiff_t rows = at_most(GRAD_SUMS_ROWS, tile.outer1 - o);
-        const ptrdiff_t row = o * b->shape.channels + tile.channel0;
-        ptrdiff_t c = 0;
-        for (; c + LANES <= channels; c += LANES)
-            NAME(grad_sums_strip)(b, row + c, rows, LANES, mean + c,
-                                  NAME(load_affine)(&rounded, c, LANES), slope, v, sums + c,
-                                  dots + c);
-        if (c < channels)
-            NAME(grad_sums_strip)(b, row + c, rows, channels - c, mean + c,
-                                  NAME(load_affine)(&rounded, c, channels - c), slope, v, sums + c,
-                                  dots + c);
-    }
+        sums[c / LANES].about[c % LANES] = b->mean[tile.channel0 + c];
+    ptrdiff_t o = tile.outer0;
+    for (; o + ROWS <= tile.outer1; o += ROWS)
+        NAME(grad_sums_rows)(b, o * stride + tile.channel0, ROWS, channels, &rounded, slope, v,
+                             sums);
+    for (; o < tile.outer1; o++)
+        NAME(grad_sums_rows)(b, o * stride + tile.channel0, 1, channels, &rounded, slope, v, sums);
     for (ptrdiff_t c = 0; c < channels; c++) {
-        sum[tile.channel0 + c] = sums[c];
-        dot[tile.channel0 + c] = dots[c];
+        sum[tile.channel0 + c] = sums[c / LANES].first[c % LANES];
+        dot[tile.channel0 + c] = sums[c / LANES].second[c % LANES];
     }
 }
 

@@ -74,47 +74,59 @@ static void NAME(moments_planar)(const void *data, bnf_shape shape, bnf_tile til
 }
 
 INLINE void NAME(moments_strip)(const T *x, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t n,
-                                const double *pivot, double *sum, double *square)
+                                strip_sums *sums)
 {
-    const d8 p = load(pivot);
-    d8 s = load(sum), q = load(square);
-    for (ptrdiff_t r = 0; r < rows; r++, x += stride) {
-        const d8 wide = n < LANES ? widen(NAME(load_some)(x, n)) : load_wide(x);
-        NAME(moments_step)(wide, p, &s, &q);
+    const d8 pivot = load(sums->about);
+    d8 sum = load(sums->first), square = load(sums->second);
+    UNROLL_ROWS
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const T *row = x + r * stride;
+        const d8 wide = n < LANES ? widen(NAME(load_some)(row, n)) : load_wide(row);
+        NAME(moments_step)(wide, pivot, &sum, &square);
     }
-    store(sum, s);
-    store(square, q);
+    store(sums->first, sum);
+    store(sums->second, square);
 }
 
-/* x (outer, channels): a few rows at a time, the sums of the tile's channels in L1. */
+INLINE void NAME(moments_rows)(const T *x, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t channels,
+                               strip_sums *sums)
+{
+    for (; channels >= LANES; channels -= LANES, x += LANES, sums++)
+        NAME(moments_strip)(x, stride, rows, LANES, sums);
+    if (channels)
+        NAME(moments_strip)(x, stride, rows, channels, sums);
+}
+
+/* One sweep over the tile. */
+static void NAME(moments_sweep)(const T *x, ptrdiff_t stride, bnf_tile tile, strip_sums *sums)
+{
+    const ptrdiff_t channels = tile.channel1 - tile.channel0;
+    ptrdiff_t o = tile.outer0;
+    for (x += tile.channel0; o + ROWS <= tile.outer1; o += ROWS)
+        NAME(moments_rows)(x + o * stride, stride, ROWS, channels, sums);
+    for (; o < tile.outer1; o++)
+        NAME(moments_rows)(x + o * stride, stride, 1, channels, sums);
+}
+
+/* x (outer, channels) */
 static void NAME(moments_interleaved)(const void *data, bnf_shape shape, bnf_tile tile,
                                       double *mean, double *m2)
 {
-    const ptrdiff_t stride = shape.channels, channels = tile.channel1 - tile.channel0;
     const double n = (double)(tile.outer1 - tile.outer0);
-    const T *x = (const T *)data + tile.channel0;
-    double pivot[BNF_MAX_INTERLEAVED + LANES] = {0};
-    double sum[BNF_MAX_INTERLEAVED + LANES], square[BNF_MAX_INTERLEAVED + LANES];
+    const T *x = data;
+    strip_sums sums[BNF_MAX_STRIPS] = {0};
 
-    for (ptrdiff_t c = 0; c < channels; c++)
-        pivot[c] = NAME(finite_or_zero)(x[tile.outer0 * stride + c]);
+    for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++)
+        sums[i / LANES].about[i % LANES] =
+            NAME(finite_or_zero)(x[tile.outer0 * shape.channels + c]);
     for (size_t sweep = 0; sweep < SWEEPS; sweep++) {
-        for (ptrdiff_t c = 0; c < channels + LANES; c++)
-            sum[c] = square[c] = 0.0;
-        for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += MOMENTS_ROWS) {
-            const ptrdiff_t rows = at_most(MOMENTS_ROWS, tile.outer1 - o);
-            ptrdiff_t c = 0;
-            for (; c + LANES <= channels; c += LANES)
-                NAME(moments_strip)(x + o * stride + c, stride, rows, LANES, pivot + c, sum + c,
-                                    square + c);
-            if (c < channels)
-                NAME(moments_strip)(x + o * stride + c, stride, rows, channels - c, pivot + c,
-                                    sum + c, square + c);
-        }
-        for (ptrdiff_t c = 0; c < channels; c++) {
-            mean[tile.channel0 + c] = NAME(mean_of)(pivot[c], sum[c], n);
-            m2[tile.channel0 + c] = NAME(m2_of)(sum[c], square[c], n);
-            pivot[c] = NAME(finite_or_zero)((T)mean[tile.channel0 + c]);
+        NAME(moments_sweep)(x, shape.channels, tile, sums);
+        for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
+            strip_sums *s = &sums[i / LANES];
+            mean[c] = NAME(mean_of)(s->about[i % LANES], s->first[i % LANES], n);
+            m2[c] = NAME(m2_of)(s->first[i % LANES], s->second[i % LANES], n);
+            s->about[i % LANES] = NAME(finite_or_zero)((T)mean[c]);
+            s->first[i % LANES] = s->second[i % LANES] = 0.0;
         }
     }
 }

@@ -22,7 +22,13 @@ static inline void stream_end(void) { _mm_sfence(); }
 static inline f8 f8_set1(double a) { return _mm256_set1_ps((float)a); }
 static inline f8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void f8_store(float *p, f8 a) { _mm256_storeu_ps(p, a); }
-static inline void f8_stream(float *p, f8 a) { _mm256_stream_ps(p, a); }
+/* In quarters of a line: NumPy aligns its arrays to 16 bytes and no more, and
+ * the halves of a line that a wider store had to skip would be read back. */
+static inline void f8_stream(float *p, f8 a)
+{
+    _mm_stream_ps(p, _mm256_castps256_ps128(a));
+    _mm_stream_ps(p + 4, _mm256_extractf128_ps(a, 1));
+}
 static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
 static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
 static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
@@ -80,8 +86,8 @@ static inline void d8_store(double *p, d8 a)
 }
 static inline void d8_stream(double *p, d8 a)
 {
-    _mm256_stream_pd(p, a.lo);
-    _mm256_stream_pd(p + 4, a.hi);
+    f8_stream((float *)p, _mm256_castpd_ps(a.lo));
+    f8_stream((float *)(p + 4), _mm256_castpd_ps(a.hi));
 }
 static inline d8 d8_add(d8 a, d8 b)
 {

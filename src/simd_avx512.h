@@ -17,7 +17,13 @@ static inline __mmask8 first_lanes(ptrdiff_t n) { return (__mmask8)((1u << n) - 
 static inline f8 f8_set1(double a) { return _mm256_set1_ps((float)a); }
 static inline f8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void f8_store(float *p, f8 a) { _mm256_storeu_ps(p, a); }
-static inline void f8_stream(float *p, f8 a) { _mm256_stream_ps(p, a); }
+/* In quarters of a line: NumPy aligns its arrays to 16 bytes and no more, and
+ * the halves of a line that a wider store had to skip would be read back. */
+static inline void f8_stream(float *p, f8 a)
+{
+    _mm_stream_ps(p, _mm256_castps256_ps128(a));
+    _mm_stream_ps(p + 4, _mm256_extractf128_ps(a, 1));
+}
 static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
 static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
 static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
@@ -43,11 +49,10 @@ static inline void f8_store_part(float *p, ptrdiff_t n, f8 a)
 static inline d8 d8_set1(double a) { return _mm512_set1_pd(a); }
 static inline d8 d8_load(const double *p) { return _mm512_loadu_pd(p); }
 static inline void d8_store(double *p, d8 a) { _mm512_storeu_pd(p, a); }
-/* In halves: kernels only promise 32 bytes of alignment. */
 static inline void d8_stream(double *p, d8 a)
 {
-    _mm256_stream_pd(p, _mm512_castpd512_pd256(a));
-    _mm256_stream_pd(p + 4, _mm512_extractf64x4_pd(a, 1));
+    f8_stream((float *)p, _mm256_castpd_ps(_mm512_castpd512_pd256(a)));
+    f8_stream((float *)(p + 4), _mm256_castpd_ps(_mm512_extractf64x4_pd(a, 1)));
 }
 static inline d8 d8_add(d8 a, d8 b) { return _mm512_add_pd(a, b); }
 static inline d8 d8_sub(d8 a, d8 b) { return _mm512_sub_pd(a, b); }

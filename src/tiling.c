@@ -16,7 +16,9 @@
 #define ENOUGH_BLOCKS 512
 /* Below this many bytes a second thread costs more than it brings. */
 #define BYTES_PER_THREAD 100000
-/* A shorter run is not worth streaming: its ends share lines with its neighbours. */
+/* Runs that are no multiple of the quantum meet inside one; they are worth
+ * streaming if they are long. */
+#define STREAM_QUANTUM 16
 #define MIN_STREAMED_RUN 4096
 
 static ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -118,9 +120,9 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
         cut_spread(shape, &plan);
     /* Streaming wins where the call's tensors together are twice the last cache. */
     const ptrdiff_t last = most(caches.l2, caches.l3);
-    const bool whole_lines =
-        planar ? shape.inner * itemsize >= MIN_STREAMED_RUN : shape.channels * itemsize % 64 == 0;
-    plan.stream = whole_lines && bytes > 2 * last;
+    const ptrdiff_t run = (planar ? shape.inner : shape.channels) * itemsize;
+    const bool seamless = run % STREAM_QUANTUM == 0 || run >= MIN_STREAMED_RUN;
+    plan.stream = seamless && bytes > 2 * last;
     return plan;
 }
 
