@@ -111,7 +111,8 @@ def _native(a: Array) -> Array:
     return a.astype(a.dtype.newbyteorder("="), order="K")
 
 
-def _array(name: str, value: Any) -> Array:
+def array(name: str, value: Any) -> Array:
+    """Return an argument as a plain array, or say why it is none."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array; expected a plain array: the mask would be lost "
@@ -141,7 +142,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _tensor(name: str, value: Any) -> Array:
-    a = _array(name, value)
+    a = array(name, value)
     _check_type(name, a, _DATA_NAMES)
     if a.ndim < 2:
         raise ValueError(
@@ -151,7 +152,7 @@ def _tensor(name: str, value: Any) -> Array:
 
 
 def _like(name: str, value: Any, x: Array) -> Array:
-    a = _array(name, value)
+    a = array(name, value)
     if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
         raise TypeError(f"{name} has dtype {a.dtype}; expected that of x, {x.dtype}")
     if a.shape != x.shape:
@@ -170,9 +171,7 @@ def _axis(axis: Any, x: Array) -> int:
     return number % x.ndim
 
 
-def _check_out(
-    out: Any, x: Array, tensors: dict[str, Array], out_may_be: tuple[str, ...]
-) -> None:
+def _check_out(out: Any, x: Array, tensors: dict[str, Array], out_may_be: tuple[str, ...]) -> None:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out is {_kind(out)}; expected a NumPy array")
     target = _like("out", out, x)
@@ -200,7 +199,8 @@ def _is_same(a: Array, b: Array) -> bool:
 
 def _share_memory(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=_MAX_OVERLAP_WORK)
+        # NumPy's stub knows only two of the numbers it documents.
+        return np.shares_memory(a, b, max_work=_MAX_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -221,7 +221,7 @@ def _overlaps_itself(a: Array) -> bool:
 
 def parameter(name: str, value: Any, channels: int, out: Array | None = None) -> Array:
     """Return a per-channel parameter as a plain float32 or float64 array."""
-    a = _array(name, value)
+    a = array(name, value)
     _check_type(name, a, _PARAMETER_NAMES)
     _check_channels(name, a, channels)
     if out is not None and _share_memory(a, out):
@@ -238,7 +238,7 @@ def refuse_overlap(name: str) -> NoReturn:
 def constant(name: str, value: Any, channels: int | None = None) -> Array:
     """Return a read-only float64 copy of a per-channel parameter."""
     if channels is None:
-        a = _array(name, value)
+        a = array(name, value)
         channels = a.shape[0] if a.ndim else 0
     fixed = parameter(name, value, channels).astype(np.float64)
     fixed.flags.writeable = False
@@ -258,7 +258,7 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
 
 def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
     """Refuse a running statistic of a type that this data does not go with."""
-    a = _array(name, value)
+    a = array(name, value)
     accepted = _DATA_NAMES if x_dtype == np.float64 else ("float32",)
     if a.dtype.name not in accepted:
         raise TypeError(

@@ -9,6 +9,7 @@ DIRECTION_NAMES: tuple[str, ...]
 TYPE_NAMES: tuple[str, ...]
 LAYOUT_NAMES: tuple[str, ...]
 VARIANT_NAMES: tuple[str, ...]
+RESIDUAL_NAMES: tuple[str, ...]
 
 Vector = NDArray[np.float64]
 Stats = tuple[int, Vector, Vector, Vector]

@@ -8,7 +8,6 @@ them; whatever is less common goes to `_arrays`, which converts it or says what
 is wrong with it, and comes back here.  C knows elements, this file knows
 threads: every parallel loop of bnfast is in `run`.
 """
-cimport cython
 cimport numpy as cnp
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
@@ -17,6 +16,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 import os
+from itertools import product
 
 import numpy as np
 
@@ -58,6 +58,7 @@ DIRECTION_NAMES = ("moments", "forward", "backward", "inference")
 TYPE_NAMES = ("float32", "float64")
 LAYOUT_NAMES = ("planar", "interleaved")
 VARIANT_NAMES = ("plain", "relu", "relu6", "leaky_relu")
+RESIDUAL_NAMES = ("", "+residual")
 
 # By direction, type, layout, instruction set, activation and whether a residual took part.
 cdef long long counts[4][2][2][MOST_ISAS][4][2]
@@ -65,25 +66,17 @@ cdef long long counts[4][2][2][MOST_ISAS][4][2]
 
 def dispatches():
     """How often each kernel set ran: {(direction, dtype, layout, isa, variant): count}."""
-    cdef int d, t, l, i, a, r
+    built = [bnf_isa_name(i).decode() for i in range(bnf_isa_count())]
+    names = (DIRECTION_NAMES, TYPE_NAMES, LAYOUT_NAMES, built, VARIANT_NAMES,
+             RESIDUAL_NAMES)
     found = {}
-    for d in range(DIRECTIONS):
-        for t in range(BNF_TYPES):
-            for l in range(BNF_LAYOUTS):
-                for i in range(bnf_isa_count()):
-                    for a in range(BNF_ACTIVATIONS):
-                        for r in range(2):
-                            if counts[d][t][l][i][a][r]:
-                                key = (DIRECTION_NAMES[d], TYPE_NAMES[t], LAYOUT_NAMES[l],
-                                       bnf_isa_name(i).decode(), variant_name(a, r))
-                                found[key] = counts[d][t][l][i][a][r]
+    for d, t, y, i, a, r in product(*(range(len(axis)) for axis in names)):
+        times = counts[<int>d][<int>t][<int>y][<int>i][<int>a][<int>r]
+        if times:
+            variant = VARIANT_NAMES[a] + RESIDUAL_NAMES[r]
+            found[DIRECTION_NAMES[d], TYPE_NAMES[t], LAYOUT_NAMES[y], built[i],
+                  variant.removeprefix("plain+")] = times
     return found
-
-
-cdef str variant_name(int activation, bint residual):
-    if not residual:
-        return VARIANT_NAMES[activation]
-    return f"{VARIANT_NAMES[activation]}+residual" if activation else "residual"
 
 
 def reset_dispatches():

@@ -154,14 +154,25 @@ def batch_norm(
     """
     if (running_mean is None) != (running_var is None):
         missing, given = (
-            ("running_mean", "running_var") if running_mean is None else
-            ("running_var", "running_mean")
+            ("running_mean", "running_var")
+            if running_mean is None
+            else ("running_var", "running_mean")
         )
         raise ValueError(f"{missing} is None beside a {given}; expected both or neither")
     if training:
         y: Tensor = _core.forward(
-            x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
-            activation, out,
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            momentum,
+            eps,
+            axis,
+            ddof,
+            residual,
+            activation,
+            out,
         )[0]
         return y
     if running_mean is None:
@@ -172,8 +183,18 @@ def batch_norm(
     if momentum != 0.1:  # of no use here, but a bad one is a mistake all the same
         _arrays.real("momentum", momentum)
     return _core.normalize(
-        x, running_mean, running_var, weight, bias, eps, axis, residual, activation, out,
-        _RUNNING, True,
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        eps,
+        axis,
+        residual,
+        activation,
+        out,
+        _RUNNING,
+        True,
     )
 
 
@@ -350,8 +371,9 @@ def normalize(
     -----
     Line 11 of the paper's Algorithm 2, the mean subtracted first.
     """
-    if mean is None or var is None:
-        raise TypeError(f"{'mean' if mean is None else 'var'} is None; expected one per channel")
+    for name, value in (("mean", mean), ("var", var)):
+        if value is None:
+            raise TypeError(f"{name} is None; expected one value per channel")
     return _core.normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out)
 
 

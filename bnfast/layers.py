@@ -120,6 +120,8 @@ class BatchNorm:
     """
 
     _ranks: tuple[int, ...] | None = None  # any
+    # The last training forward's input, statistics, whether it had a residual, and its output.
+    _saved: tuple[Any, BatchStats, bool, Tensor | None] | None = None
 
     def __init__(
         self,
@@ -153,7 +155,6 @@ class BatchNorm:
         self.activation = activation
         self.dtype = kind
         self.training = True
-        self._forget()
         self._observer: Callable[[Moments], None] | None = None
 
         def new(wanted: bool) -> Tensor | None:
@@ -197,9 +198,7 @@ class BatchNorm:
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of parameters and running statistics, under PyTorch's names."""
         return {
-            name: np.array(value)
-            for name in _STATE
-            if (value := getattr(self, name)) is not None
+            name: np.array(value) for name in _STATE if (value := getattr(self, name)) is not None
         }
 
     def load_state_dict(
@@ -225,13 +224,14 @@ class BatchNorm:
             If an entry is not of a floating-point type.
         """
         found = {
-            key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)
+            key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)
         }
         own = {name: a for name in _STATE if (a := getattr(self, name)) is not None}
         if strict:
             _check_keys(set(found), set(own), prefix, type(self).__name__)
-        new = {name: _entry(prefix + name, found[name], a) for name, a in own.items()
-               if name in found}
+        new = {
+            name: _entry(prefix + name, found[name], a) for name, a in own.items() if name in found
+        }
         if "num_batches_tracked" in own:
             new.setdefault("num_batches_tracked", np.zeros((), np.int64))
         for name, value in new.items():
@@ -279,8 +279,18 @@ class BatchNorm:
         self._check_input(x)
         if not self.training and self.track_running_stats:
             return _core.normalize(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps,
-                self.axis, residual, self.activation, out, _NAMES, True,
+                x,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.eps,
+                self.axis,
+                residual,
+                self.activation,
+                out,
+                _NAMES,
+                True,
             )
         observed = self._observer is not None
         updates = self.training and self.track_running_stats and update_stats and not observed
@@ -288,8 +298,15 @@ class BatchNorm:
             x,
             self.running_mean if updates else None,
             self.running_var if updates else None,
-            self.weight, self.bias, self._momentum(), self.eps, self.axis, self.ddof, residual,
-            self.activation, out,
+            self.weight,
+            self.bias,
+            self._momentum(),
+            self.eps,
+            self.axis,
+            self.ddof,
+            residual,
+            self.activation,
+            out,
         )
         if not self.training:
             return y
@@ -301,8 +318,12 @@ class BatchNorm:
         stats = BatchStats(mean, var, inv_std, count)
         overwritten = out is not None and np.may_share_memory(out, np.asarray(x))
         keeps_y = residual is not None and self.activation is not None
-        self._saved = (None if overwritten else x, stats, residual is not None,
-                       y if keeps_y else None)
+        self._saved = (
+            None if overwritten else x,
+            stats,
+            residual is not None,
+            y if keeps_y else None,
+        )
         return y
 
     def backward(self, dy: ArrayLike) -> Any:
@@ -339,12 +360,20 @@ class BatchNorm:
             raise RuntimeError("backward after a forward with out=x: its input is gone")
         needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * had_residual
         gradients = batch_norm_backward(
-            dy, x, stats, self.weight, self.bias, axis=self.axis, activation=self.activation, y=y,
+            dy,
+            x,
+            stats,
+            self.weight,
+            self.bias,
+            axis=self.axis,
+            activation=self.activation,
+            y=y,
             needs=needs,
         )
         if self.weight_grad is not None and self.bias_grad is not None:
-            self.weight_grad += gradients.weight
-            self.bias_grad += gradients.bias
+            with np.errstate(invalid="ignore", over="ignore"):  # what a float32 can hold
+                self.weight_grad += gradients.weight
+                self.bias_grad += gradients.bias
         return (gradients.x, gradients.residual) if had_residual else gradients.x
 
     def freeze(self) -> FrozenBatchNorm:
@@ -363,7 +392,7 @@ class BatchNorm:
         return FrozenBatchNorm(stats.mean, scale, shift, self.axis, self.activation)
 
     def _forget(self) -> None:
-        self._saved: tuple[Any, BatchStats, bool, Tensor | None] | None = None
+        self._saved = None
 
     def _momentum(self) -> float:
         if self.momentum is not None:
@@ -435,10 +464,12 @@ def _check_keys(found: set[str], own: set[str], prefix: str, layer: str) -> None
 
 
 def _entry(name: str, value: Any, own: Tensor) -> Tensor:
-    entry = np.asarray(value)
+    """Return a state entry as the array it is to be copied into, or say why it cannot be."""
+    entry = _arrays.array(name, value)
     if entry.shape != own.shape:
         raise RuntimeError(f"{name} has shape {entry.shape}; expected {own.shape}")
     kinds = "iu" if own.dtype.kind == "i" else "f"
     if entry.dtype.kind not in kinds and entry.dtype.name != "bfloat16":
         raise TypeError(f"{name} has dtype {entry.dtype}; expected one like {own.dtype}")
-    return entry
+    with np.errstate(over="ignore"):  # a variance past float32 is infinite there, as in PyTorch
+        return entry.astype(own.dtype)

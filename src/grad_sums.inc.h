@@ -30,7 +30,8 @@ INLINE void NAME(grad_sums_run)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t en
     *sums = s;
 }
 
-INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile tile, double *sum, double *dot, variant v)
+INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile tile, double *sum,
+                                      double *dot, variant v)
 {
     const bnf_backward own = *operands, *b = &own; /* as in apply */
     NAME(affine) rounded;
@@ -77,8 +78,8 @@ INLINE void NAME(grad_sums_rows)(const bnf_backward *b, ptrdiff_t row, ptrdiff_t
                               NAME(load_affine)(rounded, c, channels - c), slope, v, sums);
 }
 
-INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_tile tile,
-                                           double *sum, double *dot, variant v)
+INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_tile tile, double *sum,
+                                           double *dot, variant v)
 {
     const bnf_backward own = *operands, *b = &own; /* as in apply */
     NAME(affine) rounded;

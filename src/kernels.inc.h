@@ -60,8 +60,9 @@ typedef struct {
     vec dy_factor, x_factor, constant;
 } NAME(slopes_vec);
 
-static __attribute__((noinline)) void NAME(round_affine)(const double *mean, const double *scale, const double *shift,
-                               bnf_tile tile, NAME(affine) * to)
+static __attribute__((noinline)) void NAME(round_affine)(const double *mean, const double *scale,
+                                                         const double *shift, bnf_tile tile,
+                                                         NAME(affine) * to)
 {
     for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
         to->high[i] = (T)mean[c];
@@ -71,7 +72,8 @@ static __attribute__((noinline)) void NAME(round_affine)(const double *mean, con
     }
 }
 
-static __attribute__((noinline)) void NAME(round_slopes)(const bnf_backward *b, bnf_tile tile, NAME(slopes) * to)
+static __attribute__((noinline)) void NAME(round_slopes)(const bnf_backward *b, bnf_tile tile,
+                                                         NAME(slopes) * to)
 {
     for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
         to->dy_factor[i] = (T)b->dy_factor[c];

@@ -18,10 +18,7 @@ typedef struct {
 /* After streaming stores, before another thread may read what they wrote. */
 static inline void stream_end(void) { _mm_sfence(); }
 
-static inline f8 f8_set1(double a)
-{
-    return (f8){_mm_set1_ps((float)a), _mm_set1_ps((float)a)};
-}
+static inline f8 f8_set1(double a) { return (f8){_mm_set1_ps((float)a), _mm_set1_ps((float)a)}; }
 static inline f8 f8_load(const float *p) { return (f8){_mm_loadu_ps(p), _mm_loadu_ps(p + 4)}; }
 static inline void f8_store(float *p, f8 a)
 {

@@ -1,0 +1,99 @@
+# `make demo` and `make test` need Python >= 3.10 with its venv module and headers, a C compiler
+# with OpenMP, and PyPI; everything else goes into .venv. Another interpreter or environment:
+#     make test PYTHON=python3.13 VENV=.venv-3.13
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+CREATED := $(VENV)/.bnfast-created
+INSTALLED := $(VENV)/.bnfast-installed
+COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
+C_SOURCES := $(wildcard src/*.[ch])
+CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench dist sdist clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@echo 'Arguments are passed on: make test ARGS="-k fold -x", make demo ARGS="--quick"'
+
+demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
+	$(PY) examples/paper.py $(ARGS)
+
+test: $(VENV)/.bnfast-test  ## the whole test suite
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(CYTHON_SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_SOURCES)
+	$(VENV)/bin/codespell
+	$(PY) -m mypy
+
+format: $(VENV)/.bnfast-dev  ## rewrite Python and C in the project's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(C_SOURCES)
+
+bench: $(VENV)/.bnfast-bench  ## the benchmarks
+	$(PY) -m pytest bench $(ARGS)
+
+dist: $(VENV)/.bnfast-dev  ## sdist and wheel into dist/
+	$(PY) -m build $(ARGS)
+
+sdist: $(VENV)/.bnfast-dev  ## the sdist alone
+	$(PY) -m build --sdist $(ARGS)
+
+clean:  ## everything made here but the virtual environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f bnfast/*.so bnfast/_core.c $(INSTALLED)
+	find bnfast tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Says what is missing and how to get it, before pip fails with a page of something else.
+# Plain enough to run on any Python, since the wrong version is one of the things it reports.
+define CHECK
+import os, shutil, sys, sysconfig
+problems = []
+if sys.version_info < (3, 10):
+    problems.append("Python >= 3.10 is needed and %s is %s: install a newer one and name it, "
+                    "as in 'make test PYTHON=python3.11'" % (sys.executable, sys.version.split()[0]))
+try:
+    import ensurepip, venv
+except ImportError as error:
+    problems.append("no %s module in %s: install it (Debian, Ubuntu: apt install python%d.%d-venv)"
+                    % ((error.name, sys.executable) + sys.version_info[:2]))
+header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+if not os.path.exists(header):
+    problems.append("no Python headers (%s): install them (Debian, Ubuntu: apt install python%d.%d-dev; "
+                    "Fedora: dnf install python3-devel)" % ((header,) + sys.version_info[:2]))
+compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+if not shutil.which(compiler):
+    problems.append("no C compiler (%s): install one (Debian, Ubuntu: apt install gcc; "
+                    "Fedora: dnf install gcc) or name yours in CC" % compiler)
+for problem in problems:
+    sys.stderr.write("bnfast: " + problem + "\n")
+sys.exit(bool(problems))
+endef
+export CHECK
+
+$(CREATED):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	    echo "bnfast: no $(PYTHON): install Python >= 3.10, or name it as in 'make test PYTHON=python3.11'" >&2; \
+	    exit 1; }
+	@"$(PYTHON)" -c "$$CHECK"
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(INSTALLED): $(COMPILED_FROM) | $(CREATED)
+	$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+# bnfast itself is already installed, so this adds the extra's packages and compiles nothing.
+$(VENV)/.bnfast-%: pyproject.toml $(INSTALLED)
+	$(PY) -m pip install --quiet "bnfast[$*]"
+	@touch $@
