@@ -1,0 +1,270 @@
+"""How many threads a call may use: who asked for what, and what the machine grants.
+
+The number is, in this order: one in a child forked after threads had started (see `_after_fork`);
+what `num_threads` or `set_num_threads` asked for in this thread; what `set_num_threads` asked for
+in the main thread; `BNFAST_NUM_THREADS`; `OMP_NUM_THREADS`; the cores this process may use by its
+affinity and its cgroup's quota. It is a ceiling: small work runs on fewer, and results are the
+same to the bit for any number.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from contextlib import contextmanager
+from contextvars import ContextVar
+from operator import index
+from typing import TYPE_CHECKING, SupportsIndex
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
+
+__all__ = ["get_num_threads", "num_threads", "set_num_threads"]
+
+# libgomp ends the process where it cannot create a thread, so a typing slip must not reach it.
+MAX_THREADS = 1024
+
+# Free-threaded Python 3.14 lets new threads inherit context variables, and then they inherit this.
+_asked_here: ContextVar[int | None] = ContextVar("bnfast_num_threads", default=None)
+
+
+def set_num_threads(n: SupportsIndex) -> None:
+    """Set how many threads bnfast may use, from now on, in the calling thread.
+
+    In the main thread this is also the process's default: what threads use that have not asked
+    for a number themselves.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024. More than the cores this process may use is allowed, and slower.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer (a bool is not).
+    ValueError
+        If `n` is out of range.
+
+    Notes
+    -----
+    A process forked after its parent had started threads stays on one, whatever is set here: the
+    OpenMP runtime's threads do not survive a fork, and waiting for them would never end.
+    """
+    global _default, _default_source
+    n = _checked(n)
+    if threading.get_ident() == threading.main_thread().ident:
+        _default, _default_source = n, "set_num_threads"
+        _asked_here.set(None)
+    else:
+        _asked_here.set(n)
+
+
+def get_num_threads() -> int:
+    """Return how many threads a call from this thread may use.
+
+    Returns
+    -------
+    int
+        At least 1; exactly 1 in a process forked after its parent had started threads.
+    """
+    return limit()
+
+
+def num_threads(n: SupportsIndex) -> AbstractContextManager[None]:
+    """Set how many threads bnfast may use inside a ``with`` block, in the calling thread.
+
+    Blocks nest, and blocks in different threads do not disturb one another.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 1024.
+
+    Returns
+    -------
+    context manager
+        Restores the former number on the way out. It also decorates a function.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer (a bool is not).
+    ValueError
+        If `n` is out of range.
+    """
+    return _asking(_checked(n))
+
+
+def limit() -> int:
+    """Return how many threads this call may use: `get_num_threads`, for the extension."""
+    if _one_thread_only:
+        return 1
+    asked = _asked_here.get()
+    return _process_default() if asked is None else asked
+
+
+def describe() -> tuple[int, str]:
+    """Return the number of threads and where it comes from, for people to read."""
+    if _one_thread_only:
+        return 1, "forked after threads had started"
+    asked = _asked_here.get()
+    if asked is None:
+        return _process_default(), _default_source
+    return asked, "asked for in this thread"
+
+
+@contextmanager
+def _asking(n: int) -> Iterator[None]:
+    token = _asked_here.set(n)
+    try:
+        yield
+    finally:
+        _asked_here.reset(token)
+
+
+def _checked(n: SupportsIndex) -> int:
+    expected = f"expected an integer from 1 to {MAX_THREADS}"
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"n is {n!r} of type {type(n).__name__}; {expected}")
+    number = index(n)
+    if not 1 <= number <= MAX_THREADS:
+        raise ValueError(f"n is {number}; {expected}")
+    return number
+
+
+# ---- the process default
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return the number the environment asks for, and which variable did.
+
+    A bad `BNFAST_NUM_THREADS` is an error, since nobody but us would report it. A bad
+    `OMP_NUM_THREADS` is passed over, as OpenMP runtimes do; its list form, one number a nesting
+    level, counts by its first.
+    """
+    own = environ.get("BNFAST_NUM_THREADS", "").strip()
+    if own:
+        if not own.isdecimal() or not 1 <= int(own) <= MAX_THREADS:
+            raise ImportError(
+                f"BNFAST_NUM_THREADS is {own!r}; expected an integer from 1 to {MAX_THREADS}"
+            )
+        return int(own), "BNFAST_NUM_THREADS"
+    omp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if omp.isdecimal() and int(omp) >= 1:
+        return min(int(omp), MAX_THREADS), "OMP_NUM_THREADS"
+    return None
+
+
+def _from_machine(root: str = "/") -> tuple[int, str]:
+    """Return the cores this process may use, and what limits them."""
+    if hasattr(os, "sched_getaffinity"):
+        cores, source = len(os.sched_getaffinity(0)), "cores in this process's affinity"
+    else:
+        cores, source = os.cpu_count() or 1, "cores"
+    quota = cgroup_cores(root)
+    if quota is not None and quota < cores:
+        cores, source = quota, "cgroup CPU quota"
+    return min(cores, MAX_THREADS), source
+
+
+def cgroup_cores(root: str = "/") -> int | None:
+    """Return the cores that the cgroup quotas of this process amount to, rounded up.
+
+    Parameters
+    ----------
+    root : str
+        Where ``proc`` and ``sys`` are; a test's fake tree.
+
+    Returns
+    -------
+    int or None
+        The smallest quota of the process's cgroup and the groups around it, cgroup version 1 or
+        2; None where there is none.
+    """
+    mounted = os.path.join(root, "sys/fs/cgroup")
+    quotas = []
+    for line in (_read(os.path.join(root, "proc/self/cgroup")) or "").splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers == "":  # version 2, alone or beside version 1
+            bases = [mounted, os.path.join(mounted, "unified")]
+        elif "cpu" in controllers.split(","):
+            bases = [os.path.join(mounted, controllers), os.path.join(mounted, "cpu")]
+        else:
+            continue
+        quotas += [_quota(group) for base in bases for group in _groups_around(base, path)]
+    limits = [quota for quota in quotas if quota is not None]
+    return min(limits) if limits else None
+
+
+def _groups_around(base: str, path: str) -> list[str]:
+    """Return the folders of the group `path` and of all groups around it, under `base`.
+
+    A container often sees its own group mounted as `base` and a `path` that only exists outside;
+    the last folder, `base` itself, is the right one then, and the others are not there.
+    """
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+    return [os.path.join(base, *parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _quota(group: str) -> int | None:
+    """Return the cores one cgroup folder grants, None where it sets no limit."""
+    fields = (_read(os.path.join(group, "cpu.max")) or "").split()
+    if not fields:
+        fields = [
+            (_read(os.path.join(group, name)) or "").strip()
+            for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        ]
+    if len(fields) != 2 or not all(field.isdecimal() for field in fields):
+        return None  # "max", -1, or no such files
+    quota, period = map(int, fields)
+    return max(1, -(-quota // period)) if period else None
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+# The environment is read at import, where a mistake in it can be reported; the machine is asked
+# at the first call that needs to know, which keeps the import short.
+_default, _default_source = _from_environment(os.environ) or (0, "")
+
+
+def _process_default() -> int:
+    global _default, _default_source
+    if not _default:
+        _default, _default_source = _from_machine()
+    return _default
+
+
+# ---- fork
+
+_one_thread_only = False
+
+# Packages that use the libgomp we use (CONTRIBUTING, "OpenMP runtime") and start its threads
+# without our knowing.
+_SHARE_OUR_RUNTIME = ("torch",)
+
+
+def _after_fork() -> None:
+    """In a forked child: stay on one thread where OpenMP threads may have been running.
+
+    The child inherits libgomp's record of its threads but not the threads, and its first parallel
+    region would wait for them for ever.
+    """
+    global _one_thread_only
+    core = sys.modules.get("bnfast._core")
+    if (core is not None and core.pool_started()) or any(
+        name in sys.modules for name in _SHARE_OUR_RUNTIME
+    ):
+        _one_thread_only = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

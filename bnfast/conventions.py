@@ -1,0 +1,59 @@
+"""What other frameworks' batch normalization defaults to, as keyword arguments.
+
+Each mapping holds ``eps``, ``momentum``, ``ddof`` and ``axis`` and goes to a layer as it is, or
+with one entry changed::
+
+    BatchNorm(64, **conventions.KERAS)
+    BatchNorm(64, **{**conventions.KERAS, "axis": 1})
+
+``momentum`` is bnfast's (and PyTorch's): the weight of the *new* batch. Keras, ONNX, Flax and
+TensorFlow name the weight of the *old* average so, and their 0.99 is 0.01 here. ``ddof`` decides
+what the running variance is fed: the batch's over ``m - ddof``.
+
+==========  =======  ========  ====  ====  =====================================================
+framework   eps      momentum  ddof  axis  source
+==========  =======  ========  ====  ====  =====================================================
+PYTORCH     1e-5     0.1       1     1     ``torch.nn.BatchNorm2d``: "the unbiased estimator"
+KERAS       1e-3     0.01      0     -1    Keras 3 ``BatchNormalization``: ``momentum=0.99``,
+                                           its variance is ``ops.moments``'
+ONNX        1e-5     0.1       0     1     operator ``BatchNormalization`` (opset 15):
+                                           ``momentum=0.9``, "population variance"
+FLAX        1e-5     0.01      0     -1    ``flax.linen.BatchNorm``, ``flax.nnx.BatchNorm``:
+                                           ``momentum=0.99``
+TENSORFLOW  1e-3     0.01      1     -1    ``tf.keras`` 2 ``BatchNormalization`` on images
+==========  =======  ========  ====  ====  =====================================================
+
+TensorFlow computes images with the kernel ``FusedBatchNorm``, which multiplies the variance that
+it reports by ``m / (m - 1)`` (Bessel's correction), and everything else, such as dense ``(N, C)``
+data, without: ``{**TENSORFLOW, "ddof": 0}`` there. Keras 3 never applies the correction, whatever
+its backend.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TypedDict, cast
+
+__all__ = ["FLAX", "KERAS", "ONNX", "PYTORCH", "TENSORFLOW", "Convention"]
+
+
+class Convention(TypedDict):
+    """The keywords that frameworks disagree on."""
+
+    eps: float
+    momentum: float
+    ddof: int
+    axis: int
+
+
+def _convention(*, eps: float, momentum: float, ddof: int, axis: int) -> Convention:
+    values = {"eps": eps, "momentum": momentum, "ddof": ddof, "axis": axis}
+    # Read-only, so that no caller changes the defaults of another; typed as what `**` needs.
+    return cast("Convention", MappingProxyType(values))
+
+
+PYTORCH = _convention(eps=1e-5, momentum=0.1, ddof=1, axis=1)
+KERAS = _convention(eps=1e-3, momentum=0.01, ddof=0, axis=-1)
+ONNX = _convention(eps=1e-5, momentum=0.1, ddof=0, axis=1)
+FLAX = _convention(eps=1e-5, momentum=0.01, ddof=0, axis=-1)
+TENSORFLOW = _convention(eps=1e-3, momentum=0.01, ddof=1, axis=-1)

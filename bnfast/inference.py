@@ -1,0 +1,406 @@
+"""A trained network made ready: batch norms folded into their neighbours, exact statistics.
+
+In inference a batch norm is the affine map ``y = (x - mean) * scale + shift`` of each channel, and
+a linear or convolution layer beside it can do its work (section 3.1 of Ioffe and Szegedy, 2015).
+All arithmetic is in float64 and rounded once, to the type of the weight given.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sized
+from contextlib import contextmanager
+from functools import partial
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, TypeVar
+
+import numpy as np
+
+from .layers import BatchNorm, FrozenBatchNorm
+from .moments import Moments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["fold", "fold_before", "recompute_statistics"]
+
+Array: TypeAlias = "NDArray[np.floating[Any]]"
+Channels: TypeAlias = "NDArray[np.float64]"  # one value a channel
+Batch = TypeVar("Batch")
+
+
+def fold(
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    bn: BatchNorm | FrozenBatchNorm,
+    *,
+    out_axis: SupportsIndex = 0,
+    groups: SupportsIndex = 1,
+) -> tuple[Array, Array]:
+    """Merge a batch norm that *follows* a linear or convolution layer into it.
+
+    ``bn(layer(x))`` in inference is ``folded(x)``, for any padding, stride and dilation.
+
+    Parameters
+    ----------
+    weight : array_like, float32 or float64
+        The layer's weight: ``(out, in)`` or ``(out, in / groups, ...)``, with ``out_axis=1``
+        the ``(in, out / groups, ...)`` of a transposed convolution. With its own `out_axis` and
+        ``groups=1`` any other layout, such as Keras' ``(height, width, in, out)`` (-1).
+    bias : array_like of shape (out,), or None
+        The layer's bias.
+    bn : BatchNorm or FrozenBatchNorm
+        Over ``out`` channels, with running statistics and without an activation. Its mode does
+        not matter.
+    out_axis : int
+        The axis of `weight` that holds the output channels.
+    groups : int
+        The groups of the convolution. They matter for a transposed one (``out_axis=1``) alone.
+
+    Returns
+    -------
+    weight, bias : ndarray
+        New arrays of the dtype of `weight`, whatever that of `bias`.
+
+    Raises
+    ------
+    TypeError
+        If `bn` is another object or an array is of another dtype.
+    ValueError
+        If shapes do not fit, or `bn` has an activation, which does not fold.
+    RuntimeError
+        If `bn` has no running statistics.
+
+    Notes
+    -----
+    With inputs far from zero the folded layer adds up large terms that cancel, as the unfolded
+    layer does before its batch norm: the error is that of the weights' own rounding, not
+    bnfast's accuracy guarantee for normalization.
+    """
+    weight = _checked_array("weight", weight)
+    axis = _checked_axis("out_axis", out_axis, weight.ndim)
+    groups = _checked_groups(groups, weight)
+    mean, scale, shift = _checked_affine(bn)
+    new_weight = weight * _along(scale, weight, axis, groups, "output")
+    new_bias = (_checked_bias(bias, mean.size) - mean) * scale + shift
+    return new_weight.astype(weight.dtype), new_bias.astype(weight.dtype)
+
+
+def fold_before(
+    weight: ArrayLike,
+    bias: ArrayLike | None,
+    bn: BatchNorm | FrozenBatchNorm,
+    *,
+    in_axis: SupportsIndex = 1,
+    groups: SupportsIndex = 1,
+    padded: bool = False,
+) -> tuple[Array, Array]:
+    """Merge a batch norm that *precedes* a linear or convolution layer into it.
+
+    ``layer(bn(x))`` in inference is ``folded(x)`` where every output sees the whole kernel.
+    Zero padding breaks that: the layer pads ``bn(x)`` with zeros, but the folded one pads ``x``
+    with zeros, which the batch norm would have moved to ``shift - mean * scale``. At the border
+    the two differ, unless that is zero in every channel.
+
+    Parameters
+    ----------
+    weight : array_like, float32 or float64
+        The layer's weight: ``(out, in)`` or ``(out, in / groups, ...)``; with ``in_axis=0`` the
+        ``(in, out)`` of a linear layer or ``(in, out / groups, ...)`` of a transposed convolution.
+    bias : array_like of shape (out,), or None
+        The layer's bias.
+    bn : BatchNorm or FrozenBatchNorm
+        Over ``in`` channels, with running statistics and without an activation. Its mode does not
+        matter.
+    in_axis : {1, 0}
+        The axis of `weight` that holds the input channels.
+    groups : int
+        The groups of the convolution.
+    padded : bool
+        Whether the convolution pads with zeros. True is refused where it makes the result
+        inexact.
+
+    Returns
+    -------
+    weight, bias : ndarray
+        New arrays of the dtype of `weight`, whatever that of `bias`.
+
+    Raises
+    ------
+    TypeError
+        If `bn` is another object or an array is of another dtype.
+    ValueError
+        If shapes do not fit; if `bn` has an activation; if ``padded=True``, or the layer is a
+        transposed convolution, whose outputs see differing parts of its kernel, and `bn` does not
+        map zero to zero exactly in all channels.
+    RuntimeError
+        If `bn` has no running statistics.
+    """
+    weight = _checked_array("weight", weight)
+    axis = index(in_axis)
+    if axis not in (0, 1):
+        raise ValueError(f"in_axis is {axis}; expected 1, or 0 for weights of shape (in, out, ...)")
+    groups = _checked_groups(groups, weight)
+    mean, scale, shift = _checked_affine(bn)
+    at_zero = shift - mean * scale
+    _refuse_uneven(at_zero, padded=padded, transposed=axis == 0 and weight.ndim > 2)
+
+    through = weight * _along(at_zero, weight, axis, groups, "input")
+    if axis == 1:
+        added = through.reshape(weight.shape[0], -1).sum(axis=1)
+    else:
+        rows, columns = weight.shape[:2]
+        added = through.reshape(groups, rows // groups, columns, -1).sum(axis=(1, 3)).reshape(-1)
+    new_weight = weight * _along(scale, weight, axis, groups, "input")
+    new_bias = _checked_bias(bias, added.size) + added
+    return new_weight.astype(weight.dtype), new_bias.astype(weight.dtype)
+
+
+def recompute_statistics(
+    forward: Callable[[Batch], object],
+    batches: Iterable[Batch],
+    layers: Iterable[BatchNorm],
+    *,
+    progress: bool | Callable[[int], object] = False,
+) -> None:
+    """Give batch norm layers the exact mean and variance of a whole data set.
+
+    Algorithm 2 (steps 8 to 11) of Ioffe and Szegedy (2015), with the batches' moments merged by
+    the formula of Chan, Golub and LeVeque: the result is that of all batches as one, whatever
+    their sizes and order. Averaging the batches' variances, as the paper's text does, loses the
+    spread between their means.
+
+    Parameters
+    ----------
+    forward : callable
+        Runs the network: called as ``forward(batch)`` once for every batch, its result ignored.
+        Meanwhile the `layers` normalize by the batch, as in training, and leave their running
+        statistics and counters alone. Parameters must stay as they are.
+    batches : iterable
+        What `forward` takes. Each must give a layer more than one value a channel.
+    layers : iterable of BatchNorm
+        Those to update. A layer that `forward` calls several times gets the moments of all its
+        inputs merged. Without any layer nothing is run.
+    progress : bool or callable
+        True counts batches on stderr; a callable is called with the number of batches done.
+
+    Raises
+    ------
+    TypeError
+        If `forward` or `progress` cannot be called, or one of the `layers` is no `BatchNorm`.
+    RuntimeError
+        If a layer has no running statistics to update, or `forward` never called it with values.
+    ValueError
+        If there is no batch, or a layer saw fewer than two values a channel.
+
+    Notes
+    -----
+    ``running_mean`` and ``running_var`` are written in place, after the last batch. Whatever is
+    raised before, by `forward` too, leaves all of them as they were. The layers' modes are
+    restored in any case; ``num_batches_tracked`` does not change.
+
+    The variance is the unbiased one (over ``count - 1``), whatever the layer's ``ddof``.
+    """
+    if not callable(forward):
+        raise TypeError(f"forward is {forward!r}; expected a callable taking a batch")
+    targets = _checked_layers(layers)
+    if not targets:
+        return
+    done = 0
+    with _reporting(progress, batches) as report, _observing(targets) as totals:
+        for batch in batches:
+            forward(batch)
+            done += 1
+            report(done)
+    if done == 0:
+        raise ValueError("batches is empty; expected at least one batch")
+    _write_statistics(targets, totals)
+
+
+# ---- folding
+
+
+def _checked_array(name: str, values: ArrayLike) -> Array:
+    """Return `values` as a native float32 or float64 array of at least two axes."""
+    array = _checked_floats(name, values)
+    if array.ndim < 2:
+        raise ValueError(f"{name} has shape {array.shape}; expected at least two axes, out and in")
+    return array
+
+
+def _checked_floats(name: str, values: ArrayLike) -> Array:
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be lost; expected an ndarray")
+    array = np.asarray(values)
+    native = array.dtype.newbyteorder("=")
+    if native not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"{name} has dtype {array.dtype}; expected float32 or float64")
+    return array.astype(native, copy=False)
+
+
+def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
+    if bias is None:
+        return np.zeros(channels)
+    array = _checked_floats("bias", bias)
+    if array.shape != (channels,):
+        raise ValueError(
+            f"bias has shape {array.shape}; expected ({channels},), one for each output channel"
+        )
+    return array.astype(np.float64)
+
+
+def _checked_axis(name: str, axis: SupportsIndex, ndim: int) -> int:
+    number = index(axis)
+    if not -ndim <= number < ndim:
+        raise ValueError(f"{name} is {number}; expected an axis of a weight with {ndim} axes")
+    return number % ndim
+
+
+def _checked_groups(groups: SupportsIndex, weight: Array) -> int:
+    number = index(groups)
+    if number < 1 or weight.shape[0] % number:
+        raise ValueError(
+            f"groups is {number}; expected a divisor of the weight's first axis, {weight.shape[0]}"
+        )
+    return number
+
+
+def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Channels, Channels, Channels]:
+    """Return the mean, scale and shift of `bn`, if it is nothing more than these."""
+    if not isinstance(bn, (BatchNorm, FrozenBatchNorm)):
+        raise TypeError(
+            f"bn is of type {type(bn).__name__}; expected a BatchNorm or a FrozenBatchNorm"
+        )
+    if bn.activation is not None:
+        raise ValueError(
+            f"bn has the activation {bn.activation!r}, which does not fold; "
+            "expected a layer without one, and the activation applied afterwards"
+        )
+    frozen = bn if isinstance(bn, FrozenBatchNorm) else bn.freeze()
+    mean, scale, shift = (
+        np.asarray(values, np.float64) for values in (frozen.mean, frozen.scale, frozen.shift)
+    )
+    return mean, scale, shift
+
+
+def _along(values: Channels, weight: Array, axis: int, groups: int, role: str) -> Channels:
+    """Lay one value a channel out so that it multiplies `weight` along `axis`.
+
+    In PyTorch's layouts axis 0 has all channels of its side and axis 1 those of one group of the
+    other side, the groups following one another along axis 0.
+    """
+    repeats = groups if axis == 1 else 1
+    channels = weight.shape[axis] * repeats
+    if channels != values.size:
+        raise ValueError(
+            f"weight of shape {weight.shape} has {channels} {role} channels (axis {axis}, "
+            f"groups {groups}) and bn has {values.size}; expected the same number"
+        )
+    if repeats == 1:
+        return values.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+    by_group = values.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
+    return by_group.reshape(by_group.shape + (1,) * (weight.ndim - 2))
+
+
+def _refuse_uneven(at_zero: Channels, *, padded: bool, transposed: bool) -> None:
+    """Refuse where some outputs would see only a part of what the batch norm makes of zero."""
+    if not (padded or transposed) or not at_zero.any():
+        return
+    reason = (
+        "padded is True: the convolution pads the batch norm's output with zeros, the folded one "
+        "its input"
+        if padded
+        else "weight is a transposed convolution's, whose outputs see differing parts of the kernel"
+    )
+    channels = np.flatnonzero(at_zero)
+    raise ValueError(
+        f"{reason}. That is exact only where bn maps 0 to 0 in every channel, and here it maps it "
+        f"to {at_zero[channels[0]]:.6g} in channel {channels[0]} ({channels.size} such channels); "
+        "keep the batch norm, for example as bn.freeze()"
+    )
+
+
+# ---- statistics
+
+
+def _checked_layers(layers: Iterable[BatchNorm]) -> Sequence[BatchNorm]:
+    """Return the distinct layers, each one with running statistics that can be written."""
+    try:
+        given = list({id(layer): layer for layer in layers}.values())
+    except TypeError:
+        raise TypeError(
+            f"layers is of type {type(layers).__name__}; expected an iterable of BatchNorm layers"
+        ) from None
+    for i, layer in enumerate(given):
+        if not isinstance(layer, BatchNorm):
+            raise TypeError(f"layers[{i}] is of type {type(layer).__name__}; expected a BatchNorm")
+        if layer.running_mean is None or layer.running_var is None:
+            raise RuntimeError(
+                f"layers[{i}] has no running statistics to update; "
+                "expected a layer with track_running_stats=True"
+            )
+        if not (layer.running_mean.flags.writeable and layer.running_var.flags.writeable):
+            raise ValueError(
+                f"layers[{i}] has read-only running statistics; expected writable ones"
+            )
+    return given
+
+
+@contextmanager
+def _observing(layers: Sequence[BatchNorm]) -> Iterator[list[Moments]]:
+    """Let the layers normalize by their batches, and gather the moments of their inputs."""
+    totals = [Moments.empty(layer.num_features) for layer in layers]
+
+    def observe(i: int, moments: Moments) -> None:
+        totals[i] = totals[i].merge(moments)
+
+    modes = [layer.training for layer in layers]
+    try:
+        for i, layer in enumerate(layers):
+            layer._observer = partial(observe, i)
+            layer.train()
+        yield totals
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer._observer = None
+            layer.train(mode)
+
+
+def _write_statistics(layers: Sequence[BatchNorm], totals: Sequence[Moments]) -> None:
+    for i, moments in enumerate(totals):
+        if moments.count == 0:
+            raise RuntimeError(f"layers[{i}] saw no values; expected forward to call every layer")
+        if moments.count == 1:
+            raise ValueError(
+                f"layers[{i}] saw one value per channel in all batches; "
+                "expected at least two, for a variance"
+            )
+    with np.errstate(over="ignore"):  # a float32 layer holds what float32 can
+        for layer, moments in zip(layers, totals, strict=True):
+            exact = (moments.mean, moments.var(ddof=1))
+            for running, values in zip((layer.running_mean, layer.running_var), exact, strict=True):
+                if running is not None:
+                    running[...] = values
+
+
+@contextmanager
+def _reporting(
+    progress: bool | Callable[[int], object], batches: Iterable[object]
+) -> Iterator[Callable[[int], object]]:
+    """Yield what to call with the number of batches done."""
+    if callable(progress):
+        yield progress
+    elif not isinstance(progress, bool):
+        raise TypeError(f"progress is {progress!r}; expected True, False or a callable")
+    elif not progress:
+        yield lambda done: None
+    else:
+        total = f"/{len(batches)}" if isinstance(batches, Sized) else ""
+        try:
+            yield lambda done: print(
+                f"\rrecompute_statistics: batch {done}{total}", end="", file=sys.stderr, flush=True
+            )
+        finally:
+            print(file=sys.stderr)
