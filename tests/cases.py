@@ -1,0 +1,188 @@
+"""The problems that the tests pose, and the orders their arrays lie in memory."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import bnfast
+
+DTYPES = (np.float32, np.float64)
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", ("leaky_relu", 0.3))
+NAMES = ("x", "weight", "bias", "residual")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that one forward and one backward take."""
+
+    x: np.ndarray
+    dy: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    residual: np.ndarray | None
+    axis: int
+    activation: object
+    eps: float
+
+    @property
+    def options(self):
+        """The keywords that forward, backward and inference share."""
+        return {"axis": self.axis, "activation": self.activation, "residual": self.residual}
+
+    @property
+    def channels(self):
+        return self.x.shape[self.axis]
+
+    @property
+    def m(self):
+        return self.x.size // self.channels
+
+    def exact(self):
+        """The reference's arguments, in a type wider than the data."""
+        return (
+            *(a.astype(np.longdouble) for a in (self.x, self.weight, self.bias)),
+            np.longdouble(self.eps),
+            self.axis,
+            None if self.residual is None else self.residual.astype(np.longdouble),
+            self.activation,
+        )
+
+    def replace(self, **changes):
+        return replace(self, **changes)
+
+
+def make_problem(
+    shape,
+    dtype=np.float32,
+    *,
+    axis=1,
+    activation=None,
+    residual=False,
+    arrange=np.ascontiguousarray,
+    seed=0,
+):
+    """Values of both signs, weights too; pre-activations on both sides of 0 and 6."""
+    rng = np.random.default_rng([seed, *shape])
+    channels = shape[axis]
+
+    def draw(scale, center=0.0):
+        return arrange((rng.standard_normal(shape) * scale + center).astype(dtype))
+
+    sign = rng.choice([-1.0, 1.0], channels)
+    return Problem(
+        x=draw(1.5, 0.7),
+        dy=draw(1.0, 0.2),
+        weight=(sign * rng.uniform(0.5, 3.0, channels)).astype(dtype),
+        bias=rng.normal(1.0, 2.0, channels).astype(dtype),
+        residual=draw(1.0) if residual else None,
+        axis=axis,
+        activation=activation,
+        eps=1e-5,
+    )
+
+
+def forward(p, **more):
+    """bnfast's training forward of a problem, into a poisoned `out`."""
+    out = poisoned_like(p.x)
+    y, stats = bnfast.batch_norm_forward(
+        p.x, p.weight, p.bias, eps=p.eps, out=out, **p.options, **more
+    )
+    assert y is out
+    return y, stats
+
+
+def backward(p, stats, **more):
+    """bnfast's backward of a problem, into a poisoned `out` unless one is given."""
+    more.setdefault("out", poisoned_like(p.x))
+    return bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options, **more)
+
+
+def poisoned_like(a):
+    """An array whose every unwritten element shows."""
+    return np.full_like(a, np.nan)
+
+
+def bits(a):
+    """The bytes of an array in axis order: equality of floats, NaN and -0 included."""
+    return np.asarray(a).tobytes()
+
+
+# --- Memory orders; each keeps values and shape ----------------------------------
+
+
+def with_memory_order(*order):
+    """Axes lie in memory in this order: (0, 2, 3, 1) is channels-last."""
+
+    def arrange(a):
+        return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+
+    return arrange
+
+
+def with_gaps(a):
+    """Every second element of the last axis of something larger."""
+    wide = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
+    view = wide[..., ::2]
+    view[...] = a
+    return view
+
+
+def backwards(a):
+    """The first axis runs from high addresses to low ones."""
+    return np.ascontiguousarray(a[::-1])[::-1]
+
+
+def at_offset(nbytes):
+    """The first element lies `nbytes` past a multiple of 64."""
+
+    def arrange(a):
+        store = np.zeros(a.nbytes + 128, np.uint8)
+        start = -store.ctypes.data % 64 + nbytes
+        view = store[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
+        view[...] = a
+        return view
+
+    return arrange
+
+
+# Of (N, C, H, W) with axis=1; the layout is what the kernels should see.
+CONTIGUOUS_ORDERS = {
+    "nchw": (np.ascontiguousarray, "planar"),
+    "channels_last": (with_memory_order(0, 2, 3, 1), "interleaved"),
+    "fortran": (np.asfortranarray, "planar"),
+    "channels_first": (with_memory_order(1, 0, 2, 3), "planar"),
+    "nhcw": (with_memory_order(0, 2, 1, 3), "planar"),
+    "channels_last_of_transposed": (with_memory_order(3, 2, 0, 1), "interleaved"),
+}
+COPIED_ORDERS = {
+    "gaps": with_gaps,
+    "backwards": backwards,
+    "misaligned": at_offset(1),
+}
+ALL_ORDERS = {name: arrange for name, (arrange, _) in CONTIGUOUS_ORDERS.items()} | COPIED_ORDERS
+
+# Around every vector width (4, 8, 16 elements), their unrolled multiples and
+# the powers of two where tiles are likely to end.
+INNER_SIZES = (*range(1, 41), 63, 64, 65, 127, 128, 129, 4095, 4096, 4097, 16383, 16384, 16385)
+CHANNEL_COUNTS = (*range(1, 41), 63, 64, 65, 511, 512, 513)
+OUTER_SIZES = (*range(1, 10), 31, 32, 33, 255, 257, 4099)
+# Around where sums are cut into blocks: some 2^14 values of a planar channel,
+# some 2^15 values of interleaved rows.
+BLOCK_EDGES = (
+    *((rows, 512) for rows in (63, 64, 65, 129)),
+    *((rows, 7) for rows in (4680, 4681, 4682, 9363)),
+    *((rows, 2) for rows in (16383, 16384, 16385, 33001)),
+    *((images, 3, 5) for images in (3276, 3277, 6553)),
+    *((2, 3, inner) for inner in (16400, 32769, 40001)),
+    (40_001, 1),
+    (3, 1, 20_001),
+    (129, 513),
+)
+SIZES = (
+    *((3, 4, inner) for inner in INNER_SIZES),
+    *((5, channels) for channels in CHANNEL_COUNTS),
+    *((2, channels, 3) for channels in CHANNEL_COUNTS),
+    *((outer, 3, 5) for outer in OUTER_SIZES),
+    *((outer, 7) for outer in OUTER_SIZES if outer > 1),
+    *BLOCK_EDGES,
+)

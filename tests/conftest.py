@@ -1,0 +1,43 @@
+"""Fixtures: every instruction set of this machine, one after the other."""
+
+import os
+
+import hypothesis
+import numpy as np
+import pytest
+
+from bnfast import _core
+
+# Timing never decides a test, hence no deadline; the same examples every time
+# unless somebody asks for the long search.
+hypothesis.settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(params=_core.isas())
+def isa(request):
+    """Runs the test on each instruction set that this processor has."""
+    active = _core.isa()
+    _core.set_isa(request.param)
+    assert _core.isa() == request.param
+    yield request.param
+    _core.set_isa(active)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(1502_03167)
+
+
+@pytest.fixture
+def dispatches():
+    """A function that tells which kernels ran since the last call of it."""
+    _core.reset_dispatches()
+
+    def since_last():
+        counts = _core.dispatches()
+        _core.reset_dispatches()
+        return counts
+
+    return since_last

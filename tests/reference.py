@@ -1,0 +1,206 @@
+"""Batch normalization as its paper writes it, in plain NumPy.
+
+S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
+Training by Reducing Internal Covariate Shift", arXiv:1502.03167 (2015).
+
+Every line below is one line of the paper; nothing is fused, reused or
+rearranged, and speed does not matter. Arithmetic is float64, or longdouble
+where longdouble arrays come in (that is how the tests get an oracle better
+than float64 data). A "channel" is one index along `axis`: for a dense layer
+the paper's activation x^(k) of Algorithm 1, for a convolution the feature map
+of section 3.2, whose values at all positions and in all examples are
+normalized together; `m` is how many values that makes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Gradients(NamedTuple):
+    x: np.ndarray
+    gamma: np.ndarray
+    beta: np.ndarray
+    residual: np.ndarray
+
+
+# --- What a channel is -----------------------------------------------------
+
+
+def real(a):
+    """`a` in float64, or in longdouble if that is what it is."""
+    a = np.asarray(a)
+    return a.astype(np.promote_types(a.dtype, np.float64))
+
+
+def over_channel(sum_or_mean, x, axis):
+    """Sum or mean over everything but the channels: one number a channel."""
+    others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    return sum_or_mean(x, axis=others)
+
+
+def to_shape(per_channel, x, axis):
+    """One number a channel, shaped so that it broadcasts against x."""
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return real(per_channel).reshape(shape)
+
+
+def values_per_channel(x, axis):
+    """The paper's m (m' = m * p * q in section 3.2)."""
+    return x.size // x.shape[axis]
+
+
+# --- Statistics --------------------------------------------------------------
+
+
+def batch_mean(x, axis=1):
+    """Algorithm 1, line 1:  mu_B = 1/m sum_i x_i"""
+    return over_channel(np.mean, real(x), axis)
+
+
+def batch_variance(x, axis=1):
+    """Algorithm 1, line 2:  sigma^2_B = 1/m sum_i (x_i - mu_B)^2"""
+    x = real(x)
+    mu = to_shape(batch_mean(x, axis), x, axis)
+    return over_channel(np.mean, (x - mu) ** 2, axis)
+
+
+def population(batches, axis=1):
+    """E[x] and Var[x] over a whole training set, the variance unbiased.
+
+    Algorithm 2, line 10, has E[x] = E_B[mu_B] and
+    Var[x] = m/(m-1) E_B[sigma^2_B]: estimates from equal batches. Here it is
+    the thing that they estimate: all batches are one set of values.
+    """
+    values = np.concatenate([np.moveaxis(real(x), axis, 1) for x in batches])
+    m = values_per_channel(values, 1)
+    return batch_mean(values), batch_variance(values) * m / (m - 1)
+
+
+def running_average(old, new, momentum):
+    """Section 3.1: moving averages track the model as it trains."""
+    return (1 - momentum) * real(old) + momentum * real(new)
+
+
+def welford(values):
+    """Count, mean and M2 of a sequence by Welford's recurrence (1962).
+
+    B. P. Welford, "Note on a method for calculating corrected sums of squares
+    and products", Technometrics 4:3:  with every value x,
+        M_k = M_{k-1} + (x - M_{k-1}) / k
+        S_k = S_{k-1} + (x - M_{k-1}) (x - M_k)
+    """
+    count, mean, m2 = 0, 0.0, 0.0
+    for x in values:
+        count += 1
+        from_old_mean = x - mean
+        mean = mean + from_old_mean / count
+        m2 = m2 + from_old_mean * (x - mean)
+    return count, mean, m2
+
+
+# --- The transform -----------------------------------------------------------
+
+
+def normalized(x, mean, variance, eps, axis=1):
+    """Algorithm 1, line 3:  x^_i = (x_i - mu) / sqrt(sigma^2 + eps)"""
+    x = real(x)
+    mu, sigma2 = to_shape(mean, x, axis), to_shape(variance, x, axis)
+    return (x - mu) / np.sqrt(sigma2 + eps)
+
+
+def before_activation(x, mean, variance, gamma, beta, eps, axis=1, residual=None):
+    """Algorithm 1, line 4:  y_i = gamma x^_i + beta, plus a residual branch."""
+    x_hat = normalized(x, mean, variance, eps, axis)
+    y = to_shape(gamma, x_hat, axis) * x_hat + to_shape(beta, x_hat, axis)
+    return y if residual is None else y + real(residual)
+
+
+def forward(x, gamma, beta, eps, axis=1, residual=None, activation=None):
+    """Algorithm 1: the transform over a batch, by the batch's own statistics."""
+    mu, sigma2 = batch_mean(x, axis), batch_variance(x, axis)
+    return inference(x, mu, sigma2, gamma, beta, eps, axis, residual, activation)
+
+
+def inference(x, mean, variance, gamma, beta, eps, axis=1, residual=None, activation=None):
+    """Algorithm 2, line 11: the same map with statistics that are constants."""
+    z = before_activation(x, mean, variance, gamma, beta, eps, axis, residual)
+    return activate(z, activation)
+
+
+# --- Its gradient --------------------------------------------------------------
+
+
+def backward(dy, x, gamma, beta, eps, axis=1, residual=None, activation=None):
+    """Section 3, the six equations after Algorithm 1, in the paper's order."""
+    x = real(x)
+    m = values_per_channel(x, axis)
+    mu, sigma2 = batch_mean(x, axis), batch_variance(x, axis)
+    z = before_activation(x, mu, sigma2, gamma, beta, eps, axis, residual)
+    x_hat = normalized(x, mu, sigma2, eps, axis)
+    dl_dy = real(dy) * activation_slope(z, activation)
+
+    centered = x - to_shape(mu, x, axis)
+    root = np.sqrt(to_shape(sigma2, x, axis) + eps)
+
+    dl_dx_hat = dl_dy * to_shape(gamma, x, axis)
+    dl_dsigma2 = over_channel(np.sum, dl_dx_hat * centered * -0.5 * root**-3, axis)
+    dl_dmu = over_channel(np.sum, dl_dx_hat * -1 / root, axis) + (
+        dl_dsigma2 * over_channel(np.sum, -2 * centered, axis) / m
+    )
+    dl_dx = (
+        dl_dx_hat / root
+        + to_shape(dl_dsigma2, x, axis) * 2 * centered / m
+        + to_shape(dl_dmu, x, axis) / m
+    )
+    dl_dgamma = over_channel(np.sum, dl_dy * x_hat, axis)
+    dl_dbeta = over_channel(np.sum, dl_dy, axis)
+    return Gradients(dl_dx, dl_dgamma, dl_dbeta, dl_dy)
+
+
+def inference_backward(
+    dy, x, mean, variance, gamma, beta, eps, axis=1, residual=None, activation=None
+):
+    """The gradient where mean and variance are constants (Algorithm 2)."""
+    z = before_activation(x, mean, variance, gamma, beta, eps, axis, residual)
+    x_hat = normalized(x, mean, variance, eps, axis)
+    dl_dy = real(dy) * activation_slope(z, activation)
+    root = np.sqrt(to_shape(variance, x_hat, axis) + eps)
+    return Gradients(
+        dl_dy * to_shape(gamma, x_hat, axis) / root,
+        over_channel(np.sum, dl_dy * x_hat, axis),
+        over_channel(np.sum, dl_dy, axis),
+        dl_dy,
+    )
+
+
+# --- Nonlinearities: section 3.2's g in  z = g(BN(Wu)) -------------------------
+
+
+def name_and_slope(activation):
+    """("leaky_relu", slope) is spelled out, "leaky_relu" has the usual 0.01."""
+    return activation if isinstance(activation, tuple) else (activation, 0.01)
+
+
+def activate(z, activation):
+    """g(z)"""
+    name, slope = name_and_slope(activation)
+    return {
+        None: lambda: z,
+        "relu": lambda: np.maximum(z, 0),
+        "relu6": lambda: np.minimum(np.maximum(z, 0), 6),
+        "leaky_relu": lambda: np.where(z > 0, z, slope * z),
+    }[name]()
+
+
+def activation_slope(z, activation):
+    """g'(z); at a kink PyTorch's choice, the slope from the left of 0 and the
+    right of 6."""
+    name, slope = name_and_slope(activation)
+    return {
+        None: lambda: np.ones_like(z),
+        "relu": lambda: np.where(z > 0, 1, 0),
+        "relu6": lambda: np.where((z > 0) & (z < 6), 1, 0),
+        "leaky_relu": lambda: np.where(z > 0, 1, slope),
+    }[name]()

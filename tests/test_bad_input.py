@@ -1,0 +1,461 @@
+"""What bad input gets: an exception that names the argument, what it was and
+what was expected, before anything is written."""
+
+import re
+
+import numpy as np
+import pytest
+from cases import bits, make_problem, poisoned_like
+
+import bnfast
+
+P = make_problem((6, 4, 5), residual=True)
+X, DY, W, B, R = P.x, P.dy, P.weight, P.bias, P.residual
+STATS = bnfast.batch_norm_forward(X, W, B)[1]
+POPULATION = bnfast.BatchStats.from_population(STATS.mean, STATS.var)
+
+
+def mentions(*words):
+    """A pattern for all of these words in any order."""
+    escaped = (re.escape(str(word)) for word in words)
+    return "(?is)" + "".join(rf"(?=.*(?<!\w){word}(?!\w))" for word in escaped)
+
+
+TWO_FLOATS = ("float32", "float64")
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def zero_stride(shape):
+    return np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))
+
+
+class Call:
+    """A call of one function with good arguments, of which some are replaced.
+
+    Arrays that the call may write are poisoned or known, and are compared
+    afterwards with what they held.
+    """
+
+    def __init__(self, function, *given, **named):
+        self.function, self.given, self.named = function, given, named
+
+    def __repr__(self):
+        return self.function.__name__
+
+    def refuses(self, error, words, **changes):
+        arguments = {k: copied(v) for k, v in self.named.items()} | changes
+        positional = [arguments.pop(name) for name in self.given]
+        held = {id(a): a for a in (*positional, *arguments.values()) if type(a) is np.ndarray}
+        before = {key: bits(a) for key, a in held.items()}
+        counted = bnfast._core.dispatches()
+        with pytest.raises(error, match=mentions(*words)):
+            self.function(*positional, **arguments)
+        assert {key: bits(a) for key, a in held.items()} == before
+        assert bnfast._core.dispatches() == counted
+
+
+def copied(value):
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+OUT = poisoned_like(X)
+AFFINE = {"weight": W, "bias": B}
+RUNNING = {"running_mean": W, "running_var": B**2}
+FUSED = {"residual": R, "out": OUT}
+
+forward = Call(bnfast.batch_norm_forward, "x", x=X, **AFFINE, **FUSED)
+training = Call(bnfast.batch_norm, "x", x=X, **RUNNING, **AFFINE, **FUSED, training=True)
+inference = Call(bnfast.batch_norm, "x", x=X, **RUNNING, **AFFINE, **FUSED)
+normalize = Call(bnfast.normalize, "x", "mean", "var", x=X, mean=W, var=B**2, **AFFINE, **FUSED)
+scale_shift = Call(bnfast.scale_shift, "x", "scale", "shift", x=X, scale=W, shift=B, **FUSED)
+backward = Call(
+    bnfast.batch_norm_backward, "dy", "x", "stats", dy=DY, x=X, stats=STATS, **AFFINE, **FUSED
+)
+moments = Call(bnfast.moments, "x", x=X)
+
+FORWARDS = (forward, training, inference, normalize, scale_shift)
+NORMALIZING = FORWARDS[:-1]
+ALL = (*FORWARDS, backward, moments)
+
+
+def each(*calls):
+    return pytest.mark.parametrize("call", calls, ids=repr)
+
+
+@each(*ALL)
+def test_good_arguments_are_good(call):
+    """Or else the refusals below would prove nothing."""
+    arguments = {k: copied(v) for k, v in call.named.items()}
+    positional = [arguments.pop(name) for name in call.given]
+    call.function(*positional, **arguments)
+    assert "out" not in arguments or not np.isnan(arguments["out"]).any()
+
+
+class TestX:
+    @each(*ALL)
+    @pytest.mark.parametrize(
+        "dtype", ["int32", "int64", "uint8", "bool", "complex64", "longdouble", "float16", "O"]
+    )
+    def test_dtype(self, call, dtype):
+        name = np.dtype(dtype).name
+        call.refuses(TypeError, ("x", name, *TWO_FLOATS), x=X.astype(dtype))
+
+    @each(*ALL)
+    @pytest.mark.parametrize("value", ["text", [["a"]], object(), [[1, 2], [3, 4]]])
+    def test_no_array_of_floats(self, call, value):
+        call.refuses(TypeError, ("x",), x=value)
+
+    @each(*ALL)
+    def test_none(self, call):
+        call.refuses(TypeError, ("x",), x=None)
+
+    @each(*ALL)
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_rank(self, call, rank):
+        call.refuses(ValueError, ("x", "shape", "2"), x=X[0, 0] if rank else X[0, 0, 0])
+
+    @each(*ALL)
+    def test_masked(self, call):
+        call.refuses((TypeError, ValueError), ("x", "masked"), x=np.ma.masked_array(X, X > 1))
+
+    @each(*ALL)
+    @pytest.mark.parametrize("axis", [3, -4, 100, 2**70])
+    def test_axis_out_of_range(self, call, axis):
+        call.refuses((ValueError, OverflowError), ("axis", axis), axis=axis)
+
+    @each(*ALL)
+    @pytest.mark.parametrize("axis", [1.0, "1", None, (1,)])
+    def test_axis_of_another_type(self, call, axis):
+        call.refuses(TypeError, ("axis", "integer"), axis=axis)
+
+
+PER_CHANNEL = [
+    *(
+        (c, name)
+        for c in (forward, training, inference, normalize, backward)
+        for name in ("weight", "bias")
+    ),
+    *((c, name) for c in (training, inference) for name in RUNNING),
+    (normalize, "mean"),
+    (normalize, "var"),
+    (scale_shift, "scale"),
+    (scale_shift, "shift"),
+]
+
+
+@pytest.mark.parametrize(("call", "name"), PER_CHANNEL, ids=repr)
+class TestPerChannel:
+    @pytest.mark.parametrize("shape", [(5,), (3,), (0,), (1,), (4, 1), (1, 4), ()], ids=str)
+    def test_shape(self, call, name, shape):
+        call.refuses(ValueError, (name, shape, 4), **{name: np.ones(shape, np.float32)})
+
+    @pytest.mark.parametrize("dtype", ["int64", "bool", "complex128", "O"])
+    def test_dtype(self, call, name, dtype):
+        call.refuses(TypeError, (name,), **{name: np.ones(4, dtype)})
+
+    def test_masked(self, call, name):
+        masked = np.ma.masked_array(np.ones(4, np.float32), [True, False, False, False])
+        call.refuses((TypeError, ValueError), (name, "masked"), **{name: masked})
+
+    def test_text(self, call, name):
+        call.refuses(TypeError, (name,), **{name: "four"})
+
+
+class TestRunningStatistics:
+    @pytest.mark.parametrize("name", RUNNING)
+    @each(training, inference)
+    def test_one_alone(self, call, name):
+        call.refuses(ValueError, ("running_mean", "running_var"), **{name: None})
+
+    def test_neither_in_inference(self):
+        inference.refuses(
+            ValueError, ("running_mean", "running_var"), running_mean=None, running_var=None
+        )
+
+    @pytest.mark.parametrize("name", RUNNING)
+    def test_read_only(self, name):
+        training.refuses(ValueError, (name, "read-only"), **{name: read_only(W)})
+
+    @pytest.mark.parametrize("name", RUNNING)
+    @pytest.mark.parametrize("value", [[0.0] * 4, (0.0,) * 4], ids=["list", "tuple"])
+    def test_cannot_be_updated_in_a_list(self, name, value):
+        """A converted copy would take the update and be lost."""
+        training.refuses((TypeError, ValueError), (name,), **{name: value})
+
+    @pytest.mark.parametrize("name", ["mean", "var"])
+    def test_missing_from_normalize(self, name):
+        normalize.refuses(TypeError, (name,), **{name: None})
+
+
+class TestScalars:
+    @each(forward, training, inference, normalize)
+    @pytest.mark.parametrize("eps", [np.nan, -1e-5, -1.0])
+    def test_eps(self, call, eps):
+        call.refuses(ValueError, ("eps", eps), eps=eps)
+
+    @each(forward, training)
+    def test_eps_zero_in_training(self, call):
+        call.refuses(ValueError, ("eps", 0), eps=0.0)
+
+    @each(forward, inference, normalize)
+    @pytest.mark.parametrize("eps", ["small", None, [1e-5, 1e-5]])
+    def test_eps_of_another_type(self, call, eps):
+        call.refuses(TypeError, ("eps",), eps=eps)
+
+    @pytest.mark.parametrize("momentum", [np.nan, np.inf, -np.inf])
+    @each(training, inference)
+    def test_momentum(self, call, momentum):
+        call.refuses(ValueError, ("momentum", momentum), momentum=momentum)
+
+    @pytest.mark.parametrize("ddof", [-1, 2])
+    def test_ddof(self, ddof):
+        training.refuses(ValueError, ("ddof", ddof), ddof=ddof)
+
+    @pytest.mark.parametrize("eps", [np.nan, -1.0])
+    def test_eps_of_a_population(self, eps):
+        with pytest.raises(ValueError, match=mentions("eps", eps)):
+            bnfast.BatchStats.from_population(W, B**2, eps)
+
+
+class TestResidual:
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("shape", [(6, 4, 4), (5, 4, 5), (6, 4), (4, 5), (1, 4, 5)], ids=str)
+    def test_shape(self, call, shape):
+        call.refuses(
+            ValueError,
+            ("residual", shape, X.shape),
+            residual=np.ones(shape, np.float32),
+        )
+
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("dtype", ["float64", "int32", "float16"])
+    def test_dtype(self, call, dtype):
+        call.refuses(
+            TypeError,
+            ("residual", dtype, "float32"),
+            residual=R.astype(dtype),
+        )
+
+    @each(*FORWARDS, backward)
+    def test_masked(self, call):
+        call.refuses(
+            (TypeError, ValueError), ("residual", "masked"), residual=np.ma.masked_array(R, R > 0)
+        )
+
+
+class TestActivation:
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize(
+        "activation", ["tanh", "ReLU", "", ("relu", 0.1), ("leaky_relu",), ("leaky_relu", 1, 2)]
+    )
+    def test_unknown(self, call, activation):
+        call.refuses(
+            ValueError, ("activation", "relu", "relu6", "leaky_relu"), activation=activation
+        )
+
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("slope", [0.0, -0.1, 1.5, np.nan, np.inf])
+    def test_slope(self, call, slope):
+        call.refuses(
+            ValueError,
+            ("activation", "slope", slope),
+            activation=("leaky_relu", slope),
+        )
+
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("activation", [1, np.tanh, ["relu"], ("leaky_relu", "steep")])
+    def test_of_another_type(self, call, activation):
+        call.refuses((TypeError, ValueError), ("activation",), activation=activation)
+
+    def test_of_a_layer(self):
+        with pytest.raises(ValueError, match=mentions("activation", "tanh")):
+            bnfast.BatchNorm(4, activation="tanh")
+
+
+class TestOut:
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("shape", [(6, 4, 4), (6, 4), (6, 4, 5, 1), (4, 6, 5)], ids=str)
+    def test_shape(self, call, shape):
+        call.refuses(
+            ValueError,
+            ("out", shape, X.shape),
+            out=np.full(shape, np.nan, np.float32),
+        )
+
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("dtype", ["float64", "int32", "float16"])
+    def test_dtype(self, call, dtype):
+        call.refuses((TypeError, ValueError), ("out", "float32"), out=np.zeros(X.shape, dtype))
+
+    @each(*FORWARDS, backward)
+    def test_read_only(self, call):
+        call.refuses(ValueError, ("out", "read-only"), out=read_only(OUT))
+
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("out", [OUT.tolist(), "y", 1.0], ids=["list", "text", "number"])
+    def test_no_array(self, call, out):
+        call.refuses(TypeError, ("out",), out=out)
+
+    @each(*FORWARDS, backward)
+    def test_masked(self, call):
+        call.refuses((TypeError, ValueError), ("out", "masked"), out=np.ma.masked_array(X, X > 1))
+
+    @each(*FORWARDS, backward)
+    def test_written_over_itself(self, call):
+        call.refuses(ValueError, ("out", "share memory"), out=zero_stride(X.shape))
+
+    @each(*FORWARDS, backward)
+    @pytest.mark.parametrize("name", ["x", "residual", "dy"])
+    @pytest.mark.parametrize("offset", [1, 4, 20, 100])
+    def test_partly_overlapping(self, call, name, offset):
+        if name not in call.named:
+            return
+        store = np.zeros(X.size + offset, np.float32)
+        a, out = (store[i : i + X.size].reshape(X.shape) for i in (0, offset))
+        for one, other in ((a, out), (out, a)):
+            one[...] = call.named[name]
+            call.refuses(ValueError, ("out", "overlaps", name), **{name: one, "out": other})
+
+    @each(*FORWARDS, backward)
+    def test_x_the_other_way_round(self, call):
+        """The same memory, but not the same elements in the same places."""
+        x = X.copy()
+        call.refuses(ValueError, ("out", "overlaps", "x"), x=x, out=x[::-1])
+
+    @pytest.mark.parametrize(("call", "name"), PER_CHANNEL, ids=repr)
+    def test_over_a_parameter(self, call, name):
+        out = np.ones(X.shape, np.float32)
+        call.refuses(ValueError, ("overlaps", name), **{name: out[0, 0, :4], "out": out})
+
+    def test_over_the_residual_in_the_backward(self):
+        r = R.copy()
+        backward.refuses(ValueError, ("out", "overlaps", "residual"), residual=r, out=r)
+
+
+class TestTooFewValues:
+    @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)], ids=str)
+    @pytest.mark.parametrize("call", [forward, training], ids=repr)
+    def test_one_a_channel(self, call, shape):
+        x = np.ones(shape, np.float32)
+        call.refuses(
+            ValueError,
+            ("Expected more than 1 value per channel when training, got input size", shape),
+            x=x,
+            residual=None,
+            out=poisoned_like(x),
+        )
+
+    def test_one_a_channel_is_enough_for_inference(self):
+        x = np.ones((1, 4), np.float32)
+        y = bnfast.batch_norm(x, W, B**2, eps=0.5)
+        assert y.shape == (1, 4)
+        assert bnfast.moments(x).count == 1
+
+
+class TestBackward:
+    @pytest.mark.parametrize("shape", [(6, 4, 4), (6, 4), (5, 4, 5)], ids=str)
+    def test_dy_shape(self, shape):
+        backward.refuses(ValueError, ("dy", shape, X.shape), dy=np.ones(shape, np.float32))
+
+    @pytest.mark.parametrize("dtype", ["float64", "int32", "float16"])
+    def test_dy_dtype(self, dtype):
+        backward.refuses(TypeError, ("dy", dtype, "float32"), dy=DY.astype(dtype))
+
+    @pytest.mark.parametrize("stats", [None, (STATS.mean, STATS.var), "stats", W])
+    def test_stats_of_another_type(self, stats):
+        backward.refuses(TypeError, ("stats", "BatchStats"), stats=stats)
+
+    def test_stats_of_other_channels(self):
+        other = bnfast.batch_norm_forward(X[:, :3].copy())[1]
+        backward.refuses(ValueError, ("stats", 3, 4), stats=other)
+
+    def test_stats_of_another_batch(self):
+        """m divides the sums: that of another batch gives silent garbage."""
+        other = bnfast.batch_norm_forward(X[:5], W, B)[1]
+        backward.refuses(ValueError, ("stats", 25, 30), stats=other)
+
+    @pytest.mark.parametrize("needs", [["y"], ["x", "gamma"], "weights", [1]], ids=str)
+    def test_needs(self, needs):
+        backward.refuses((TypeError, ValueError), ("needs",), needs=needs)
+
+    @pytest.mark.parametrize("shape", [(6, 4, 4), (6, 4)], ids=str)
+    def test_y_shape(self, shape):
+        backward.refuses(
+            ValueError,
+            ("y", shape, X.shape),
+            y=np.ones(shape, np.float32),
+            activation="relu",
+        )
+
+    def test_y_dtype(self):
+        backward.refuses(
+            TypeError, ("y", "float64", "float32"), y=X.astype(np.float64), activation="relu"
+        )
+
+    def test_population_with_mean_and_var_of_two_shapes(self):
+        with pytest.raises(ValueError, match=mentions("var", (3,), (4,))):
+            bnfast.BatchStats.from_population(W, B[:3])
+
+
+class TestLayers:
+    """A refused call leaves every statistic, counter and output as it was."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"x": X[:, :3]}, ValueError, ("x", "channels", 3, 4)),
+            ({"x": X.astype(np.float16)}, TypeError, TWO_FLOATS),
+            ({"x": X.astype(int)}, TypeError, TWO_FLOATS),
+            ({"x": X[0, 0]}, ValueError, ("x",)),
+            ({"x": X[:1, :, :1]}, ValueError, ("Expected more than 1 value per channel",)),
+            ({"x": X, "residual": R[:5]}, ValueError, ("residual",)),
+            ({"x": X, "out": OUT[:5]}, ValueError, ("out",)),
+            ({"x": X, "out": read_only(OUT)}, ValueError, ("out",)),
+        ],
+    )
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    def test_refused_call(self, arguments, error, words, momentum):
+        layer = bnfast.BatchNorm(4, momentum=momentum)
+        layer(DY)
+        before = {k: bits(a) for k, a in layer.state_dict().items()}
+        with pytest.raises(error, match=mentions(*words)):
+            layer(**arguments)
+        assert {k: bits(a) for k, a in layer.state_dict().items()} == before
+        assert np.isnan(OUT).all()
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "words"),
+        [
+            ({"num_features": -1}, ValueError, ("num_features", "-1")),
+            ({"num_features": 2.5}, TypeError, ("num_features", "integer")),
+            ({"num_features": "4"}, TypeError, ("num_features", "integer")),
+            ({"num_features": 4, "eps": np.nan}, ValueError, ("eps", "nan")),
+            ({"num_features": 4, "eps": -1.0}, ValueError, ("eps", "-1.0")),
+            ({"num_features": 4, "momentum": np.inf}, ValueError, ("momentum", "inf")),
+            ({"num_features": 4, "ddof": 3}, ValueError, ("ddof", "3")),
+            ({"num_features": 4, "dtype": np.float16}, TypeError, TWO_FLOATS),
+            ({"num_features": 4, "dtype": int}, TypeError, TWO_FLOATS),
+            ({"num_features": 4, "axis": 1.5}, TypeError, ("axis", "integer")),
+        ],
+        ids=str,
+    )
+    def test_constructor(self, arguments, error, words):
+        with pytest.raises(error, match=mentions(*words)):
+            bnfast.BatchNorm(**arguments)
+
+    def test_frozen(self):
+        frozen = bnfast.BatchNorm(4).freeze()
+        for arguments, error, words in (
+            ({"x": X[:, :3]}, ValueError, ("x", "channels", 3, 4)),
+            ({"x": X.astype(int)}, TypeError, TWO_FLOATS),
+            ({"x": X, "residual": R[:5]}, ValueError, ("residual",)),
+            ({"x": X, "out": OUT[:5]}, ValueError, ("out",)),
+        ):
+            with pytest.raises(error, match=mentions(*words)):
+                frozen(**arguments)
+        assert np.isnan(OUT).all()

@@ -1,0 +1,223 @@
+"""Which kernel ran: counters say so, and peak memory says what was not copied.
+
+A library that falls back in silence passes every test of equality.
+"""
+
+import tracemalloc
+from functools import partial
+
+import cases
+import numpy as np
+import pytest
+from cases import ACTIVATIONS, CONTIGUOUS_ORDERS, DTYPES, backward, make_problem, with_gaps
+
+import bnfast
+from bnfast import _core
+
+LAYOUTS = {"planar": (6, 5, 4), "interleaved": (24, 5)}
+
+
+def variant(p):
+    name = p.activation[0] if isinstance(p.activation, tuple) else p.activation
+    if p.residual is None:
+        return name or "plain"
+    return f"{name}+residual" if name else "residual"
+
+
+def running(p):
+    return p.bias.copy(), p.weight**2
+
+
+def normalized(p, **more):
+    return bnfast.batch_norm(p.x, *running(p), p.weight, p.bias, **p.options, **more)
+
+
+def trained_layer(p):
+    layer = bnfast.BatchNorm(p.channels, axis=p.axis, activation=p.activation, dtype=p.x.dtype)
+    layer(p.x, residual=p.residual)
+    return layer
+
+
+# What a user types, and the direction that it should count as: each takes a
+# problem, prepares, and returns the call that counts.
+CALLS = {
+    "moments": ("moments", lambda p: partial(bnfast.moments, p.x, axis=p.axis)),
+    "Moments.update": (
+        "moments",
+        lambda p: partial(bnfast.Moments.empty(p.channels).update, p.x, axis=p.axis),
+    ),
+    "batch_norm_forward": (
+        "forward",
+        lambda p: partial(bnfast.batch_norm_forward, p.x, p.weight, p.bias, **p.options),
+    ),
+    "batch_norm(training)": (
+        "forward",
+        lambda p: partial(normalized, p, training=True),
+    ),
+    "layer": (
+        "forward",
+        lambda p: partial(trained_layer(p), p.x, residual=p.residual),
+    ),
+    "batch_norm_backward": ("backward", lambda p: partial(backward, p, cases.forward(p)[1])),
+    "layer.backward": ("backward", lambda p: partial(trained_layer(p).backward, p.dy)),
+    "batch_norm": ("inference", lambda p: partial(normalized, p)),
+    "normalize": (
+        "inference",
+        lambda p: partial(bnfast.normalize, p.x, *running(p), p.weight, p.bias, **p.options),
+    ),
+    "scale_shift": (
+        "inference",
+        lambda p: partial(bnfast.scale_shift, p.x, p.weight, p.bias, **p.options),
+    ),
+    "layer.eval": (
+        "inference",
+        lambda p: partial(trained_layer(p).eval(), p.x, residual=p.residual),
+    ),
+    "frozen": (
+        "inference",
+        lambda p: partial(trained_layer(p).freeze(), p.x, residual=p.residual),
+    ),
+}
+
+
+def test_instruction_sets_of_this_machine():
+    assert _core.isa() in _core.isas()
+    assert len(set(_core.isas())) == len(_core.isas()) >= 1
+    with pytest.raises(ValueError, match="pdp11"):
+        _core.set_isa("pdp11")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_call_counts_once(isa, dtype, layout, call, dispatches):
+    direction, prepare = CALLS[call]
+    counted = prepare(make_problem(LAYOUTS[layout], dtype))
+    dispatches()
+    counted()
+    assert dispatches() == {(direction, np.dtype(dtype).name, layout, isa, "plain"): 1}
+    counted()
+    counted()
+    assert dispatches() == {(direction, np.dtype(dtype).name, layout, isa, "plain"): 2}
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if "oments" not in c])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_every_variant_has_its_kernel(activation, residual, call, dispatches):
+    direction, prepare = CALLS[call]
+    p = make_problem(LAYOUTS["planar"], activation=activation, residual=residual)
+    counted = prepare(p)
+    dispatches()
+    counted()
+    assert dispatches() == {(direction, "float32", "planar", _core.isa(), variant(p)): 1}
+
+
+@pytest.mark.parametrize("order", CONTIGUOUS_ORDERS)
+@pytest.mark.parametrize("call", CALLS)
+def test_memory_order_picks_the_layout(order, call, dispatches):
+    arrange, layout = CONTIGUOUS_ORDERS[order]
+    direction, prepare = CALLS[call]
+    counted = prepare(make_problem((4, 5, 3, 7), arrange=arrange))
+    dispatches()
+    counted()
+    assert dispatches() == {(direction, "float32", layout, _core.isa(), "plain"): 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "layout"),
+    [
+        ((6, 5), 1, "interleaved"),
+        ((6, 5), 0, "planar"),
+        ((6, 5), -1, "interleaved"),
+        ((6, 5, 1, 1), 1, "interleaved"),
+        ((6, 5, 1, 2), 1, "planar"),
+        ((2, 3, 4, 5), -1, "interleaved"),
+        ((2, 3, 4, 5), 0, "planar"),
+        ((1, 5, 4), 1, "planar"),
+        ((6, 1), 1, "planar"),
+        ((6, 1, 4), 1, "planar"),
+    ],
+)
+def test_shape_and_axis_pick_the_layout(shape, axis, layout, dispatches):
+    bnfast.moments(make_problem(shape, axis=axis).x, axis=axis)
+    assert list(dispatches()) == [("moments", "float32", layout, _core.isa(), "plain")]
+
+
+def test_counters_start_and_end_at_nothing():
+    _core.reset_dispatches()
+    assert _core.dispatches() == {}
+    bnfast.moments(np.ones((2, 3)))
+    counts = _core.dispatches()
+    assert list(counts.values()) == [1]
+    counts.clear()
+    assert _core.dispatches() != {}, "a copy is handed out"
+
+
+def peak(function):
+    """Bytes that a call allocates at its worst moment; NumPy reports its own."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+BIG = (16, 32, 32, 32)  # 2 MB of float32
+# Sums of a channel, a few blocks of them, and Python's own objects.
+LITTLE = 256 * 1024
+
+
+class TestNothingIsCopied:
+    @pytest.mark.parametrize("order", CONTIGUOUS_ORDERS)
+    def test_of_a_contiguous_order(self, order):
+        p = make_problem(BIG, arrange=CONTIGUOUS_ORDERS[order][0], activation="relu", residual=True)
+        y, dx = np.empty_like(p.x), np.empty_like(p.x)
+        _, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, out=y, **p.options)
+        mean, var = running(p)
+        for call in (
+            lambda: bnfast.moments(p.x),
+            lambda: bnfast.batch_norm_forward(p.x, p.weight, p.bias, out=y, **p.options),
+            lambda: bnfast.normalize(p.x, mean, var, p.weight, p.bias, out=y, **p.options),
+            lambda: bnfast.scale_shift(p.x, p.weight, p.bias, out=y, **p.options),
+            lambda: bnfast.batch_norm_backward(
+                p.dy,
+                p.x,
+                stats,
+                p.weight,
+                p.bias,
+                y=y,
+                out=dx,
+                needs=("x", "weight", "bias"),
+                **p.options,
+            ),
+        ):
+            assert peak(call) < LITTLE
+
+    def test_but_a_fresh_result_is_one_array(self):
+        p = make_problem(BIG)
+        grown = peak(lambda: bnfast.scale_shift(p.x, p.weight, p.bias))
+        assert grown < p.x.nbytes + LITTLE
+
+    def test_and_what_needs_is_not_asked_for_costs_no_array(self):
+        p = make_problem(BIG, residual=True)
+        _, stats = bnfast.batch_norm_forward(p.x)
+        assert (
+            peak(lambda: bnfast.batch_norm_backward(p.dy, p.x, stats, needs=("bias",), **p.options))
+            < LITTLE
+        )
+
+    def test_the_measure_sees_a_copy(self):
+        x = make_problem(BIG, arrange=with_gaps).x
+        assert peak(lambda: np.ascontiguousarray(x)) >= x.nbytes
+
+
+class TestNumpyCopiesNothingUnderASlice:
+    """A slice of the batch is contiguous, and so is a reshape."""
+
+    def test_slices_of_the_batch(self, dispatches):
+        x = make_problem(BIG).x
+        assert peak(lambda: bnfast.moments(x[3:15])) < LITTLE
+        assert peak(lambda: bnfast.moments(x[::1, :, :, :].reshape(16, 32, 1024))) < LITTLE
+        assert sum(dispatches().values()) == 2

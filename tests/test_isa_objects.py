@@ -1,0 +1,127 @@
+"""Objects with instructions that not every processor has keep them to themselves.
+
+An inline function that leaks out of an AVX2 object may be the copy that the
+linker keeps, and start-up code in one runs at import: an illegal instruction
+on an older processor either way.
+"""
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import MagicMock, patch
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+def stand_ins():
+    """Empty modules for the build tools that setup.py imports and a test
+    environment may lack; which flags it sets does not depend on them."""
+    absent = {"setuptools", "Cython"} - {n for n in ("setuptools", "Cython") if find_spec(n)}
+    modules = {name: MagicMock() for name in absent}
+    return modules | ({"Cython.Build": MagicMock()} if "Cython" in absent else {})
+
+
+def isa_libraries():
+    setup = ROOT / "setup.py"
+    if not setup.exists():
+        return []
+    with patch.dict(sys.modules, stand_ins()):
+        libraries = runpy.run_path(str(setup), run_name="setup")["LIBRARIES"]
+    return [
+        (name, facts)
+        for name, facts in libraries
+        if any(re.search(r"kernels_\w+\.c$", source) for source in facts["sources"])
+    ]
+
+
+LIBRARIES = isa_libraries()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LIBRARIES, reason="no setup.py beside the tests: an installed package"),
+    *(
+        pytest.mark.skipif(shutil.which(tool) is None, reason=f"no {tool} on this machine")
+        for tool in ("cc", "nm", "readelf")
+    ),
+]
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stderr}"
+    assert done.stderr == ""
+    return done.stdout
+
+
+def compile_library(name, facts, folder):
+    """Objects of one library's sources, with the flags that setup.py gives."""
+    made = []
+    for source in facts["sources"]:
+        target = folder / Path(source).with_suffix(".o").name
+        includes = [f"-I{ROOT / d}" for d in facts.get("include_dirs", [])]
+        flags = [*facts.get("cflags", []), *WARNINGS, *includes]
+        run("cc", "-c", "-fPIC", *flags, str(ROOT / source), "-o", str(target))
+        made.append(target)
+    return made
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """All libraries at once: these sources are many loops, and take a while."""
+    folders = [tmp_path_factory.mktemp(name) for name, _ in LIBRARIES]
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(compile_library, *zip(*LIBRARIES, strict=True), folders)
+        return dict(zip((name for name, _ in LIBRARIES), made, strict=True))
+
+
+@pytest.fixture(params=[name for name, _ in LIBRARIES])
+def objects(request, compiled):
+    return compiled[request.param]
+
+
+def test_one_source_a_library(objects):
+    assert len(objects) == 1
+
+
+def test_both_instruction_sets_of_this_issue_are_built():
+    names = {name for name, _ in LIBRARIES}
+    assert names >= {"bnfast_sse2", "bnfast_avx2"}
+
+
+def test_one_global_symbol_and_no_weak_one(objects):
+    for made in objects:
+        symbols = [line.split()[-2:] for line in run("nm", "--defined-only", made).splitlines()]
+        # Of nm's letters, capitals are global; u (unique), v and w are weak or worse.
+        visible = [(kind, name) for kind, name in symbols if kind.isupper() or kind in "uvw"]
+        assert len(visible) == 1, visible
+        assert visible[0][0] in "RD", f"{visible}: a constant table, of no weak kind"
+
+
+def test_no_state_and_no_start_up_code(objects):
+    for made in objects:
+        sections = dict(
+            re.findall(
+                r"(\.[\w.]+)\s+\w+\s+[0-9a-f]+\s+[0-9a-f]+\s+([0-9a-f]+)",
+                run("readelf", "-SW", made),
+            )
+        )
+        assert ".text" in sections
+        assert not any(re.match(r"\.(init|ctors|fini|dtors|preinit)", s) for s in sections)
+        # A table of pointers is .data.rel.ro once position-independent; a
+        # variable would be .data or .bss.
+        for state in (".data", ".bss"):
+            assert int(sections.get(state, "0"), 16) == 0
+
+
+def test_no_undefined_symbol_but_the_c_librarys(objects):
+    """What an ISA object calls must not be another of our objects' functions."""
+    for made in objects:
+        wanted = {line.split()[-1] for line in run("nm", "-u", made).splitlines()}
+        assert not [name for name in wanted if name.startswith("bnf")]

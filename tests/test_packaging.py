@@ -1,0 +1,158 @@
+"""From the source tree to another machine: sdist, wheel, clean install, and what is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (ROOT / "setup.py").exists() or not (ROOT / "src").is_dir(),
+        reason="not run from a source tree",
+    ),
+]
+
+
+def run(*command, cwd, **environ):
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def succeed(*command, cwd):
+    done = run(*command, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """Copy the source tree, without anything built, so that building leaves the original alone."""
+    copy = tmp_path_factory.mktemp("tree") / "bnfast"
+    built = ("*.so", "*.o", "*.a", "_core.c", "build", "dist", "*.egg-info", "__pycache__")
+    ignore = shutil.ignore_patterns(*built, ".git", ".venv*", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(tree, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    succeed(sys.executable, "-m", "build", "--sdist", "--outdir", out, tree, cwd=out)
+    (path,) = out.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """Build from the sdist, in isolation, as pip does for a user."""
+    out = tmp_path_factory.mktemp("wheel")
+    succeed(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, sdist, cwd=out)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_sdist_carries_all_sources(tree, sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("src", "bnfast", "tests", "bench", "examples")
+    files = [path for folder in folders for path in (tree / folder).rglob("*") if path.is_file()]
+    files += [path for path in tree.iterdir() if path.is_file() and path.name != ".gitignore"]
+    sources = {path.relative_to(tree).as_posix() for path in files}
+    made = {name for name in sources if "/figures/" in name or name == "bnfast/_core.c"}
+    assert sources - made <= names
+    assert {"src/bnfast.h", "src/kernels.inc.h", "bnfast/_core.pyx", "LICENSE"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".a", "_core.c", ".pyc"))]
+
+
+def test_the_wheel_carries_no_sources_and_is_small(wheel):
+    assert wheel.stat().st_size < 1_000_000
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    package = {name for name in names if not name.startswith("bnfast-")}
+    assert all(name.startswith("bnfast/") for name in package)
+    suffixes = {Path(name).suffix for name in package if Path(name).name != "py.typed"}
+    assert suffixes == {".py", ".pyi", ".so"}
+    assert "bnfast/py.typed" in package
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
+    environment = tmp_path / "environment"
+    succeed(sys.executable, "-m", "venv", environment, cwd=tmp_path)
+    python = environment / "bin" / "python"
+    succeed(python, "-m", "pip", "install", wheel, cwd=tmp_path)
+    code = (
+        "import numpy as np, bnfast, sys\n"
+        "x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)\n"
+        "y, stats = bnfast.batch_norm_forward(x)\n"
+        "assert np.allclose(stats.mean, x.mean((0, 2)))\n"
+        "assert abs(y.mean((0, 2))).max() < 1e-6\n"
+        "print(bnfast.__file__)\n"
+    )
+    done = succeed(python, "-W", "error", "-c", code, cwd=tmp_path)
+    assert Path(done.stdout.strip()).is_relative_to(environment)
+    listed = succeed(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    packages = {line.partition("==")[0].lower() for line in listed.splitlines()}
+    assert packages - {"pip", "setuptools", "wheel"} == {"bnfast", "numpy"}
+
+
+def test_a_missing_compiler_is_named(sdist, tmp_path):
+    failed = run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, sdist),
+        cwd=tmp_path,
+        CC="/nonexistent/cc",
+    )
+    assert failed.returncode != 0
+    assert "/nonexistent/cc" in failed.stdout + failed.stderr
+    assert "C compiler" in failed.stdout + failed.stderr
+
+
+def test_a_compiler_without_openmp_is_named(sdist, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *-fopenmp*) echo "cc: error: no -fopenmp here" >&2; exit 1;; esac\n'
+        'exec gcc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    failed = run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, sdist),
+        cwd=tmp_path,
+        CC=str(compiler),
+    )
+    assert failed.returncode != 0
+    assert "OpenMP" in failed.stdout + failed.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("variables", "environ", "message"),
+    [
+        (
+            ["PYTHON=/nonexistent/python"],
+            {},
+            "bnfast: no /nonexistent/python: install Python >= 3.10",
+        ),
+        ([], {"CC": "/nonexistent/cc"}, "bnfast: no C compiler (/nonexistent/cc): install one"),
+    ],
+)
+def test_make_names_what_is_missing(tree, tmp_path, variables, environ, message):
+    command = ["make", "test", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", *variables]
+    failed = run(*command, cwd=tree, MAKEFLAGS="", **environ)
+    assert failed.returncode != 0
+    assert message in failed.stderr

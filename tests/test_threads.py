@@ -1,0 +1,432 @@
+"""How many threads: who asks, what the machine grants; forks, and calls from many threads."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bnfast
+from bnfast import _config, _threads
+
+# Large enough that every driver uses several threads if it may.
+LARGE = (16, 64, 56, 56)
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="needs the extra bnfast[torch]"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_default(monkeypatch):
+    """Give each test a process default of its own, and no number asked for in this thread."""
+    monkeypatch.setattr(_threads, "_default", 5)
+    monkeypatch.setattr(_threads, "_default_source", "a test")
+    token = _threads._asked_here.set(None)
+    yield
+    _threads._asked_here.reset(token)
+
+
+def run_python(code, *, timeout=60, **environ):
+    """Run `code` in a Python of its own, killed after `timeout` seconds."""
+    environment = {**os.environ, **environ}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in environment.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def in_thread(function, *args):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result(timeout=60)
+
+
+# ---- asking for a number
+
+
+def test_a_block_holds_inside_and_restores():
+    assert bnfast.get_num_threads() == 5
+    with bnfast.num_threads(3):
+        assert bnfast.get_num_threads() == 3
+        with bnfast.num_threads(1):
+            assert bnfast.get_num_threads() == 1
+        assert bnfast.get_num_threads() == 3
+    assert bnfast.get_num_threads() == 5
+
+
+def test_a_block_restores_after_an_exception():
+    with pytest.raises(KeyError), bnfast.num_threads(3):
+        raise KeyError
+    assert bnfast.get_num_threads() == 5
+
+
+def test_a_block_does_not_reach_other_threads():
+    with bnfast.num_threads(3):
+        assert in_thread(bnfast.get_num_threads) in (5, 3)  # 3 where threads inherit contexts
+    assert in_thread(bnfast.get_num_threads) == 5
+
+
+def test_set_in_the_main_thread_is_the_default_of_all():
+    bnfast.set_num_threads(7)
+    assert bnfast.get_num_threads() == 7
+    assert in_thread(bnfast.get_num_threads) == 7
+
+
+def test_set_in_another_thread_stays_there():
+    def work():
+        bnfast.set_num_threads(2)
+        return bnfast.get_num_threads()
+
+    assert in_thread(work) == 2
+    assert bnfast.get_num_threads() == 5
+
+
+def test_overlapping_blocks_in_threads_do_not_disturb_each_other():
+    barrier = threading.Barrier(2, timeout=30)
+    seen = {}
+
+    def work(n, leaves_first):
+        barrier.wait()
+        with bnfast.num_threads(n):
+            barrier.wait()  # both are inside
+            seen[n, "both inside"] = bnfast.get_num_threads()
+            if not leaves_first:
+                barrier.wait()  # the other one is out
+                seen[n, "alone inside"] = bnfast.get_num_threads()
+        seen[n, "outside"] = bnfast.get_num_threads()
+        if leaves_first:
+            barrier.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(work, 2, True), pool.submit(work, 3, False)]:
+            future.result(timeout=60)
+    assert seen == {
+        (2, "both inside"): 2,
+        (3, "both inside"): 3,
+        (3, "alone inside"): 3,
+        (2, "outside"): 5,
+        (3, "outside"): 5,
+    }
+
+
+@pytest.mark.parametrize("call", [bnfast.set_num_threads, bnfast.num_threads])
+@pytest.mark.parametrize(
+    ("n", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (1025, ValueError),
+        (2**70, ValueError),
+        (True, TypeError),
+        (2.0, TypeError),
+        ("2", TypeError),
+        (None, TypeError),
+        (np.bool_(True), TypeError),
+    ],
+)
+def test_a_bad_number_is_named(call, n, error):
+    with pytest.raises(error, match=r"^n is .*expected an integer from 1 to 1024"):
+        call(n)
+    assert bnfast.get_num_threads() == 5
+
+
+def test_numpy_integers_are_integers():
+    with bnfast.num_threads(np.int64(2)):
+        assert bnfast.get_num_threads() == 2
+        assert type(bnfast.get_num_threads()) is int
+
+
+# ---- the process default
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"OMP_NUM_THREADS": "3"}, (3, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "4,2,1"}, (4, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": " 2 "}, (2, "OMP_NUM_THREADS")),
+        ({"OMP_NUM_THREADS": "many"}, None),
+        ({"OMP_NUM_THREADS": "0"}, None),
+        ({"OMP_NUM_THREADS": "-2"}, None),
+        ({"OMP_NUM_THREADS": ""}, None),
+        ({"OMP_NUM_THREADS": "99999"}, (1024, "OMP_NUM_THREADS")),
+        ({"BNFAST_NUM_THREADS": "6", "OMP_NUM_THREADS": "3"}, (6, "BNFAST_NUM_THREADS")),
+        ({"BNFAST_NUM_THREADS": "", "OMP_NUM_THREADS": "3"}, (3, "OMP_NUM_THREADS")),
+    ],
+)
+def test_environment(environ, expected):
+    assert _threads._from_environment(environ) == expected
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-1", "2.5", "2,1", "1025"])
+def test_a_bad_own_variable_is_an_import_error(value):
+    with pytest.raises(ImportError, match=rf"BNFAST_NUM_THREADS is '{value}'; expected"):
+        _threads._from_environment({"BNFAST_NUM_THREADS": value})
+
+
+def test_the_environment_counts_at_import():
+    code = "import bnfast; print(bnfast.get_num_threads())"
+    assert run_python(code, BNFAST_NUM_THREADS="3").stdout == "3\n"
+    failed = run_python(code, BNFAST_NUM_THREADS="three")
+    assert failed.returncode == 1
+    assert "ImportError: BNFAST_NUM_THREADS is 'three'" in failed.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity cannot be set here")
+def test_affinity_limits_the_default():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import bnfast; print(bnfast.get_num_threads())"
+    )
+    done = run_python(code, BNFAST_NUM_THREADS=None, OMP_NUM_THREADS=None)
+    assert done.stdout == "1\n", done.stderr
+
+
+def fake_machine(root, groups, **files):
+    """Write a tree with `groups` as /proc/self/cgroup and `files` under /sys/fs/cgroup."""
+    membership = root / "proc/self/cgroup"
+    membership.parent.mkdir(parents=True)
+    membership.write_text(groups)
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(root)
+
+
+V2 = {"nested": "0::/user.slice/job.scope\n", "namespace": "0::/\n"}
+V1 = "5:memory:/docker/1a2b\n4:cpu,cpuacct:/docker/1a2b\n1:name=systemd:/docker/1a2b\n"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        pytest.param(V2["namespace"], {"cpu.max": "200000 100000\n"}, 2, id="v2"),
+        pytest.param(V2["namespace"], {"cpu.max": "250000 100000\n"}, 3, id="v2 rounds up"),
+        pytest.param(V2["namespace"], {"cpu.max": "1000 100000\n"}, 1, id="v2 at least one"),
+        pytest.param(V2["namespace"], {"cpu.max": "max 100000\n"}, None, id="v2 no limit"),
+        pytest.param(V2["namespace"], {"cpu.max": "12 0\n"}, None, id="v2 no period"),
+        pytest.param(V2["namespace"], {"cpu.max": "rubbish"}, None, id="v2 rubbish"),
+        pytest.param(V2["namespace"], {}, None, id="v2 no file"),
+        pytest.param(
+            V2["nested"], {"user.slice/job.scope/cpu.max": "300000 100000"}, 3, id="v2 nested"
+        ),
+        pytest.param(
+            V2["nested"],
+            {
+                "user.slice/job.scope/cpu.max": "max 100000",
+                "user.slice/cpu.max": "150000 100000",
+            },
+            2,
+            id="v2 the group around limits",
+        ),
+        pytest.param(
+            "0::/../../other\n", {"cpu.max": "400000 100000"}, 4, id="v2 outside of the namespace"
+        ),
+        pytest.param(
+            "1:cpu:/a\n0::/\n", {"unified/cpu.max": "200000 100000"}, 2, id="v2 beside v1"
+        ),
+        pytest.param(
+            V1,
+            {
+                "cpu,cpuacct/docker/1a2b/cpu.cfs_quota_us": "350000\n",
+                "cpu,cpuacct/docker/1a2b/cpu.cfs_period_us": "100000\n",
+            },
+            4,
+            id="v1",
+        ),
+        pytest.param(
+            V1,
+            {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            1,
+            id="v1 own group mounted as the root",
+        ),
+        pytest.param(
+            V1,
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            None,
+            id="v1 no limit",
+        ),
+        pytest.param("", {}, None, id="no groups"),
+        pytest.param("nonsense\n\n:::\n", {}, None, id="nonsense"),
+    ],
+)
+def test_cgroup_quota(tmp_path, groups, files, cores):
+    assert _threads.cgroup_cores(fake_machine(tmp_path, groups, **files)) == cores
+
+
+def test_cgroup_quota_without_proc(tmp_path):
+    assert _threads.cgroup_cores(str(tmp_path)) is None
+
+
+def test_the_smaller_of_affinity_and_quota(tmp_path, monkeypatch):
+    root = fake_machine(tmp_path, V2["namespace"], **{"cpu.max": "200000 100000"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert _threads._from_machine(root) == (2, "cgroup CPU quota")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert _threads._from_machine(root) == (1, "cores in this process's affinity")
+
+
+# ---- calls from many threads, and forks
+
+
+def test_eight_threads_share_a_frozen_layer():
+    rng = np.random.default_rng(8)
+    layer = bnfast.BatchNorm2d(64)
+    layer(rng.standard_normal(LARGE, dtype=np.float32))
+    frozen = layer.freeze()
+    inputs = [rng.standard_normal((4, *LARGE[1:]), dtype=np.float32) for _ in range(8)]
+    expected = [frozen(x).tobytes() for x in inputs]
+    barrier = threading.Barrier(8, timeout=30)
+
+    def work(i):
+        barrier.wait()
+        with bnfast.num_threads(1 + i % 3):
+            return all(frozen(inputs[i]).tobytes() == expected[i] for _ in range(10))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8), timeout=120))
+
+
+FORK = """
+import json, os, signal, zlib
+import numpy as np
+{before_import}
+import bnfast
+from bnfast import _core
+
+def compute():
+    y, stats = bnfast.batch_norm_forward(x)
+    dx = bnfast.batch_norm_backward(y, x, stats, needs=("x",)).x
+    return json.dumps([bnfast.get_num_threads(), zlib.crc32(y), zlib.crc32(dx)])
+
+x = np.random.default_rng(0).standard_normal({shape}, dtype=np.float32)
+{before_fork}
+read, write = os.pipe()
+if os.fork() == 0:
+    signal.alarm(30)  # a hanging child ends itself, and its parent reads nothing
+    bnfast.set_num_threads(2)
+    os.write(write, compute().encode())
+    os._exit(0)
+os.close(write)
+print(os.read(read, 1000).decode())
+os.wait()
+print(compute())
+"""
+
+
+def fork(before_fork="", before_import=""):
+    """Compute in a forked child and then in its parent; return (threads, y, dx) of both."""
+    code = FORK.format(shape=LARGE, before_fork=before_fork, before_import=before_import)
+    done = run_python(code, BNFAST_NUM_THREADS="2", PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@needs_fork
+def test_a_child_forked_after_a_parallel_call_runs_on_one_thread():
+    child, parent = fork("bnfast.batch_norm_forward(x); assert _core.pool_started()")
+    assert child == [1, *parent[1:]]
+    assert parent[0] == 2
+
+
+@needs_fork
+def test_a_child_forked_before_any_parallel_call_uses_its_threads():
+    child, parent = fork("assert not _core.pool_started()")
+    assert child == parent
+    assert parent[0] == 2
+
+
+@needs_fork
+@needs_torch
+@pytest.mark.slow
+def test_a_child_forked_after_torch_ran_in_parallel_runs_on_one_thread():
+    child, parent = fork(
+        "torch.set_num_threads(2); torch.relu(torch.from_numpy(x))", before_import="import torch"
+    )
+    assert child == [1, *parent[1:]]
+
+
+# ---- show_config
+
+
+def test_show_config_says_what_a_bug_report_needs(capsys):
+    with bnfast.num_threads(3):
+        bnfast.show_config()
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line[:16].strip(): line[16:] for line in lines}
+    assert shown["bnfast"] == bnfast.__version__
+    assert np.__version__ in shown["numpy"]
+    assert shown["kernels"].split()[0] in shown["runnable here"].split(", ")
+    assert set(shown["runnable here"].split(", ")) <= set(shown["built"].split(", "))
+    assert shown["threads"] == "3 (asked for in this thread)"
+    assert shown["caches"].startswith("L1d ")
+    if Path("/proc/self/maps").exists():
+        assert "omp" in shown["OpenMP"]
+
+
+def test_threads_are_explained(capsys):
+    bnfast.show_config()
+    assert "5 (a test)" in capsys.readouterr().out
+    bnfast.set_num_threads(2)
+    bnfast.show_config()
+    assert "2 (set_num_threads)" in capsys.readouterr().out
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "bnfast"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("bnfast")
+
+
+def test_openmp_runtimes_are_found_in_the_map(tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f01 r-xp 00000000 fd:01 12  /usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0\n"
+        "7f01-7f02 r--p 00001000 fd:01 12  /usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0\n"
+        "7f03-7f04 r-xp 00000000 fd:01 13  /v/scikit_learn.libs/libgomp-a34b3233.so.1.0.0\n"
+        "7f05-7f06 r-xp 00000000 fd:01 14  /usr/lib/llvm-14/lib/libomp.so.5\n"
+        "7f07-7f08 r-xp 00000000 fd:01 15  /usr/lib/libcompare.so\n"
+        "7f09-7f0a rw-p 00000000 00:00 0\n"
+    )
+    assert _config._openmp_runtimes(str(maps)) == [
+        "/usr/lib/llvm-14/lib/libomp.so.5",
+        "/usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0",
+        "/v/scikit_learn.libs/libgomp-a34b3233.so.1.0.0",
+    ]
+    assert _config._openmp_runtimes(str(tmp_path / "none")) == []
+
+
+def test_a_bad_isa_names_what_the_processor_has():
+    failed = run_python("import bnfast", BNFAST_ISA="mmx")
+    assert failed.returncode == 1
+    message = failed.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: ")
+    assert "mmx" in message
+    runnable = run_python(
+        "import bnfast; print(*bnfast._core.config()['isas_runnable'])", BNFAST_ISA=None
+    )
+    for isa in runnable.stdout.split():
+        assert isa in message
+
+
+def test_every_runnable_isa_can_be_pinned():
+    from bnfast import _core
+
+    for isa in _core.config()["isas_runnable"]:
+        done = run_python("import bnfast; bnfast.show_config()", BNFAST_ISA=isa)
+        assert f"{isa} (pinned by BNFAST_ISA)" in done.stdout, done.stderr

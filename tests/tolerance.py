@@ -1,0 +1,212 @@
+"""How far a correct result may be from the exact one, derived.
+
+Notation. u is the unit roundoff of the data's type (half its eps), U that of
+float64. One operation returns the exact result times (1 + e), |e| <= u. A sum
+of n terms in any order is off by at most gamma(n) times the sum of the terms'
+magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms", 2002,
+section 4.2). First-order terms are added up below; SECOND_ORDER covers the
+products of two of them, and the oracle's own error (longdouble: 2^-11 of
+float64's).
+
+The arithmetic whose error this bounds is the one the library documents:
+statistics and sums in float64; in the data's type
+    d  = (x - mean_hi) - mean_lo
+    y  = d * scale + bias                (one rounding with FMA, two without)
+    dx = b * d + (a * dy + c)            (a, b, c rounded once from float64)
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import reference
+
+U = np.finfo(np.float64).eps / 2
+SECOND_ORDER = 1 + 2.0**-9
+
+
+def unit(dtype):
+    return float(np.finfo(dtype).eps) / 2
+
+
+def gamma(n, u=U):
+    return n * u / (1 - n * u)
+
+
+def assert_within(got, want, bound, what=""):
+    """|got - want| <= bound everywhere; a NaN on either side fails."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
+    error = np.abs(got.astype(np.longdouble) - want)
+    bound = np.broadcast_to(bound, error.shape)
+    good = error <= bound
+    if good.all():
+        return
+    at = np.unravel_index(np.argmin(good), good.shape)
+    raise AssertionError(
+        f"{what}: {np.count_nonzero(~good)} of {good.size} beyond their bound, the first at "
+        f"{tuple(int(i) for i in at)}: got {got[at]!r}, expected {want[at]!r}, "
+        f"error {float(error[at]):.3g}, bound {float(bound[at]):.3g}"
+    )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Exact mean and variance a channel, and how far float64 ones may be off."""
+
+    mean: np.ndarray
+    var: np.ndarray
+    mean_error: np.ndarray
+    var_error: np.ndarray
+
+
+def constants(mean, var):
+    """Statistics that are given are exact."""
+    zero = np.zeros(np.shape(mean))
+    return Statistics(mean.astype(np.longdouble), var.astype(np.longdouble), zero, zero)
+
+
+def batch_statistics(x, axis, sum_of=None):
+    """Sums of m terms in float64, in blocks merged by Chan, Golub and LeVeque.
+
+    m is `sum_of` where x stands for an array of that many copies of its values.
+
+    The mean is a sum of m terms, a division and a merge's few operations:
+    e = gamma(m + 4) mean|x|. The squares are a sum of m terms of one sign:
+    gamma(m + 4) var. float32 data are swept once, around one of a block's own
+    values p, whose terms |x - p| are at most |x| + max|x|, and whose squares
+    add up to m var + m (p - mean)^2, the latter at most m max d^2.
+
+    A merge adds w delta^2, where delta is a difference of two means and hence
+    off by up to 2 e: that shifts the sum of all w delta^2 by at most
+    2 sum w |delta| 2e + sum w 4 e^2, and with sum w <= m (log2 m + 1) =: m L
+    (a tree has log2 m levels and the weights of a level add up to less than
+    m) and sum w delta^2 <= m var, by Cauchy and Schwarz the variance shifts by
+    4 e sqrt(L var) + 4 e^2 L.
+    """
+    single = x.dtype == np.float32
+    x = x.astype(np.longdouble)
+    m = sum_of or reference.values_per_channel(x, axis)
+    mean, var = reference.batch_mean(x, axis), reference.batch_variance(x, axis)
+    magnitude = reference.over_channel(np.mean, np.abs(x), axis)
+    squares = var
+    if single:
+        d = np.abs(x - reference.to_shape(mean, x, axis))
+        magnitude = magnitude + reference.over_channel(np.max, np.abs(x), axis)
+        squares = var + reference.over_channel(np.max, d, axis) ** 2
+    e = gamma(m + 4) * magnitude
+    levels = np.log2(m) + 1
+    var_error = gamma(m + 4) * squares + 4 * e * np.sqrt(levels * var) + 4 * e**2 * levels
+    return Statistics(mean, var, SECOND_ORDER * e, SECOND_ORDER * var_error)
+
+
+def inv_std_relative(s, eps):
+    """1 / sqrt(var + eps): half the relative error of var + eps, and of three
+    operations and the product with the weight one rounding each, in float64."""
+    return s.var_error / (2 * (s.var + eps)) + 4 * U
+
+
+class Terms:
+    """What forward and backward bounds share, shaped like x."""
+
+    def __init__(self, p, s):
+        x, self.weight, self.bias, eps, _, residual, _ = p.exact()
+        self.p, self.s, self.u = p, s, unit(p.x.dtype)
+        self.relative = self.wide(inv_std_relative(s, eps))
+        self.inv_std = self.wide(1 / np.sqrt(s.var + eps))
+        self.scale = np.abs(self.wide(self.weight)) * self.inv_std
+        self.d = np.abs(x - self.wide(s.mean))
+        # x - mean_hi: u (|d| + |mean_lo|), |mean_lo| <= u |mean|; the other
+        # subtraction: u |d|; what mean_hi + mean_lo leaves out: u^2 |mean|.
+        self.d_error = (
+            2 * self.u * self.d
+            + 2 * self.u**2 * np.abs(self.wide(s.mean))
+            + self.wide(s.mean_error)
+        )
+        self.residual = 0 if residual is None else np.abs(residual)
+        self.is_leaky = reference.name_and_slope(p.activation)[0] == "leaky_relu"
+
+    def wide(self, per_channel):
+        return reference.to_shape(per_channel, self.p.x, self.p.axis)
+
+    def total(self, a):
+        return reference.over_channel(np.sum, a, self.p.axis)
+
+    def pre_activation(self):
+        """d * scale + bias (+ residual), before the activation."""
+        product = self.d * self.scale
+        sum_ = product + np.abs(self.wide(self.bias))
+        return (
+            self.scale * self.d_error
+            + product * (self.relative + self.u)  # scale, rounded to the data's type
+            + self.u * product  # the product, where there is no FMA
+            + self.u * sum_  # + bias
+            + (self.u * (sum_ + self.residual) if self.p.residual is not None else 0)
+        )
+
+
+def forward_bound(p, s):
+    """No activation has a slope above 1, so that errors before one do not grow;
+    a leaky one adds two roundings, its slope's and the product's."""
+    t = Terms(p, s)
+    mean, var = s.mean, s.var
+    x, weight, bias, eps, axis, residual, _ = p.exact()
+    z = reference.before_activation(x, mean, var, weight, bias, eps, axis, residual)
+    bound = t.pre_activation() + (2 * t.u * np.abs(z) if t.is_leaky else 0)
+    return SECOND_ORDER * bound + np.finfo(p.x.dtype).smallest_subnormal
+
+
+def off_the_kinks(p, s):
+    """Set dy to 0 wherever rounding may decide the side of a kink: in place,
+    since a copy would lie otherwise in memory."""
+    if p.activation is None:
+        return
+    x, weight, bias, eps, axis, residual, _ = p.exact()
+    z = reference.before_activation(x, s.mean, s.var, weight, bias, eps, axis, residual)
+    width = SECOND_ORDER * Terms(p, s).pre_activation()
+    writeable = p.dy.flags.writeable
+    p.dy.flags.writeable = True
+    p.dy[(np.abs(z) <= width) | (np.abs(z - 6) <= width)] = 0
+    p.dy.flags.writeable = writeable
+
+
+def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
+    """A reference.Gradients of bounds; `exact` is the reference's answer.
+
+    g is dy times the activation's slope (its gradient is the residual's): two
+    roundings if leaky. The terms of sum g d are formed in the data's type at
+    worst: one rounding for the product on top of those of g and d.
+    """
+    t, u = Terms(p, s), unit(p.x.dtype)
+    summing = gamma((sum_of or p.m) + 2)
+    g = np.abs(exact.residual)
+    g_error = 2 * u * g if t.is_leaky else 0 * g
+    sum_g_error = t.total(summing * g + g_error)
+    sum_gd_error = t.total(g * t.d_error + g_error * t.d + (u + summing) * g * t.d)
+    inv_std = 1 / np.sqrt(s.var + p.eps)
+    relative = inv_std_relative(s, p.eps)
+    weight = inv_std * sum_gd_error + np.abs(exact.gamma) * (relative + 3 * U)
+    bias = sum_g_error + np.abs(exact.beta) * U
+
+    # a g: the coefficient's two errors, g's, the product's without FMA
+    a_g = t.scale * g
+    x = a_g * (t.relative + u) + t.scale * g_error + u * a_g
+    if through_statistics:
+        # b = -scale inv_std^2 sum(g d) / m,  c = -scale sum(g) / m
+        b = t.scale * t.inv_std * np.abs(t.wide(exact.gamma)) / p.m
+        b_error = t.scale * t.inv_std**2 * t.wide(sum_gd_error) / p.m
+        b_error = b_error + b * (3 * t.relative + u + 6 * U)
+        c = t.scale * np.abs(t.wide(exact.beta)) / p.m
+        c_error = t.scale * t.wide(sum_g_error) / p.m + c * (t.relative + u + 3 * U)
+        x = x + b_error * t.d + b * t.d_error + c_error
+        # + c, b * d (without FMA), + b d
+        x = x + u * (a_g + c) + u * b * t.d + u * (a_g + c + b * t.d)
+    tiny = np.finfo(p.x.dtype).smallest_subnormal
+    return reference.Gradients(*(SECOND_ORDER * e + tiny for e in (x, weight, bias, g_error)))
+
+
+def running_bound(old, new, new_error, momentum, dtype):
+    """(1 - momentum) * old + momentum * new: the batch's value brings its own
+    error, and in the running array's type at worst it is rounded once, and so
+    are 1 - momentum, momentum, the two products and the sum."""
+    magnitude = np.abs((1 - momentum) * old) + np.abs(momentum * new)
+    return SECOND_ORDER * (4 * unit(dtype) * magnitude + momentum * new_error)
