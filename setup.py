@@ -35,8 +35,11 @@ def machine():
 
 
 def library(name, sources, flags):
-    headers = [f"src/{file}" for file in sorted(os.listdir(os.path.join(ROOT, "src")))
-               if file.endswith(".h")]
+    headers = [
+        f"src/{file}"
+        for file in sorted(os.listdir(os.path.join(ROOT, "src")))
+        if file.endswith(".h")
+    ]
     return name, {
         "sources": sources,
         "cflags": flags,
@@ -47,10 +50,14 @@ def library(name, sources, flags):
 
 def libraries():
     if machine() not in ISA_FLAGS:
-        sys.exit(f"bnfast: no kernels for processor {machine()!r} yet; "
-                 f"there are some for {', '.join(ISA_FLAGS)}")
-    kernels = [library(f"bnfast_{isa}", [f"src/kernels_{isa}.c"], [*KERNEL, *flags])
-               for isa, flags in ISA_FLAGS[machine()].items()]
+        sys.exit(
+            f"bnfast: no kernels for processor {machine()!r} yet; "
+            f"there are some for {', '.join(ISA_FLAGS)}"
+        )
+    kernels = [
+        library(f"bnfast_{isa}", [f"src/kernels_{isa}.c"], [*KERNEL, *flags])
+        for isa, flags in ISA_FLAGS[machine()].items()
+    ]
     driver = ["src/dispatch.c", "src/tiling.c", "src/caches.c"]
     return [library("bnfast_driver", driver, COMMON), *kernels]
 
