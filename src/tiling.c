@@ -61,13 +61,20 @@ ptrdiff_t bnf_values_before(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block)
                  shape.outer * shape.inner);
 }
 
-static ptrdiff_t group_of(bnf_shape shape, bnf_layout layout, ptrdiff_t channel_bytes,
-                          bnf_caches caches, int threads)
+/* How much a thread may hold of what it sums and then writes: its share of half
+ * the last cache, or half its own second one.  The last one is slower, but long
+ * runs through memory are worth more than a near second look: a group of one
+ * channel of (32,256,56,56) fits L2 and reads at half the speed of one of ten. */
+static ptrdiff_t held_bytes(bnf_caches caches, int threads)
 {
-    if (layout == BNF_INTERLEAVED)
-        return least(shape.channels, BNF_MAX_INTERLEAVED);
-    const ptrdiff_t fits = most(caches.l2 / 2 / channel_bytes, 1);
-    return least(least(fits, BNF_MAX_PLANAR), quotient_up(shape.channels, threads));
+    return most(caches.l2 / 2, caches.l3 / (4 * threads));
+}
+
+static ptrdiff_t most_channels(bnf_shape shape, bnf_layout layout, int threads)
+{
+    const ptrdiff_t room = layout == BNF_PLANAR ? BNF_MAX_PLANAR : BNF_MAX_INTERLEAVED;
+    const bool shared = layout == BNF_PLANAR && threads > 1; /* a few groups for each thread */
+    return least(room, quotient_up(shape.channels, shared ? 4 * threads : 1));
 }
 
 /* Whether all threads have about as many groups to do: four fifths of an even share. */
@@ -108,10 +115,13 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
     const bool planar = plan.layout == BNF_PLANAR;
 
     plan.threads = (int)least(bnf_useful_threads(bytes), most(max_threads, 1));
-    plan.group = group_of(shape, plan.layout, channel_bytes, caches, plan.threads);
+    const ptrdiff_t channels = most_channels(shape, plan.layout, plan.threads);
+    const ptrdiff_t held = held_bytes(caches, plan.threads) / channel_bytes;
+    const ptrdiff_t group = most(least(held, channels), 1);
+    plan.fused = planar && gathers && writes > 0 && held > 0 &&
+                 is_even(quotient_up(shape.channels, group), plan.threads);
+    plan.group = plan.fused ? group : channels;
     plan.groups = quotient_up(shape.channels, plan.group);
-    plan.fused = planar && gathers && writes > 0 && is_even(plan.groups, plan.threads) &&
-                 plan.group * channel_bytes <= most(caches.l2, caches.l3 / plan.threads) / 2;
     if (plan.fused) {
         plan.width = plan.group;
         plan.widths = plan.groups;
