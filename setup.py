@@ -7,16 +7,22 @@ instruction of a newer processor can leak into code that runs on every one.
 import os
 import platform
 import sys
+import tempfile
 
 import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
+from setuptools.errors import CCompilerError, ExecError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
 # Contraction would let the compiler fuse what another build does not, and change bits;
 # link-time optimisation would let code cross from one instruction set to another.
 COMMON = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-lto", "-Wall", "-Wextra"]
+# Python's own flags ask for debug information, ten times the code; CFLAGS=-g keeps it.
+if "-g" not in os.environ.get("CFLAGS", "").split():
+    COMMON.append("-g0")
 # The compiler's own conventions of other vector widths and nested braces are not ours.
 KERNEL = [*COMMON, "-Wno-missing-braces"]
 
@@ -72,10 +78,43 @@ def extension():
         include_dirs=["src", np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
         depends=[f"src/{file}" for file in os.listdir(os.path.join(ROOT, "src"))],
-        extra_compile_args=["-O2", "-ffp-contract=off", "-fopenmp"],
+        extra_compile_args=[*COMMON, "-fopenmp"],
         extra_link_args=["-fopenmp"],
     )
 
 
+class BuildLibraries(build_clib):
+    """Says what is missing before the first file is compiled."""
+
+    def build_libraries(self, libraries):
+        if not self.can_build([]):
+            sys.exit(
+                f"bnfast: the C compiler {self.compiler.compiler_so[0]} does not work; "
+                "install one (Debian, Ubuntu: apt install gcc) or name yours in CC"
+            )
+        if not self.can_build(["-fopenmp"]):
+            sys.exit(
+                f"bnfast: the C compiler {self.compiler.compiler_so[0]} has no OpenMP "
+                "(-fopenmp); install gcc, or clang with libomp, and name it in CC"
+            )
+        super().build_libraries(libraries)
+
+    def can_build(self, flags):
+        with tempfile.TemporaryDirectory() as folder:
+            source = os.path.join(folder, "probe.c")
+            with open(source, "w", encoding="ascii") as file:
+                file.write("int main(void) { return 0; }\n")
+            try:
+                objects = self.compiler.compile([source], folder, extra_postargs=flags)
+                self.compiler.link_executable(objects, "probe", folder, extra_postargs=flags)
+            except (CCompilerError, ExecError):
+                return False
+        return True
+
+
 if __name__ == "__main__":
-    setup(ext_modules=cythonize([extension()]), libraries=LIBRARIES)
+    setup(
+        ext_modules=cythonize([extension()]),
+        libraries=LIBRARIES,
+        cmdclass={"build_clib": BuildLibraries},
+    )

@@ -1,6 +1,6 @@
 """Which OpenMP runtime bnfast shares with whom, and what a runtime of its own would cost.
 
-    python bench/openmp_runtime.py            # all of it, about two minutes
+    python bench/openmp_runtime.py            # all of it, some minutes on a quiet machine
     python bench/openmp_runtime.py fork       # one part: loaded, alternate, fork or bundle
 
 Linux only. Peers that are not installed (torch, scipy, scikit-learn) are left out; the second

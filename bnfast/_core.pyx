@@ -30,7 +30,11 @@ cdef extern from *:
     #error "bnfast needs a compiler with OpenMP (gcc, or clang with libomp)"
     #endif
     #define BNF_OPENMP _OPENMP
+    #ifdef __clang__
     #define BNF_COMPILER __VERSION__
+    #else
+    #define BNF_COMPILER "gcc " __VERSION__
+    #endif
     """
     const int BNF_OPENMP
     const char *BNF_COMPILER

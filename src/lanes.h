@@ -5,12 +5,17 @@
 #define BNFAST_LANES_H
 
 #define LANES 8
-/* Rows that a strip of eight channels is summed over at a time, unrolled: each
- * row is then read by an instruction of its own, whose steady stride the
- * hardware prefetcher sees.  (One instruction for several rows jumps back and
- * forth, and a third of the memory's speed is left.) */
+/* Rows that a strip of eight channels is summed over at a time.  Unrolled, each
+ * row is read by an instruction of its own, whose steady stride the hardware
+ * prefetcher sees.  (One instruction for several rows jumps back and forth, and
+ * a third of the memory's speed is left.)  Where eight lanes take four
+ * registers, that would only be spills. */
 #define ROWS 8
+#ifdef BNFAST_SIMD_SSE2_H
+#define UNROLL_ROWS
+#else
 #define UNROLL_ROWS _Pragma("GCC unroll 8")
+#endif
 /* NumPy's own, so that its arrays need no lead (see lead in kernels.inc.h). */
 #define STREAM_ALIGNMENT 16
 
