@@ -18,6 +18,8 @@ INLINE void NAME(grad_sums_run)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t en
     const d8 m = d8_set1(mean);
     lane_sums s = *sums;
     for (; i + 2 * LANES <= end; i += 2 * LANES) {
+        fetch_ahead((const T *)b->x + i);
+        fetch_ahead((const T *)b->dy + i);
         NAME(grad_sums_step)(b, i, LANES, m, a, slope, v, &s.first[0], &s.second[0]);
         NAME(grad_sums_step)(b, i + LANES, LANES, m, a, slope, v, &s.first[1], &s.second[1]);
     }

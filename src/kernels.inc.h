@@ -31,7 +31,9 @@ INLINE vec NAME(load_some)(const T *p, ptrdiff_t n)
 
 INLINE void NAME(store_some)(T *p, ptrdiff_t n, vec a, bool stream_it)
 {
-    if (n < LANES)
+    if (n < LANES && stream_it && n * sizeof(T) % STREAM_ALIGNMENT == 0)
+        stream_part(p, n, a); /* else its line would be written both ways */
+    else if (n < LANES)
         store_part(p, n, a);
     else if (stream_it)
         stream(p, a);

@@ -26,6 +26,7 @@
 #define store(p, a) _Generic(*(p), float: f8_store, double: d8_store)(p, a)
 #define store_part(p, n, a) _Generic(*(p), float: f8_store_part, double: d8_store_part)(p, n, a)
 #define stream(p, a) _Generic(*(p), float: f8_stream, double: d8_stream)(p, a)
+#define stream_part(p, n, a) _Generic(*(p), float: f8_stream_part, double: d8_stream_part)(p, n, a)
 /* Selected by the vector. */
 #define add(a, b) _Generic((a), f8: f8_add, d8: d8_add)(a, b)
 #define sub(a, b) _Generic((a), f8: f8_sub, d8: d8_sub)(a, b)
@@ -39,6 +40,10 @@
 #define set1(a) _Generic((vec){0}, f8: f8_set1, d8: d8_set1)(a)
 
 static inline d8 d8_same(d8 a) { return a; }
+
+/* Asks for what lies a page ahead while a run is summed: the hardware's own
+ * prefetcher stops at the end of each page.  Never faults, wherever it points. */
+static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + 4096); }
 
 static inline ptrdiff_t at_most(ptrdiff_t limit, ptrdiff_t n) { return n < limit ? n : limit; }
 

@@ -23,6 +23,7 @@ INLINE void NAME(moments_run)(const T *x, ptrdiff_t n, double pivot, lane_sums *
     const d8 p = d8_set1(pivot);
     lane_sums s = *sums;
     for (; n >= 2 * LANES; n -= 2 * LANES, x += 2 * LANES) {
+        fetch_ahead(x);
         NAME(moments_step)(load_wide(x), p, &s.first[0], &s.second[0]);
         NAME(moments_step)(load_wide(x + LANES), p, &s.first[1], &s.second[1]);
     }
@@ -81,6 +82,7 @@ INLINE void NAME(moments_strip)(const T *x, ptrdiff_t stride, ptrdiff_t rows, pt
     UNROLL_ROWS
     for (ptrdiff_t r = 0; r < rows; r++) {
         const T *row = x + r * stride;
+        __builtin_prefetch(row + rows * stride);
         const d8 wide = n < LANES ? widen(NAME(load_some)(row, n)) : load_wide(row);
         NAME(moments_step)(wide, pivot, &sum, &square);
     }

@@ -66,6 +66,13 @@ static inline void d8_stream(double *p, d8 a)
     f8_stream((float *)p, _mm256_castpd_ps(a.lo));
     f8_stream((float *)(p + 4), _mm256_castpd_ps(a.hi));
 }
+static inline void d8_stream_part(double *p, ptrdiff_t n, d8 a)
+{
+    double lanes[8];
+    d8_store(lanes, a);
+    for (ptrdiff_t i = 0; i < n; i += 2)
+        _mm_stream_pd(p + i, _mm_loadu_pd(lanes + i));
+}
 static inline d8 d8_add(d8 a, d8 b)
 {
     return (d8){_mm256_add_pd(a.lo, b.lo), _mm256_add_pd(a.hi, b.hi)};

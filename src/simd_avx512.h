@@ -32,6 +32,13 @@ static inline void d8_stream(double *p, d8 a)
     f8_stream((float *)p, _mm256_castpd_ps(_mm512_castpd512_pd256(a)));
     f8_stream((float *)(p + 4), _mm256_castpd_ps(_mm512_extractf64x4_pd(a, 1)));
 }
+static inline void d8_stream_part(double *p, ptrdiff_t n, d8 a)
+{
+    double lanes[8];
+    d8_store(lanes, a);
+    for (ptrdiff_t i = 0; i < n; i += 2)
+        _mm_stream_pd(p + i, _mm_loadu_pd(lanes + i));
+}
 static inline d8 d8_add(d8 a, d8 b) { return _mm512_add_pd(a, b); }
 static inline d8 d8_sub(d8 a, d8 b) { return _mm512_sub_pd(a, b); }
 static inline d8 d8_mul(d8 a, d8 b) { return _mm512_mul_pd(a, b); }

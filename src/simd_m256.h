@@ -20,6 +20,12 @@ static inline void f8_stream(float *p, f8 a)
     _mm_stream_ps(p, _mm256_castps256_ps128(a));
     _mm_stream_ps(p + 4, _mm256_extractf128_ps(a, 1));
 }
+/* The first n lanes, n a multiple of 16 bytes. */
+static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a)
+{
+    if (n == 4)
+        _mm_stream_ps(p, _mm256_castps256_ps128(a));
+}
 static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
 static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
 static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }

@@ -30,6 +30,12 @@ static inline void f8_stream(float *p, f8 a)
     _mm_stream_ps(p, a.lo);
     _mm_stream_ps(p + 4, a.hi);
 }
+/* The first n lanes, n a multiple of 16 bytes. */
+static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a)
+{
+    if (n == 4)
+        _mm_stream_ps(p, a.lo);
+}
 static inline f8 f8_add(f8 a, f8 b) { return (f8){_mm_add_ps(a.lo, b.lo), _mm_add_ps(a.hi, b.hi)}; }
 static inline f8 f8_sub(f8 a, f8 b) { return (f8){_mm_sub_ps(a.lo, b.lo), _mm_sub_ps(a.hi, b.hi)}; }
 static inline f8 f8_mul(f8 a, f8 b) { return (f8){_mm_mul_ps(a.lo, b.lo), _mm_mul_ps(a.hi, b.hi)}; }
@@ -88,6 +94,13 @@ static inline void d8_stream(double *p, d8 a)
     _mm_stream_pd(p + 2, a.b);
     _mm_stream_pd(p + 4, a.c);
     _mm_stream_pd(p + 6, a.d);
+}
+static inline void d8_stream_part(double *p, ptrdiff_t n, d8 a)
+{
+    double lanes[8];
+    d8_store(lanes, a);
+    for (ptrdiff_t i = 0; i < n; i += 2)
+        _mm_stream_pd(p + i, _mm_loadu_pd(lanes + i));
 }
 static inline d8 d8_add(d8 x, d8 y)
 {

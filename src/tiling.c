@@ -128,11 +128,11 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
         plan.spread = (bnf_blocks){1, shape.outer, 1, shape.inner};
     } else
         cut_spread(shape, &plan);
-    /* Streaming wins where the call's tensors together are twice the last cache. */
+    /* Streaming wins where the call's tensors together are past the last cache. */
     const ptrdiff_t last = most(caches.l2, caches.l3);
     const ptrdiff_t run = (planar ? shape.inner : shape.channels) * itemsize;
     const bool seamless = run % STREAM_QUANTUM == 0 || run >= MIN_STREAMED_RUN;
-    plan.stream = seamless && bytes > 2 * last;
+    plan.stream = seamless && bytes > last;
     return plan;
 }
 
