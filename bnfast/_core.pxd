@@ -17,7 +17,7 @@ cdef extern from "bnfast.h" nogil:
         Py_ssize_t outer, channels, inner
 
     ctypedef struct bnf_tile:
-        pass
+        Py_ssize_t outer0, outer1, channel0, channel1, inner0, inner1
 
     ctypedef struct bnf_forward:
         bnf_shape shape

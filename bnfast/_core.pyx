@@ -478,6 +478,36 @@ cdef double read_momentum(object momentum) except? -1:
     return _arrays.real("momentum", momentum)
 
 
+def plan(shape, itemsize, gathers, reads, writes, l2, l3, threads):
+    """What tiling.c decides for a shape (outer, channels, inner) on a machine: for tests.
+
+    A dict of its decisions, and of the tiles, (outer0, outer1, channel0, channel1, inner0,
+    inner1), that are summed and that are written.
+    """
+    cdef bnf_shape planned
+    cdef bnf_caches machine
+    cdef bnf_plan found
+    planned.outer, planned.channels, planned.inner = shape
+    machine.l1d, machine.l2, machine.l3, machine.measured = 0, l2, l3, True
+    found = bnf_make_plan(planned, itemsize, gathers, reads, writes, machine, threads)
+    return {
+        "layout": LAYOUT_NAMES[<int>found.layout],
+        "threads": found.threads,
+        "fused": bool(found.fused),
+        "stream": bool(found.stream),
+        "sums": [tile_of(planned, found.blocks, block, group * found.group, found.group)
+                 for block in range(found.blocks.count) for group in range(found.groups)],
+        "writes": [tile_of(planned, found.spread, block, group * found.width, found.width)
+                   for block in range(found.spread.count) for group in range(found.widths)],
+    }
+
+
+cdef tuple tile_of(bnf_shape shape, bnf_blocks blocks, Py_ssize_t block, Py_ssize_t channel0,
+                   Py_ssize_t channels):
+    cdef bnf_tile tile = bnf_block_tile(shape, blocks, block, channel0, channels)
+    return (tile.outer0, tile.outer1, tile.channel0, tile.channel1, tile.inner0, tile.inner1)
+
+
 # --- Moments --------------------------------------------------------------------------------
 
 def moments(x, axis):

@@ -1,0 +1,103 @@
+"""Shape, caches and threads -> tiles, as the pure function it is, on machines unlike this one."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from bnfast import _core
+
+KIB, MIB = 2**10, 2**20
+MACHINES = {
+    "a laptop": {"l2": 256 * KIB, "l3": 8 * MIB, "threads": 4},
+    "this class of machine": {"l2": MIB, "l3": 32 * MIB, "threads": 2},
+    "64 cores": {"l2": MIB, "l3": 256 * MIB, "threads": 64},
+    "no shared cache": {"l2": MIB, "l3": 0, "threads": 64},
+    "one thread, small caches": {"l2": 128 * KIB, "l3": 0, "threads": 1},
+}
+SHAPES = [
+    (32, 64, 112 * 112),
+    (32, 2048, 49),
+    (3, 67, 35),
+    (1, 1, 1_000_003),
+    (2, 3, 40_001),
+    (1, 16, 16),
+    (100_003, 3, 1),
+    (4096, 256, 1),
+    (128, 5000, 1),
+]
+MOST_SUMMED = {"planar": 64, "interleaved": 512}
+MOST_WRITTEN = 2048
+
+
+def plan(shape, machine, reads=2, writes=1, itemsize=4, gathers=True):
+    return _core.plan(shape, itemsize, gathers, reads, writes, **MACHINES[machine])
+
+
+def is_partition(tiles, shape):
+    """Every value in exactly one tile: the volumes add up, and no two tiles share a corner.
+
+    Along each axis the ranges that occur must themselves be disjoint and cover it, since all
+    tilings here are products of cuts.
+    """
+    volume = sum((o1 - o0) * (c1 - c0) * (i1 - i0) for o0, o1, c0, c1, i0, i1 in tiles)
+    cuts = [sorted({tile[axis : axis + 2] for tile in tiles}) for axis in (0, 2, 4)]
+    covered = all(
+        ranges[0][0] == 0
+        and ranges[-1][1] == size
+        and all(a[1] == b[0] for a, b in pairwise(ranges))
+        for ranges, size in zip(cuts, shape, strict=True)
+    )
+    return covered and len(set(tiles)) == len(tiles) and volume == np.prod(shape)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("reads", "writes"), [(1, 0), (1, 1), (2, 1), (3, 2)])
+class TestTiles:
+    def test_cover_every_value_once(self, shape, machine, reads, writes):
+        found = plan(shape, machine, reads, writes)
+        assert is_partition(found["sums"], shape)
+        assert is_partition(found["writes"], shape)
+
+    def test_fit_the_kernels(self, shape, machine, reads, writes):
+        found = plan(shape, machine, reads, writes)
+        most = MOST_SUMMED[found["layout"]]
+        assert max(c1 - c0 for _, _, c0, c1, _, _ in found["sums"]) <= most
+        assert max(c1 - c0 for _, _, c0, c1, _, _ in found["writes"]) <= MOST_WRITTEN
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_blocks_follow_from_the_shape_alone(shape):
+    """What is summed together, and so the bits of a result, is the same on every machine."""
+    cuts = set()
+    for machine in MACHINES:
+        for itemsize in (4, 8):
+            tiles = plan(shape, machine, itemsize=itemsize)["sums"]
+            cuts.add(frozenset((o0, o1, i0, i1) for o0, o1, _, _, i0, i1 in tiles))
+    assert len(cuts) == 1
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_block_is_no_longer_than_its_error_bound_was_proven_for(shape):
+    for o0, o1, _, _, i0, i1 in plan(shape, "64 cores")["sums"]:
+        assert (o1 - o0) * (i1 - i0) <= 16384 + 16
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_thread_has_work_where_there_is_much(machine):
+    threads = MACHINES[machine]["threads"]
+    for shape in [(64, 64, 12544), (1, 4, 2**24), (2**20, 64, 1), (256, 1, 65536)]:
+        found = plan(shape, machine)
+        assert found["threads"] == threads
+        assert len(found["sums"]) >= threads
+        assert len(found["writes"]) >= threads
+
+
+def test_small_work_stays_on_one_thread():
+    assert plan((1, 16, 16), "64 cores")["threads"] == 1
+
+
+def test_streams_past_the_last_cache_only():
+    assert not plan((32, 128, 784), "this class of machine", 1, 1)["stream"]
+    assert plan((32, 256, 3136), "this class of machine", 1, 1)["stream"]
