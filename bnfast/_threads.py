@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
+from . import _cgroup
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
@@ -184,51 +186,22 @@ def cgroup_cores(root: str = "/") -> int | None:
         The smallest quota of the process's cgroup and the groups around it, cgroup version 1 or
         2; None where there is none.
     """
-    mounted = os.path.join(root, "sys/fs/cgroup")
-    quotas = []
-    for line in (_read(os.path.join(root, "proc/self/cgroup")) or "").splitlines():
-        controllers, _, path = line.partition(":")[2].partition(":")
-        if controllers == "":  # version 2, alone or beside version 1
-            bases = [mounted, os.path.join(mounted, "unified")]
-        elif "cpu" in controllers.split(","):
-            bases = [os.path.join(mounted, controllers), os.path.join(mounted, "cpu")]
-        else:
-            continue
-        quotas += [_quota(group) for base in bases for group in _groups_around(base, path)]
+    quotas = [_quota(group) for group in _cgroup.folders("cpu", root)]
     limits = [quota for quota in quotas if quota is not None]
     return min(limits) if limits else None
 
 
-def _groups_around(base: str, path: str) -> list[str]:
-    """Return the folders of the group `path` and of all groups around it, under `base`.
-
-    A container often sees its own group mounted as `base` and a `path` that only exists outside;
-    the last folder, `base` itself, is the right one then, and the others are not there.
-    """
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    return [os.path.join(base, *parts[:depth]) for depth in range(len(parts), -1, -1)]
-
-
 def _quota(group: str) -> int | None:
     """Return the cores one cgroup folder grants, None where it sets no limit."""
-    fields = (_read(os.path.join(group, "cpu.max")) or "").split()
+    fields = _cgroup.read(group, "cpu.max").split()
     if not fields:
         fields = [
-            (_read(os.path.join(group, name)) or "").strip()
-            for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            _cgroup.read(group, name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         ]
     if len(fields) != 2 or not all(field.isdecimal() for field in fields):
         return None  # "max", -1, or no such files
     quota, period = map(int, fields)
     return max(1, -(-quota // period)) if period else None
-
-
-def _read(path: str) -> str | None:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return None
 
 
 # The environment is read at import, where a mistake in it can be reported; the machine is asked
