@@ -64,7 +64,7 @@ def libraries():
         library(f"bnfast_{isa}", [f"src/kernels_{isa}.c"], [*KERNEL, *flags])
         for isa, flags in ISA_FLAGS[machine()].items()
     ]
-    driver = ["src/dispatch.c", "src/tiling.c", "src/caches.c"]
+    driver = ["src/dispatch.c", "src/tiling.c", "src/caches.c", "src/pages.c"]
     return [library("bnfast_driver", driver, COMMON), *kernels]
 
 
@@ -76,7 +76,10 @@ def extension():
         "bnfast._core",
         ["bnfast/_core.pyx"],
         include_dirs=["src", np.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
+            ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),  # the first with memory handlers
+        ],
         depends=[f"src/{file}" for file in os.listdir(os.path.join(ROOT, "src"))],
         extra_compile_args=[*COMMON, "-fopenmp"],
         extra_link_args=["-fopenmp"],

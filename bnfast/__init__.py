@@ -2,6 +2,7 @@
 
 from . import conventions
 from ._config import show_config
+from ._core import release_memory
 from ._threads import get_num_threads, num_threads, set_num_threads
 from .functional import (
     BatchStats,
@@ -39,6 +40,7 @@ __all__ = [
     "normalize",
     "num_threads",
     "recompute_statistics",
+    "release_memory",
     "scale_shift",
     "set_num_threads",
     "show_config",

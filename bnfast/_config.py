@@ -26,10 +26,11 @@ def _config() -> list[tuple[str, str]]:
 
     import bnfast
 
-    from . import _core, _threads
+    from . import _core, _memory, _threads
 
     built = _core.config()
     threads, source = _threads.describe()
+    kept, bound = _core.kept_memory()
     pinned = " (pinned by BNFAST_ISA)" if os.environ.get("BNFAST_ISA") else ""
     libc = " ".join(platform.libc_ver()).strip()
     return [
@@ -43,6 +44,7 @@ def _config() -> list[tuple[str, str]]:
         ("OpenMP", f"{built['openmp']}, {' and '.join(_openmp_runtimes()) or 'runtime unknown'}"),
         ("threads", f"{threads} ({source})"),
         ("caches", _caches(built["caches"])),
+        ("kept memory", f"{_bytes(kept)} of {_bytes(bound)} at most ({_memory.bound()[1]})"),
     ]
 
 

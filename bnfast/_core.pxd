@@ -101,3 +101,14 @@ cdef extern from "moments.h" nogil:
                             const double *inv_std, const double *total, const double *dot,
                             double *dweight, double *dy_factor, double *x_factor,
                             double *constant)
+
+
+cdef extern from "pages.h" nogil:
+    const size_t BNF_PAGES_LEAST
+    void *bnf_pages_acquire(size_t bytes)
+    void *bnf_pages_resize(void *data, size_t bytes)
+    void bnf_pages_release(void *data)
+    void bnf_pages_set_bound(size_t bytes)
+    size_t bnf_pages_bound()
+    size_t bnf_pages_held()
+    size_t bnf_pages_trim(size_t at_most)

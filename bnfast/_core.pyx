@@ -9,18 +9,20 @@ is wrong with it, and comes back here.  C knows elements, this file knows
 threads: every parallel loop of bnfast is in `run`.
 """
 cimport numpy as cnp
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport SIZE_MAX, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strcpy
 
 import os
 from itertools import product
 
 import numpy as np
 
-from . import _arrays, _threads
+from . import _arrays, _memory, _threads
 
 cnp.import_array()
 
@@ -38,6 +40,9 @@ cdef extern from *:
     """
     const int BNF_OPENMP
     const char *BNF_COMPILER
+
+cdef extern from "numpy/arrayobject.h":
+    PyObject *PyDataMem_DefaultHandler
 
 cdef extern from "numpy/numpyconfig.h":
     const char *NPY_FEATURE_VERSION_STRING   # the oldest NumPy this build runs with
@@ -304,6 +309,98 @@ cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, bint gathers, int re
     return 0
 
 
+# --- Fresh outputs -----------------------------------------------------------------------
+# A large one owns pages of pages.c through a data-memory handler of NumPy's, so it is an array
+# like any other: it may be resized, seen by tracemalloc, freed anywhere and after everything.
+
+cdef void *data_malloc(void *context, size_t size) noexcept nogil:
+    return bnf_pages_acquire(size)
+
+
+cdef void *data_calloc(void *context, size_t count, size_t size) noexcept nogil:
+    cdef void *data = NULL
+    if size == 0 or count <= SIZE_MAX // size:
+        data = bnf_pages_acquire(count * size)
+    if data != NULL:
+        memset(data, 0, count * size)
+    return data
+
+
+cdef void *data_realloc(void *context, void *data, size_t size) noexcept nogil:
+    return bnf_pages_acquire(size) if data == NULL else bnf_pages_resize(data, size)
+
+
+cdef void data_free(void *context, void *data, size_t size) noexcept nogil:
+    if data != NULL:
+        bnf_pages_release(data)
+
+
+cdef cnp.PyDataMem_Handler pages
+cdef object pages_handler = None
+strcpy(pages.name, "bnfast_pages")
+pages.version = 1
+pages.allocator.malloc = data_malloc
+pages.allocator.calloc = data_calloc
+pages.allocator.realloc = data_realloc
+pages.allocator.free = data_free
+
+
+cdef object handler_of_pages():
+    """The handler as NumPy takes it, with the pool's bound set before its first use."""
+    global pages_handler
+    if pages_handler is None:
+        bnf_pages_set_bound(_memory.bound()[0])
+        pages_handler = PyCapsule_New(&pages, "mem_handler", NULL)
+    return pages_handler
+
+
+cdef inline cnp.ndarray empty_like(cnp.ndarray x):
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+
+
+cdef cnp.ndarray new_like(cnp.ndarray x):
+    """An output of x's shape and type, with whatever is in its memory."""
+    if cnp.PyArray_NBYTES(x) < BNF_PAGES_LEAST:
+        return empty_like(x)
+    current = cnp.PyDataMem_GetHandler()
+    if <PyObject *>current != PyDataMem_DefaultHandler:   # the caller has plans of their own
+        return empty_like(x)
+    cnp.PyDataMem_SetHandler(handler_of_pages())
+    try:
+        return empty_like(x)
+    finally:
+        cnp.PyDataMem_SetHandler(current)
+
+
+def release_memory():
+    """Give back the memory that is kept for coming results.
+
+    Outputs of 128 KiB and more, once freed, leave their memory to later ones, since new pages
+    cost more than a batch norm. What waits is never more than 1/16 of the memory this process may
+    use (the machine's or its cgroup's), and 1 GiB; `BNFAST_CACHE_BYTES` in the environment sets
+    another bound, 0 to keep nothing. Arrays in use are not touched.
+
+    Returns
+    -------
+    int
+        Bytes given back to the system.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> freed = bnfast.release_memory()
+    >>> bnfast.release_memory()
+    0
+    """
+    return bnf_pages_trim(0)
+
+
+def kept_memory():
+    """Bytes that wait for coming results, and the most that may."""
+    handler_of_pages()
+    return bnf_pages_held(), bnf_pages_bound()
+
+
 # --- Recognising the common case ---------------------------------------------------------
 
 cdef inline int type_of(cnp.ndarray x) noexcept:
@@ -369,10 +466,6 @@ cdef bint see(object x, object axis, bnf_shape *shape) noexcept:
         shape.inner *= shape.outer
         shape.outer = 1
     return True
-
-
-cdef cnp.ndarray new_like(cnp.ndarray x):
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
 
 
 cdef cnp.ndarray new_vector(Py_ssize_t n):

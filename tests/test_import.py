@@ -16,7 +16,7 @@ PUBLIC = {
     "scale_shift", "BatchStats", "Gradients", "Moments", "BatchNorm", "BatchNorm1d",
     "BatchNorm2d", "BatchNorm3d", "FrozenBatchNorm", "fold", "fold_before",
     "recompute_statistics", "conventions", "set_num_threads", "get_num_threads",
-    "num_threads", "show_config", "__version__",
+    "num_threads", "show_config", "release_memory", "__version__",
 }  # fmt: skip
 PACKAGE = Path(bnfast.__file__).parent
 

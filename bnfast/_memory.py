@@ -1,0 +1,66 @@
+"""How much memory may wait for the next results: what the environment says or the machine has.
+
+The pool itself is `src/pages.c`; `_core` asks here once, at its first large result.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from . import _cgroup
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# A loop over one shape needs one output's worth; nobody should have to ask where more than
+# this part of their memory is.
+PART_OF_MEMORY = 16
+MOST = 2**30
+
+
+def bound() -> tuple[int, str]:
+    """Return the most bytes that may wait, and where that number comes from."""
+    return _asked or _from_machine()
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
+    own = environ.get("BNFAST_CACHE_BYTES", "").strip()
+    if not own:
+        return None
+    if not (own.isascii() and own.isdecimal() and int(own) < 2**63):
+        raise ImportError(
+            f"BNFAST_CACHE_BYTES is {own!r}; expected a number of bytes, 0 to keep none"
+        )
+    return int(own), "BNFAST_CACHE_BYTES"
+
+
+def _from_machine(root: str = "/") -> tuple[int, str]:
+    """Return a part of the memory this process may use, 1 GiB at most."""
+    limits = [
+        (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the machine's memory"),
+        *((limit, "the cgroup's memory") for limit in _cgroup_limits(root)),
+        *((limit, "the address space's limit") for limit in _address_space()),
+    ]
+    memory, source = min(limits)
+    part = memory // PART_OF_MEMORY
+    return (part, f"1/{PART_OF_MEMORY} of {source}") if part < MOST else (MOST, "default")
+
+
+def _cgroup_limits(root: str) -> list[int]:
+    """Return the limits of the groups around this process; those that set none say "max"."""
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    folders = _cgroup.folders("memory", root)
+    said = [_cgroup.read(folder, name).strip() for folder in folders for name in names]
+    return [int(text) for text in said if text.isdecimal()]
+
+
+def _address_space() -> list[int]:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return [] if soft == resource.RLIM_INFINITY else [soft]
+
+
+# Read at import, where a mistake in it can be reported.
+_asked = _from_environment(os.environ)

@@ -1,0 +1,223 @@
+/* The pool of pages.h: a short list of free blocks, oldest first, under a mutex.
+ *
+ * Blocks come in classes an eighth of a power of two apart, and only a block of
+ * the very class is taken again: shapes repeat, and no result holds more than an
+ * eighth, or 64 KiB, over its size. */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "pages.h"
+
+/* One page in front of the data tells how large the block is, and leaves the data on a page's
+ * boundary: never just past where an input begins in its own page, where loads would wait for
+ * stores that agree in the address's low 12 bits. */
+#define PAGE ((size_t)4096)
+#define LARGEST_PAGE ((size_t)64 << 10) /* of any system: what a block's size is made of */
+#define HUGE_PAGE ((size_t)2 << 20)
+#define CLASSES_PER_OCTAVE 8
+#define MOST_BLOCKS 256
+
+typedef struct {
+    char *base;
+    size_t size;
+} block;
+
+static struct {
+    pthread_mutex_t lock;
+    pthread_once_t forks;
+    size_t bound, held;
+    int count;
+    block blocks[MOST_BLOCKS]; /* the longest idle first */
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .forks = PTHREAD_ONCE_INIT};
+
+static void lock(void) { pthread_mutex_lock(&pool.lock); }
+static void unlock(void) { pthread_mutex_unlock(&pool.lock); }
+
+/* ---- Blocks, and the system they come from */
+
+static char *round_up(char *p, size_t step) { return p + (step - (uintptr_t)p % step) % step; }
+
+/* The size of the block for so many bytes of data; 0 if there can be none. */
+static size_t class_size(size_t bytes)
+{
+    if (bytes > PTRDIFF_MAX / 2)
+        return 0;
+    const size_t needed = bytes + PAGE;
+    size_t step = LARGEST_PAGE;
+    while (step * CLASSES_PER_OCTAVE * 2 <= needed)
+        step *= 2;
+    return (needed + step - 1) / step * step;
+}
+
+static void *data_of(block b)
+{
+    *(size_t *)b.base = b.size;
+    return b.base + PAGE;
+}
+
+static block block_of(void *data)
+{
+    char *base = (char *)data - PAGE;
+    return (block){base, *(size_t *)base};
+}
+
+static void unmap(char *from, char *to)
+{
+    if (from < to)
+        munmap(from, (size_t)(to - from));
+}
+
+/* A block that huge pages can fill starts at one's boundary: 200 MB are then 100 faults. */
+static char *map(size_t size)
+{
+    const bool huge = size >= HUGE_PAGE;
+    const size_t asked = huge ? size + HUGE_PAGE : size;
+    char *p = mmap(NULL, asked, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED)
+        return NULL;
+    if (!huge)
+        return p;
+    char *base = round_up(p, HUGE_PAGE);
+    unmap(p, base);
+    unmap(base + size, p + asked);
+#ifdef MADV_HUGEPAGE
+    madvise(base, size, MADV_HUGEPAGE); /* a wish: small pages do as well */
+#endif
+    return base;
+}
+
+/* ---- The list, with the lock held */
+
+static block take(int i)
+{
+    const block b = pool.blocks[i];
+    pool.count--;
+    pool.held -= b.size;
+    memmove(&pool.blocks[i], &pool.blocks[i + 1], (size_t)(pool.count - i) * sizeof b);
+    return b;
+}
+
+/* The last one freed is the likeliest to be in the caches. */
+static block take_size(size_t size)
+{
+    for (int i = pool.count - 1; i >= 0; i--)
+        if (pool.blocks[i].size == size)
+            return take(i);
+    return (block){NULL, 0};
+}
+
+static size_t discard_oldest(void)
+{
+    const block oldest = take(0);
+    munmap(oldest.base, oldest.size);
+    return oldest.size;
+}
+
+static size_t shrink_to(size_t at_most)
+{
+    size_t given = 0;
+    while (pool.held > at_most)
+        given += discard_oldest();
+    return given;
+}
+
+static void keep(block b)
+{
+    shrink_to(pool.bound - b.size);
+    if (pool.count == MOST_BLOCKS)
+        discard_oldest();
+    pool.blocks[pool.count++] = b;
+    pool.held += b.size;
+}
+
+/* ---- Forks */
+
+/* The child gives its share of the waiting blocks up: writing to a page that two processes
+ * share copies it, which is dearer than a new one, for the parent too. */
+static void after_fork_in_child(void)
+{
+    shrink_to(0);
+    unlock();
+}
+
+static void watch_forks(void) { pthread_atfork(lock, unlock, after_fork_in_child); }
+
+/* ---- What pages.h declares */
+
+void *bnf_pages_acquire(size_t bytes)
+{
+    const size_t size = class_size(bytes);
+    if (size == 0)
+        return NULL;
+    lock();
+    block b = take_size(size);
+    unlock();
+    if (b.base)
+        return data_of(b);
+    b = (block){map(size), size};
+    if (!b.base && bnf_pages_trim(0) > 0)
+        b.base = map(size);
+    return b.base ? data_of(b) : NULL;
+}
+
+void bnf_pages_release(void *data)
+{
+    const block b = block_of(data);
+    lock();
+    const bool kept = b.size <= pool.bound;
+    if (kept)
+        keep(b);
+    unlock();
+    if (!kept)
+        munmap(b.base, b.size);
+}
+
+void *bnf_pages_resize(void *data, size_t bytes)
+{
+    const size_t size = block_of(data).size, wanted = class_size(bytes);
+    if (wanted == size)
+        return data;
+    void *moved = bnf_pages_acquire(bytes);
+    if (!moved)
+        return NULL;
+    memcpy(moved, data, (wanted < size ? wanted : size) - PAGE);
+    bnf_pages_release(data);
+    return moved;
+}
+
+void bnf_pages_set_bound(size_t bytes)
+{
+    pthread_once(&pool.forks, watch_forks);
+    lock();
+    pool.bound = bytes;
+    shrink_to(bytes);
+    unlock();
+}
+
+size_t bnf_pages_bound(void)
+{
+    lock();
+    const size_t bound = pool.bound;
+    unlock();
+    return bound;
+}
+
+size_t bnf_pages_held(void)
+{
+    lock();
+    const size_t held = pool.held;
+    unlock();
+    return held;
+}
+
+size_t bnf_pages_trim(size_t at_most)
+{
+    lock();
+    const size_t given = shrink_to(at_most);
+    unlock();
+    return given;
+}
