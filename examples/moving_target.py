@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     u = rng.normal(size=(60, 1))
     target = u + 1
     ways = {
-        "that ignores the statistics": descend(u, target, through_statistics=False),
+        "that ignores the mean": descend(u, target, through_statistics=False),
         "through the statistics": descend(u, target, through_statistics=True),
     }
     for name, way in ways.items():

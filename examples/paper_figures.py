@@ -1,7 +1,4 @@
-"""Draw the figures of `paper.py` from its results.
-
-python examples/paper_figures.py demo-output/results.json
-"""
+"""The figures of `paper.py`, drawn from its results."""
 
 from __future__ import annotations
 

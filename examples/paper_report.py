@@ -50,7 +50,7 @@ def _print_speedup(results: dict[str, Any]) -> None:
     """The steps to the plain network's best accuracy, the paper's beside them."""
     line = "  {:30}{:>10}{:>10}{:>12}{:>8}".format
     print("\nSteps to the plain network's best test accuracy, each network at its best rate")
-    print(line("", "accuracy", "plain", "normalized", "ratio"))
+    print(line("", "its best", "plain", "normalized", "ratio"))
     for row in results["speedup"]:
         steps = _count(row["plain"]), _count(row["normalized"])
         print(line(f"seed {row['seed']}", f"{row['target']:.2%}", *steps, f"{row['ratio']:.3f}"))
@@ -100,6 +100,9 @@ def _print_inference(results: dict[str, Any]) -> None:
     print(line("largest difference of a logit", f"{part['largest_difference']:.1e}"))
     print(line("answers changed", part["answers_changed"]))
 
-    print(f"\nImages per second, batches of {results['test_images']:,}, one thread")
+    print(
+        f"\nImages per second, batches of {results['test_images']:,}, one thread"
+        " (matrix products and tanh take the time)"
+    )
     for name, rate in found["images_per_second"].items():
         print(line(name, f"{rate:,.0f}"))
