@@ -5,6 +5,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+BENCH_VENV ?= .venv-bench
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
+ONNX ?= onnx onnxruntime
 
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
@@ -15,10 +20,10 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench dist sdist clean
+.PHONY: help demo test lint format bench bench-compare bench-suite bench-pytest dist sdist clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 	@echo 'Arguments are passed on: make test ARGS="-k fold -x", make demo ARGS="--quick"'
 
 demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
@@ -40,8 +45,26 @@ format: $(VENV)/.bnfast-dev  ## rewrite Python and C in the project's format
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(C_SOURCES)
 
-bench: $(VENV)/.bnfast-bench  ## the benchmarks
+bench:  ## against NumPy, PyTorch, oneDNN, ONNX Runtime and memory; writes bench/RESULTS.md
+	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-compare
+
+bench-compare: $(VENV)/.bnfast-bench $(VENV)/.bnfast-peers
+	$(PY) bench/compare.py --json bench/results.json --markdown bench/RESULTS.md \
+	    --figures bench/figures $(ARGS)
+
+bench-suite:  ## pytest-benchmark; ARGS="--benchmark-autosave", then, changed, "--benchmark-compare"
+	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-pytest
+
+bench-pytest: $(VENV)/.bnfast-bench
 	$(PY) -m pytest bench $(ARGS)
+
+# Peers of the comparison. One that cannot be installed is left out of it, and said to be. The
+# PyTorch of PyPI brings gigabytes of GPU libraries along; PyTorch's own index for the CPU does not.
+$(VENV)/.bnfast-peers: $(INSTALLED)
+	-$(PY) -m pip install --quiet $(ONEDNN)
+	-$(PY) -m pip install --quiet $(ONNX)
+	-$(if $(TORCH),$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
+	@touch $@
 
 dist: $(VENV)/.bnfast-dev  ## sdist and wheel into dist/
 	$(PY) -m build $(ARGS)
@@ -64,9 +87,9 @@ if sys.version_info < (3, 10):
                     "as in 'make test PYTHON=python3.11'" % (sys.executable, sys.version.split()[0]))
 try:
     import ensurepip, venv
-except ImportError as error:
-    problems.append("no %s module in %s: install it (Debian, Ubuntu: apt install python%d.%d-venv)"
-                    % ((error.name, sys.executable) + sys.version_info[:2]))
+except ImportError:
+    problems.append("no venv with ensurepip in %s: install it (Debian, Ubuntu: apt install python%d.%d-venv)"
+                    % ((sys.executable,) + sys.version_info[:2]))
 header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
 if not os.path.exists(header):
     problems.append("no Python headers (%s): install them (Debian, Ubuntu: apt install python%d.%d-dev; "

@@ -1,85 +1,55 @@
-"""pytest-benchmark suites: forward, backward, inference and moments by shape, layout and variant.
+"""pytest-benchmark suite: each kernel, by shape, layout and type.
 
-make bench ARGS="-k forward"
-make bench ARGS="--benchmark-autosave"        # then, after a change,
-make bench ARGS="--benchmark-compare"
+    make bench-suite ARGS="-k moments"
+    make bench-suite ARGS="--benchmark-autosave"     # then, at another commit,
+    make bench-suite ARGS="--benchmark-compare"
+
+Threads are as many as BNFAST_NUM_THREADS says, and are not part of a benchmark's name.
 """
 
-import numpy as np
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import pytest
-import shapes
+from cases import Data
+from suite import CASES, data_of, label
 
 import bnfast
 
-VARIANTS = {"plain": (None, False), "relu": ("relu", False), "add_relu": ("relu", True)}
-CASES = [
-    (shape, layout)
-    for shape in shapes.ALL
-    for layout in (("nchw", "nhwc") if len(shape) > 2 else ("dense",))
-]
+
+def moments(d: Data) -> Callable[[], Any]:
+    return lambda: bnfast.moments(d.sets[0].x, axis=d.case.axis)
 
 
-def name(case):
-    shape, layout = case
-    return f"{'x'.join(map(str, shape))}-{layout}"
+def apply(d: Data) -> Callable[[], Any]:
+    b = d.sets[0]
+    return lambda: bnfast.scale_shift(b.x, d.weight, d.bias, axis=d.case.axis, out=b.out)
 
 
-class Problem:
-    """Arrays of one case, outputs included, so that no page is new while the clock runs."""
-
-    def __init__(self, case, variant="plain"):
-        shape, layout = case
-        memory, self.axis = shapes.in_layout(shape, layout)
-        self.activation, with_residual = VARIANTS[variant]
-        rng = np.random.default_rng(0)
-        self.x, self.dy, residual = (rng.standard_normal(memory, np.float32) for _ in range(3))
-        self.residual = residual if with_residual else None
-        channels = memory[self.axis]
-        self.weight, self.bias = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-        self.mean, self.var = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-        self.out = np.empty_like(self.x)
-
-    def batch_norm(self, training):
-        return bnfast.batch_norm(
-            self.x, self.mean, self.var, self.weight, self.bias, training, axis=self.axis,
-            activation=self.activation, residual=self.residual, out=self.out,
-        )  # fmt: skip
-
-    def backward(self, stats, y):
-        return bnfast.batch_norm_backward(
-            self.dy, self.x, stats, self.weight, self.bias, axis=self.axis,
-            activation=self.activation, residual=self.residual, y=y, out=self.out,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES, ids=name)
-@pytest.mark.parametrize("training", [True, False], ids=["forward", "inference"])
-def test_batch_norm(benchmark, case, variant, training):
-    benchmark(Problem(case, variant).batch_norm, training)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_backward(benchmark, case, variant):
-    p = Problem(case, variant)
-    y, stats = bnfast.batch_norm_forward(
-        p.x, p.weight, p.bias, axis=p.axis, activation=p.activation, residual=p.residual
+def grad_sums(d: Data) -> Callable[[], Any]:
+    b, axis = d.sets[0], d.case.axis
+    stats = bnfast.batch_norm_forward(b.x, axis=axis)[1]
+    needs = ("weight", "bias")
+    return lambda: bnfast.batch_norm_backward(
+        b.dy, b.x, stats, d.weight, d.bias, axis=axis, needs=needs
     )
-    benchmark(p.backward, stats, y if p.residual is not None else None)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_moments(benchmark, case):
-    p = Problem(case)
-    benchmark(bnfast.moments, p.x, axis=p.axis)
+def grad_input(d: Data) -> Callable[[], Any]:
+    """Through constant statistics, whose gradient needs no sums first."""
+    b, axis = d.sets[0], d.case.axis
+    stats = bnfast.BatchStats.from_population(d.mean, d.var)
+    return lambda: bnfast.batch_norm_backward(
+        b.dy, b.x, stats, d.weight, d.bias, axis=axis, out=b.out, needs=("x",)
+    )
 
 
-def test_small_frozen_call(benchmark):
-    x = np.ones((1, 16, 4, 4), np.float32)
-    benchmark(bnfast.BatchNorm2d(16).freeze(), x)
-
-
-def test_small_functional_call(benchmark):
-    p = Problem(((1, 16, 4, 4), "nchw"))
-    benchmark(bnfast.batch_norm, p.x, p.mean, p.var, p.weight, p.bias)
+@pytest.mark.parametrize("kernel", [moments, apply, grad_sums, grad_input])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_kernel(
+    benchmark: Any, case: Any, dtype: str, kernel: Callable[[Data], Callable[[], Any]]
+) -> None:
+    benchmark(kernel(data_of(*case, "plain", dtype)))

@@ -1,154 +1,210 @@
-"""bnfast against PyTorch and a copy, interleaved in one run, outputs preallocated on both sides.
+"""bnfast against every peer that is here, and against what memory allows, in one run.
 
-    pip install torch          # the CPU build; without it only the copy is compared with
-    python bench/compare.py [--threads 2] [--rounds 30] [--shapes 32x256x56x56 4096x256]
+    python bench/compare.py --quick                   under two minutes
+    python bench/compare.py --json r.json --markdown RESULTS.md --figures figures
+    python bench/compare.py --shapes 32x256x56x56 --threads 1 2 --peers torch onednn
 
-Every round runs each contestant once, in turn, on warmed arrays; the medians are printed in
-milliseconds, with how many times faster bnfast is.  Rounds in which the scheduler took a core
-away are hidden by the median; how many took twice as long is printed at the end.
+All contestants of a row run in turn on the same arrays (see timing.py), their outputs given, and
+their answers compared with float64 NumPy first. Peers: numpy, torch, onednn, onnxruntime, and
+limits, which are loops that only move the bytes; those not installed are named and left out.
+With --cold each call takes another set of arrays, of more than twice the last cache together.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import importlib
+import itertools
+import json
+import math
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import compiled
+import extras
+import limits
+import machine
+import report
+import report_markdown
+import scaling
 import shapes
+from cases import STEPS, VARIANTS, Case, Data, Run
+from peer_bnfast import Ours
+from timing import Contestant, Progress, measure
 
-import bnfast
-
-Call = Callable[[], Any]
-
-
-class Arrays:
-    """The data of one shape and layout, and outputs to write into."""
-
-    def __init__(self, shape: tuple[int, ...], layout: str) -> None:
-        memory, self.axis = shapes.in_layout(shape, layout)
-        rng = np.random.default_rng(0)
-        self.x, self.dy = (rng.standard_normal(memory, np.float32) for _ in range(2))
-        channels = memory[self.axis]
-        self.weight, self.bias = (rng.random(channels, np.float32) for _ in range(2))
-        self.mean, self.var = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-        self.out = np.empty_like(self.x)
+PEERS = {
+    "limits": ("limits", "Limits"),
+    "numpy": ("peer_numpy", "NumPy"),
+    "torch": ("peer_torch", "Torch"),
+    "onednn": ("peer_onednn", "OneDNN"),
+    "onnxruntime": ("peer_onnxruntime", "OnnxRuntime"),
+}
+MOST_SETS = 256  # of a cold row; smaller shapes are left out, since their calls are never cold
 
 
-def ours(a: Arrays) -> dict[str, Call]:
-    """Forward, backward and inference by bnfast."""
-    parameters = (a.weight, a.bias)
-    stats = bnfast.batch_norm_forward(a.x, *parameters, axis=a.axis)[1]
-
-    def run(training: bool) -> Any:
-        return bnfast.batch_norm(a.x, a.mean, a.var, *parameters, training, axis=a.axis, out=a.out)
-
-    def backward() -> Any:
-        return bnfast.batch_norm_backward(a.dy, a.x, stats, *parameters, axis=a.axis, out=a.out)
-
-    return {"forward": lambda: run(True), "backward": backward, "inference": lambda: run(False)}
-
-
-def torchs(a: Arrays) -> dict[str, Call]:
-    """The same by PyTorch's own operators, in their preallocated forms."""
-    import torch
-
-    def tensor(array: Any) -> Any:
-        view = torch.from_numpy(array)
-        return view.movedim(a.axis, 1) if array.ndim > 1 else view
-
-    x, dy, y, dx = (tensor(v) for v in (a.x, a.dy, np.empty_like(a.x), np.empty_like(a.x)))
-    weight, bias, mean, var = (tensor(v.copy()) for v in (a.weight, a.bias, a.mean, a.var))
-    saved, vectors = [torch.empty_like(mean) for _ in range(2)], [torch.empty_like(mean)] * 2
-    none = torch.empty(0)
-    backward_out = torch.ops.aten.native_batch_norm_backward.out
-
-    def run(training: bool) -> Any:
-        out = (y, *saved) if training else (y, none, none)
-        return torch.native_batch_norm(x, weight, bias, mean, var, training, 0.1, 1e-5, out=out)
-
-    def backward() -> Any:
-        return backward_out(
-            dy, x, weight, mean, var, *saved, True, 1e-5, [True] * 3,
-            out0=dx, out1=vectors[0], out2=vectors[1],
-        )  # fmt: skip
-
-    return {"forward": lambda: run(True), "backward": backward, "inference": lambda: run(False)}
+def load_peers(wanted: list[str]) -> tuple[list[Any], dict[str, str]]:
+    """The peers that are here, bnfast first, and each one's version or why it is not."""
+    found, versions = [Ours()], {"bnfast": Ours.version}
+    for name in wanted:
+        module, kind = PEERS[name]
+        try:
+            found.append(getattr(importlib.import_module(module), kind)())
+            versions[name] = found[-1].version
+        except compiled.Missing as error:
+            versions[name] = f"left out: {error}"
+            print(f"left out: {error}", file=sys.stderr)
+    return found, versions
 
 
-def interleaved(calls: list[Call], rounds: int) -> tuple[list[float], int]:
-    """Median seconds of each call, run in turn, and how many rounds took twice the median."""
-    for call in calls:
-        call()
-    taken = [[clocked(call) for call in calls] for _ in range(rounds)]
-    medians = [statistics.median(column) for column in zip(*taken, strict=True)]
-    slow = sum(t > 2 * m for row in taken for t, m in zip(row, medians, strict=True))
-    return medians, slow
+def sets_for(case: Case, cold: bool, cache: int) -> int | None:
+    """How many sets of arrays a row turns through; None where no number would be cold."""
+    sets = math.ceil(2 * cache / case.nbytes) if cold else 1
+    return sets if sets <= MOST_SETS else None
 
 
-def clocked(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+class Comparison:
+    """All rows of a run."""
+
+    def __init__(self, options: argparse.Namespace, peers: list[Any], cache: int) -> None:
+        self.options, self.peers, self.cache = options, peers, cache
+        self.rows: list[dict[str, Any]] = []
+        self.wrong: list[str] = []
+
+    def plan(self) -> list[tuple[Case, bool]]:
+        cases = [
+            (Case(shape, layout, variant, self.options.dtype, self.options.offset), cold)
+            for shape in self.options.shapes
+            for layout in shapes.layouts(shape)
+            for variant in self.options.variants
+            for cold in ([False, True] if self.options.cold else [False])
+        ]
+        return [(case, cold) for case, cold in cases if sets_for(case, cold, self.cache)]
+
+    def run(self) -> None:
+        plan = self.plan()
+        each = list(itertools.product(self.options.threads, STEPS))
+        progress = Progress([0.4 + case.nbytes / 3e7 for case, _ in plan for _ in each])
+        for case, cold in plan:
+            data = Data(case, sets_for(case, cold, self.cache) or 1)
+            for threads, step in each:
+                temperature = " cold" if cold else ""
+                progress.next(f"{case}{temperature}, threads {threads}: {step}")
+                self.rows.append(self.row(data, threads, step) | {"cold": cold})
+        progress.end()
+
+    def row(self, data: Data, threads: int, step: str) -> dict[str, Any]:
+        case, contestants, notes = data.case, [], {}
+        for peer in self.peers:
+            peer.set_threads(threads)
+            for name, runs in self.runs_of(peer, data, step).items():
+                if runs[0].note:
+                    notes[name] = runs[0].note
+                contestants.append(Contestant(name, [r.call for r in runs], peer.rest))
+        o = self.options
+        times, others = machine.when_quiet(
+            lambda: measure(contestants, o.rounds, o.budget, o.fewest), o.attempts
+        )
+        medians = {name: timing.median for name, timing in times.items()}
+        return {
+            "shape": shapes.label(case.shape), "layout": case.layout, "variant": case.variant,
+            "dtype": case.dtype, "step": step, "threads": threads, "nbytes": case.nbytes,
+            "traffic": limits.traffic(case, step), "limit": limits.seconds(case, step, medians),
+            "times": {name: asdict(timing) for name, timing in times.items()}, "notes": notes,
+            "others": others,
+        }  # fmt: skip
+
+    def runs_of(self, peer: Any, data: Data, step: str) -> dict[str, list[Run]]:
+        """A peer's contestants by name, one call a set of arrays; those that answer wrong, not."""
+        made = [peer.runs(data, buffers, step) for buffers in data.sets]
+        right = [name for name, run in made[0].items() if self.answers_right(name, data, step, run)]
+        return {name: [runs[name] for runs in made] for name in right}
+
+    def answers_right(self, name: str, data: Data, step: str, run: Run) -> bool:
+        if name.startswith(tuple(limits.NAMES.values())) or name == "bnfast plain":
+            return True
+        error = data.error(step, run)
+        if error > data.tolerance(step):
+            self.wrong.append(f"{name}, {data.case}, {step}: off by {error:.2g} of the values")
+            Progress.say(f"WRONG, left out of the row: {self.wrong[-1]}")
+        return error <= data.tolerance(step)
 
 
-def cell(us: float, peer: float | None) -> str:
-    if peer is None:
-        return f"{us * 1e3:9.3f}        "
-    return f"{us * 1e3:9.3f} {peer / us:6.2f}x"
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few shapes and rounds, plain only")
+    add("--shapes", type=shapes.parse, nargs="+", metavar="NxCxHxW")
+    add("--variants", nargs="+", choices=VARIANTS)
+    add("--threads", type=int, nargs="+", default=[2, 1])
+    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER")
+    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--offset", type=int, default=0, choices=(0, 16, 32, 48), help="of arrays to cache lines")
+    add("--attempts", type=int, help="at a row, while others take over 5%% of the CPU time used")
+    add("--cold", action="store_true", help="add rows whose arrays are in no cache")
+    add("--rounds", type=int)
+    add("--budget", type=float, help="seconds that a slow contestant may take in a row")
+    add("--fewest", type=int, help="rounds that it takes part in all the same")
+    add("--no-scaling", action="store_true", help="leave out the curve from 1 MB to 1 GB")
+    add("--json", type=Path, metavar="FILE")
+    add("--markdown", type=Path, metavar="FILE")
+    add("--figures", type=Path, metavar="DIR", nargs="?", const=Path(__file__).parent / "figures")
+    return with_defaults(parser.parse_args())
 
 
-def compare(shape: tuple[int, ...], layout: str, rounds: int, with_torch: bool) -> tuple[str, int]:
-    """One line of the table, and how many slow rounds it hides."""
-    a = Arrays(shape, layout)
-    contestants = [ours(a)] + ([torchs(a)] if with_torch else [])
-    cells, slow = [], 0
-    for step in contestants[0]:
-        medians, stalls = interleaved([c[step] for c in contestants], rounds)
-        cells.append(cell(medians[0], medians[1] if with_torch else None))
-        slow += stalls
-    copy = interleaved([lambda: np.copyto(a.out, a.x)], rounds)[0][0]
-    label = f"{'x'.join(map(str, shape))} {layout}"
-    return f"{label:<22}{'  '.join(cells)} {copy * 1e3:9.3f}", slow
-
-
-def has_torch(threads: int) -> bool:
-    try:
-        import torch
-    except ImportError:
-        print("PyTorch is not installed and is left out.", file=sys.stderr)
-        return False
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
-    return True
-
-
-def shape_of(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split("x"))
+def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    quick = options.quick
+    defaults = {
+        "shapes": shapes.QUICK if quick else shapes.ALL,
+        "variants": ["plain"] if quick else list(VARIANTS),
+        "rounds": 10 if quick else 30,
+        "budget": 0.1 if quick else 1.0,
+        "fewest": 3 if quick else 7,
+        "attempts": 1 if quick else 3,
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=bnfast.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--shapes", type=shape_of, nargs="+", default=shapes.ALL)
-    options = parser.parse_args()
-    with_torch = has_torch(options.threads)
-    bnfast.set_num_threads(options.threads)
-    bnfast.show_config()
-    print("\nmilliseconds, and how many times faster than PyTorch; copy: numpy.copyto, one thread")
-    steps = "  ".join(f"{step:>9}        " for step in ("forward", "backward", "inference"))
-    print(f"{'':<22}{steps} {'copy':>9}")
-    slow = 0
-    for shape in options.shapes:
-        for layout in ("nchw", "nhwc") if len(shape) > 2 else ("dense",):
-            line, stalls = compare(shape, layout, options.rounds, with_torch)
-            slow += stalls
-            print(line, flush=True)
-    print(f"{slow} calls took more than twice their median")
+    options = arguments()
+    peers, versions = load_peers(options.peers)
+    described, before = machine.describe(), machine.cpu_seconds()
+    comparison = Comparison(options, peers, machine.last_level_cache(described))
+    comparison.run()
+    results = {
+        "machine": described,
+        "peers": versions,
+        "command": " ".join(["python bench/compare.py", *sys.argv[1:]]),
+        "rounds": options.rounds,
+        "fewest": options.fewest,
+        "rows": comparison.rows,
+        "wrong": comparison.wrong,
+        "extras": extras.measure_all(),
+        "scaling": [] if options.no_scaling else scaling.run(options.threads, options.quick),
+    }
+    described["others"] = machine.share_of_others(before)
+    write(results, options)
+
+
+def write(results: dict[str, Any], options: argparse.Namespace) -> None:
+    # First what took the time, so that a fault in a drawing does not cost it.
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.text(results))
+    figures = []
+    if options.figures:
+        import draw
+
+        figures = draw.all_figures(results, options.figures)
+    if options.markdown:
+        text = report_markdown.markdown(results, figures, options.markdown.parent)
+        options.markdown.write_text(text)
 
 
 if __name__ == "__main__":

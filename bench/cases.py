@@ -1,0 +1,192 @@
+"""A case: one shape, layout, variant and type, its data, and what the answers should be.
+
+Every contestant gets the same arrays. They begin at cache lines, as PyTorch's own tensors do and
+as oneDNN's streaming stores demand, or `offset` bytes past one (16 is where NumPy's allocator
+puts large arrays; oneDNN then works on copies that are aligned).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import shapes
+
+EPS = 1e-5
+STEPS = ("forward", "backward", "inference")
+# The activation, and whether a residual is added before it.
+VARIANTS = {"plain": (None, False), "relu": ("relu", False), "add_relu": ("relu", True)}
+LINE = 64
+VALUES_DRAWN = 1 << 22  # more are repeats: drawing 250 million takes longer than measuring
+
+
+def empty(shape: shapes.Shape, dtype: Any, offset: int = 0) -> np.ndarray:
+    """An array that begins `offset` bytes past a cache line, on huge pages where NumPy's are."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 2 * LINE, np.uint8)
+    start = (offset - memory.ctypes.data) % LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: shapes.Shape
+    layout: str
+    variant: str = "plain"
+    dtype: str = "float32"
+    offset: int = 0
+
+    @property
+    def memory(self) -> shapes.Shape:
+        return shapes.in_layout(self.shape, self.layout)[0]
+
+    @property
+    def axis(self) -> int:
+        return shapes.in_layout(self.shape, self.layout)[1]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def planar(self) -> bool:
+        return self.layout == "nchw"
+
+    @property
+    def activation(self) -> str | None:
+        return VARIANTS[self.variant][0]
+
+    @property
+    def adds(self) -> bool:
+        return VARIANTS[self.variant][1]
+
+    def __str__(self) -> str:
+        return f"{shapes.label(self.shape)} {self.layout} {self.variant}"
+
+
+@dataclass
+class Buffers:
+    """One set of arrays in memory order. All contestants write into the same outputs."""
+
+    x: np.ndarray
+    dy: np.ndarray
+    residual: np.ndarray
+    y: np.ndarray  # of the forward, which the backward of a residual takes its mask from
+    out: np.ndarray
+    out2: np.ndarray  # the residual's gradient
+    sum_dy: np.ndarray
+    sum_dyx: np.ndarray
+
+    def inputs(self) -> list[np.ndarray]:
+        return [self.x, self.dy, self.residual, self.y]
+
+    def outputs(self) -> list[np.ndarray]:
+        return [self.out, self.out2, self.sum_dy, self.sum_dyx]
+
+
+@dataclass
+class Run:
+    """One contestant's call, and how to read its answer: y, or the gradients."""
+
+    call: Callable[[], Any]
+    answer: Callable[[Any], list[np.ndarray]]
+    note: str = ""
+
+
+class Data:
+    """Parameters of a case and `sets` copies of its arrays, equal in value."""
+
+    def __init__(self, case: Case, sets: int = 1) -> None:
+        self.case = case
+        self.rng = np.random.default_rng(0)
+        self.weight, self.bias, self.mean, self.var = (self._vector() for _ in range(4))
+        self.var += 0.5
+        self.sets = [self._buffers(None)]
+        self.sets[0].y[...] = self._normalized()
+        self.sets += [self._buffers(self.sets[0]) for _ in range(sets - 1)]
+
+    def _vector(self) -> np.ndarray:
+        return self.rng.random(self.case.channels).astype(self.case.dtype)
+
+    def _empty(self) -> np.ndarray:
+        return empty(self.case.memory, self.case.dtype, self.case.offset)
+
+    def _random(self) -> np.ndarray:
+        array = self._empty()
+        drawn = self.rng.standard_normal(min(array.size, VALUES_DRAWN), np.float32)
+        flat = array.reshape(-1)
+        for start in range(0, array.size, drawn.size):
+            part = flat[start : start + drawn.size]
+            part[...] = drawn[: part.size]
+        return array
+
+    def _buffers(self, like: Buffers | None) -> Buffers:
+        inputs = [self._random() if like is None else self._empty() for _ in range(4)]
+        if like is not None:
+            for array, source in zip(inputs, like.inputs(), strict=True):
+                array[...] = source
+        vectors = [np.zeros(self.case.channels, self.case.dtype) for _ in range(2)]
+        return Buffers(*inputs, self._empty(), self._empty(), *vectors)
+
+    def _normalized(self) -> np.ndarray:
+        import bnfast
+
+        return bnfast.batch_norm_forward(
+            self.sets[0].x, self.weight, self.bias, eps=EPS, axis=self.case.axis,
+            activation=self.case.activation, residual=self._residual(self.sets[0]),
+        )[0]  # fmt: skip
+
+    def _residual(self, buffers: Buffers) -> np.ndarray | None:
+        return buffers.residual if self.case.adds else None
+
+    @cached_property
+    def sampled(self) -> np.ndarray:
+        """The channels that answers are checked in."""
+        return np.unique(np.linspace(0, self.case.channels - 1, 5).astype(int))
+
+    def columns(self, array: np.ndarray) -> np.ndarray:
+        """The sampled channels of a tensor in memory order, as float64 columns."""
+        picked = np.moveaxis(array, self.case.axis, -1)[..., self.sampled]
+        return picked.reshape(-1, self.sampled.size).astype(np.float64)
+
+    def expected(self, step: str) -> list[np.ndarray]:
+        """What a contestant should answer in the sampled channels, in float64."""
+        b = self.sets[0]
+        x, weight, bias, mean, var = self.columns(b.x), *(
+            v[self.sampled].astype(np.float64)
+            for v in (self.weight, self.bias, self.mean, self.var)
+        )  # fmt: skip
+        if step != "inference":
+            mean, var = x.mean(0), x.var(0)
+        hat = (x - mean) / np.sqrt(var + EPS)
+        pre = hat * weight + bias + (self.columns(b.residual) if self.case.adds else 0)
+        if step != "backward":
+            return [np.maximum(pre, 0) if self.case.activation else pre]
+        dy = self.columns(b.dy) * (pre > 0 if self.case.activation else 1)
+        dx = weight / np.sqrt(var + EPS) * (dy - dy.mean(0) - hat * (dy * hat).mean(0))
+        return [dx, (dy * hat).sum(0), dy.sum(0)] + ([dy] if self.case.adds else [])
+
+    def error(self, step: str, run: Run) -> float:
+        """How far an answer is off, in the root mean square; infinite where nothing was written.
+
+        The mean, since the mask of one value next to the kink may rightly fall either way.
+        """
+        for array in self.sets[0].outputs():
+            array.fill(np.nan)
+        answers = run.answer(run.call())
+        worst = 0.0
+        for answer, right in zip(answers, self.expected(step), strict=True):
+            got = self.columns(answer) if right.ndim > 1 else answer[self.sampled]
+            worst = max(worst, float(np.sqrt(((got - right) ** 2).mean() / (right**2).mean())))
+        return worst if worst == worst else math.inf
+
+    def tolerance(self, step: str) -> float:
+        return 1e-2 if step == "backward" and self.case.activation else 1e-3
