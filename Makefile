@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
-C_SOURCES := $(wildcard src/*.[ch])
+C_SOURCES := $(wildcard src/*.[ch] bench/*.c)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help

@@ -83,12 +83,24 @@ sweep(const arrays *a, ptrdiff_t from, ptrdiff_t to, int reads, int writes, bool
 static void part(const arrays *a, ptrdiff_t from, ptrdiff_t to, int loop, bool stream)
 {
     switch (loop) {
-    case 10: sweep(a, from, to, 1, 0, false); break;
-    case 20: sweep(a, from, to, 2, 0, false); break;
-    case 11: stream ? sweep(a, from, to, 1, 1, true) : sweep(a, from, to, 1, 1, false); break;
-    case 21: stream ? sweep(a, from, to, 2, 1, true) : sweep(a, from, to, 2, 1, false); break;
-    case 31: stream ? sweep(a, from, to, 3, 1, true) : sweep(a, from, to, 3, 1, false); break;
-    case 32: stream ? sweep(a, from, to, 3, 2, true) : sweep(a, from, to, 3, 2, false); break;
+    case 10:
+        sweep(a, from, to, 1, 0, false);
+        break;
+    case 20:
+        sweep(a, from, to, 2, 0, false);
+        break;
+    case 11:
+        stream ? sweep(a, from, to, 1, 1, true) : sweep(a, from, to, 1, 1, false);
+        break;
+    case 21:
+        stream ? sweep(a, from, to, 2, 1, true) : sweep(a, from, to, 2, 1, false);
+        break;
+    case 31:
+        stream ? sweep(a, from, to, 3, 1, true) : sweep(a, from, to, 3, 1, false);
+        break;
+    case 32:
+        stream ? sweep(a, from, to, 3, 2, true) : sweep(a, from, to, 3, 2, false);
+        break;
     }
 }
 
@@ -97,7 +109,8 @@ static void part(const arrays *a, ptrdiff_t from, ptrdiff_t to, int loop, bool s
 void run(const arrays *a, ptrdiff_t n, int loop, int stream, int threads)
 {
     const ptrdiff_t line = ALIGNMENT / sizeof(float), step = AT_ONCE * LANES;
-    ptrdiff_t first = a->out[0] ? (ptrdiff_t)((-(uintptr_t)a->out[0] % ALIGNMENT) / sizeof(float)) : 0;
+    ptrdiff_t first =
+        a->out[0] ? (ptrdiff_t)((-(uintptr_t)a->out[0] % ALIGNMENT) / sizeof(float)) : 0;
     ptrdiff_t steps = (n - first) / step, lines = (n - first) / line;
     if (steps < threads || lines <= 0)
         threads = 1;

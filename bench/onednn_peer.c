@@ -36,17 +36,14 @@ static dnnl_format_tag_t tag_of(const char *layout)
     return strcmp(layout, "nChw8c") ? dnnl_nChw16c : dnnl_nChw8c;
 }
 
-void set_threads(int n)
-{
-    omp_set_num_threads(n);
-}
+void set_threads(int n) { omp_set_num_threads(n); }
 
 int start(void)
 {
     if (stream)
         return 0;
-    return dnnl_engine_create(&engine, dnnl_cpu, 0)
-           || dnnl_stream_create(&stream, engine, dnnl_stream_default_flags);
+    return dnnl_engine_create(&engine, dnnl_cpu, 0) ||
+           dnnl_stream_create(&stream, engine, dnnl_stream_default_flags);
 }
 
 void version(int *major, int *minor, int *patch)
@@ -111,8 +108,8 @@ plan *make_plan(int step, const char *layout, const int64_t *nchw, float eps, in
     unsigned flags = dnnl_use_scale | dnnl_use_shift | (relu ? dnnl_fuse_norm_relu : 0);
     dnnl_memory_desc_t tensor;
     dnnl_primitive_desc_t pd;
-    if (count > MAX_ARGS
-        || dnnl_memory_desc_create_with_tag(&tensor, 4, nchw, dnnl_f32, tag_of(layout)))
+    if (count > MAX_ARGS ||
+        dnnl_memory_desc_create_with_tag(&tensor, 4, nchw, dnnl_f32, tag_of(layout)))
         return NULL;
     int failed = describe(&pd, step, tensor, eps, flags);
     dnnl_memory_desc_destroy(tensor);
@@ -127,13 +124,10 @@ plan *make_plan(int step, const char *layout, const int64_t *nchw, float eps, in
     return NULL;
 }
 
-const char *implementation(const plan *p)
-{
-    return p->implementation;
-}
+const char *implementation(const plan *p) { return p->implementation; }
 
 int run_plan(const plan *p)
 {
-    return dnnl_primitive_execute(p->primitive, stream, p->count, p->args)
-           || dnnl_stream_wait(stream);
+    return dnnl_primitive_execute(p->primitive, stream, p->count, p->args) ||
+           dnnl_stream_wait(stream);
 }
