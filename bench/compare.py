@@ -186,7 +186,9 @@ def main() -> None:
         "rows": comparison.rows,
         "wrong": comparison.wrong,
         "extras": extras.measure_all(),
-        "scaling": [] if options.no_scaling else scaling.run(options.threads, options.quick),
+        "scaling": []
+        if options.no_scaling
+        else scaling.run(options.threads, options.quick, options.attempts),
     }
     described["others"] = machine.share_of_others(before)
     write(results, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,8 @@ def scaling(points: list[dict[str, Any]]) -> Any:
             gains(axes[1, column], chosen)
         axes[-1, column].set_xlabel("size of x in MB")
         axes[-1, column].xaxis.set_major_formatter("{x:g}")
-    for ax in axes[:, 0]:
-        ax.set_ylim(bottom=0)
+    for row in axes:
+        row[0].set_ylim(0, roof(row))
     axes[0, 0].set_ylabel(f"ns per KB of x, {threads} threads")
     axes[0, -1].legend(fontsize=8)
     figure.suptitle(
@@ -148,6 +149,12 @@ def line(ax: Any, points: dict[float, float], colour: str, style: str, label: st
     )  # fmt: skip
     ax.set_xscale("log")
     ax.grid(linewidth=0.3)
+
+
+def roof(axes: Any) -> float:
+    """The top of some panels: far outliers are the scheduler's, and are left to be cut."""
+    heights = [y for ax in axes for curve in ax.get_lines() for y in curve.get_ydata()]
+    return min(1.1 * max(heights), 3 * statistics.quantiles(heights, n=10)[-1])
 
 
 def per_byte(ax: Any, points: list[dict[str, Any]]) -> None:

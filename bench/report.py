@@ -92,6 +92,16 @@ def stalls(results: dict[str, Any]) -> tuple[int, int]:
     return sum(t["stalls"] for t in timings), sum(t["rounds"] for t in timings)
 
 
+def busy_line(results: dict[str, Any]) -> str:
+    """How many rows, of the tables and of the scaling curve, others disturbed."""
+    rows = [*results["rows"], *results["scaling"]]
+    busy = sum(row["others"] > machine.BUSY for row in rows)
+    return (
+        f"{busy} of {len(rows)} rows were measured while other processes took more than "
+        f"{100 * machine.BUSY:.0f}% of the CPU time used"
+    )
+
+
 def extras_lines(results: dict[str, Any]) -> list[str]:
     extras = results["extras"]
     calls = [[call, f"{s * 1e6:.2f} us"] for call, s in extras["small_calls"].items()]
@@ -116,6 +126,7 @@ def text(results: dict[str, Any]) -> str:
     lines += [f"{peer}: {version}" for peer, version in results["peers"].items()]
     lines += [f"wrong answer, left out: {wrong}" for wrong in results["wrong"]]
     lines += [f"{slow} of {blocks} timed blocks took more than twice their median"]
+    lines += [busy_line(results)]
     return "\n".join(lines)
 
 

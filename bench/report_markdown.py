@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from report import extras_lines, groups, number, stalls, step_table, verdict_table
+from report import busy_line, extras_lines, groups, number, stalls, step_table, verdict_table
 from targets import Judge, Row, name
 
 HOW = """\
@@ -63,7 +63,7 @@ def markdown(results: dict[str, Any], figures: list[Path], beside: Path) -> str:
         "Figures": [f"![{f.stem}]({os.path.relpath(f, beside)})" for f in figures],
         "The machine": [f"- {line}" for line in machine.lines(results["machine"])],
         "Contestants": [f"- {peer}: {version}" for peer, version in results["peers"].items()],
-        "How it was measured": how.splitlines(),
+        "How it was measured": [*how.splitlines(), f"{busy_line(results)}."],
         "What it does not show": NOT_SHOWN.splitlines(),
         "Wrong answers": [f"- {wrong}; left out of the row" for wrong in results["wrong"]]
         or ["None: every contestant computed what float64 NumPy does."],
