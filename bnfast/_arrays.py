@@ -8,7 +8,7 @@ options. Whatever cannot be brought there gets its exception here, before anythi
 
 from __future__ import annotations
 
-from math import isfinite
+from math import isfinite, prod
 from operator import index
 from typing import Any, NoReturn
 
@@ -239,10 +239,12 @@ def constant(name: str, value: Any, channels: int | None = None) -> Array:
     """Return a read-only float64 copy of a per-channel parameter."""
     if channels is None:
         a = array(name, value)
-        channels = a.shape[0] if a.ndim else 0
-    fixed = parameter(name, value, channels).astype(np.float64)
-    fixed.flags.writeable = False
-    return fixed
+        if a.ndim != 1:
+            raise ValueError(f"{name} has shape {a.shape}; expected (channels,)")
+        channels = len(a)
+    numbers = parameter(name, value, channels).astype(np.float64)
+    # Over bytes, so that nobody can make it writeable again.
+    return np.frombuffer(numbers.tobytes(), np.float64)
 
 
 def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[Any]) -> Array:
@@ -253,6 +255,11 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
     _check_channels(name, value, channels)
     if not value.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to update in place")
+    if _overlaps_itself(value):
+        raise ValueError(
+            f"{name} has stride {value.strides[0]}, so that channels share memory; expected each "
+            "to have its own"
+        )
     return np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
 
 
@@ -267,15 +274,26 @@ def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
 
 
 def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> None:
-    """Refuse running statistics that share memory with each other or with a tensor."""
+    """Refuse running statistics that share memory with each other or another argument."""
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         others = [running_var, *tensors] if name == "running_mean" else tensors
         for other in others:
-            if other is not None and _share_memory(value, other):
+            if _both_arrays(value, other) and _share_memory(value, other):
                 raise ValueError(
                     f"{name} overlaps another argument in memory; expected memory of its own, "
                     "since it is updated in place"
                 )
+
+
+def check_parameters_apart(out: Any, **parameters: Any) -> None:
+    """Refuse an `out` that a parameter lies in, for calls whose `out` is written by way of a copy."""
+    for name, value in parameters.items():
+        if _both_arrays(out, value) and _share_memory(out, value):
+            refuse_overlap(name)
+
+
+def _both_arrays(a: Any, b: Any) -> bool:
+    return isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
 
 
 def _check_channels(name: str, a: Array, channels: int) -> None:
@@ -288,6 +306,20 @@ def _check_channels(name: str, a: Array, channels: int) -> None:
 def wrong_channels(shape: tuple[int, ...], axis: int, expected: int) -> str:
     """Word the error of a tensor with another number of channels than the layer has."""
     return f"x has shape {shape} with {shape[axis]} channels on axis {axis}; expected {expected}"
+
+
+def check_channels(shape: tuple[int, ...], axis: int, expected: int) -> None:
+    """Refuse a tensor with another number of channels than the layer has."""
+    if shape[axis] != expected:
+        raise ValueError(wrong_channels(shape, axis, expected))
+
+
+def check_enough_values(shape: tuple[int, ...], axis: int) -> None:
+    """Refuse a batch of one value per channel, which has no variance; none at all is allowed."""
+    if shape[axis] and prod(shape) == shape[axis]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(shape)}"
+        )
 
 
 # ---- Options
@@ -342,7 +374,9 @@ def check_ddof(value: Any) -> int:
 
 def check_count(count: Any, m: int) -> None:
     """Refuse statistics of a batch of another size than x; 0 stands for constants."""
-    if count not in (0, m):
+    if isinstance(count, bool | np.ndarray) or not hasattr(count, "__index__"):
+        raise TypeError(f"stats.count is {_kind(count)}; expected an integer")
+    if index(count) not in (0, m):
         raise ValueError(
             f"stats.count is {count}; expected the {m} values per channel of x, "
             "or 0 for constant statistics"

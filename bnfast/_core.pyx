@@ -41,6 +41,9 @@ cdef extern from *:
     const int BNF_OPENMP
     const char *BNF_COMPILER
 
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
 cdef extern from "numpy/arrayobject.h":
     PyObject *PyDataMem_DefaultHandler
 
@@ -189,6 +192,8 @@ cdef int reserve(Work *w, Py_ssize_t channels, Py_ssize_t blocks) except -1:
     cdef Py_ssize_t i
     vectors[:] = [&w.mean, &w.weight, &w.shift, &w.scale, &w.var, &w.inv_std, &w.dweight,
                   &w.dy_factor, &w.x_factor, &w.constant, &w.ones]
+    if channels > PY_SSIZE_T_MAX // <Py_ssize_t>sizeof(double) // (12 + 2 * blocks):
+        raise MemoryError   # an empty array may have more channels than can be counted in bytes
     w.memory = <double *>calloc((11 + 2 * blocks) * channels + 1, sizeof(double))
     if w.memory == NULL:
         raise MemoryError
@@ -440,6 +445,11 @@ cdef inline bint touches(cnp.ndarray a, cnp.ndarray x, object residual, object o
             or (out is not None and overlap(a, <cnp.ndarray>out)))
 
 
+cdef inline bint may_touch(cnp.ndarray a, object value) noexcept:
+    """Whether a parameter needs a closer look before a is updated."""
+    return value is not None and (not is_plain(value) or overlap(a, <cnp.ndarray>value))
+
+
 cdef bint see(object x, object axis, bnf_shape *shape) noexcept:
     """Fill shape and say yes if x and axis are the common case."""
     cdef cnp.ndarray array
@@ -675,6 +685,8 @@ def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
     cdef Py_ssize_t c
     if not forward_is_common(x, axis, residual, out, &shape):
         seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+        _arrays.check_parameters_apart(
+            out, **dict(zip(names, (mean, var, weight, bias), strict=True)))
         return seen.give(normalize(seen.x, mean, var, weight, bias, eps, seen.axis, seen.residual,
                                    activation, seen.out, names, running))
     cdef Activation act = read_activation(activation)
@@ -701,18 +713,34 @@ cdef class FixedMap:
     """act((x - mean) * scale + shift (+ residual)) with its numbers ready: the compiled half of
     `FrozenBatchNorm`."""
 
-    cdef readonly object mean, scale, shift, axis, activation
+    cdef readonly object axis, activation
+    cdef object means, scales, shifts   # never handed out: an array can be reshaped by its holder
     cdef Activation act
 
     def __init__(self, mean, scale, shift, axis, activation):
-        if self.mean is not None:
+        if self.means is not None:
             raise RuntimeError("a frozen batch norm is immutable; make another one")
         self.act = read_activation(activation)
         self.axis, self.activation = axis, activation
         means = _arrays.constant("mean", mean)
-        self.scale = _arrays.constant("scale", scale, len(means))
-        self.shift = _arrays.constant("shift", shift, len(means))
-        self.mean = means
+        self.scales = _arrays.constant("scale", scale, len(means))
+        self.shifts = _arrays.constant("shift", shift, len(means))
+        self.means = means
+
+    @property
+    def mean(self):
+        """What is subtracted, float64 per channel, read-only."""
+        return None if self.means is None else self.means.view()
+
+    @property
+    def scale(self):
+        """What is multiplied with, float64 per channel, read-only."""
+        return None if self.scales is None else self.scales.view()
+
+    @property
+    def shift(self):
+        """What is added, float64 per channel, read-only."""
+        return None if self.shifts is None else self.shifts.view()
 
     def __call__(self, x, residual=None, out=None):
         """Apply the map.
@@ -735,15 +763,16 @@ cdef class FixedMap:
 
     cdef object apply(self, object x, object axis, object residual, object out):
         cdef bnf_shape shape
-        if self.mean is None:
+        if self.means is None:
             raise RuntimeError("this frozen batch norm was never initialised")
         if not forward_is_common(x, axis, residual, out, &shape):
             seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+            _arrays.check_channels(np.shape(x), axis, len(self.means))
             return seen.give(self.apply(seen.x, seen.axis, seen.residual, seen.out))
-        if shape.channels != cnp.PyArray_DIM(<cnp.ndarray>self.mean, 0):
-            raise ValueError(_arrays.wrong_channels(x.shape, axis, len(self.mean)))
-        return apply_map(<cnp.ndarray>x, shape, numbers(self.mean), numbers(self.scale),
-                         numbers(self.shift), self.act, residual, out)
+        if shape.channels != cnp.PyArray_DIM(<cnp.ndarray>self.means, 0):
+            raise ValueError(_arrays.wrong_channels(x.shape, axis, len(self.means)))
+        return apply_map(<cnp.ndarray>x, shape, numbers(self.means), numbers(self.scales),
+                         numbers(self.shifts), self.act, residual, out)
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -758,6 +787,10 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     cdef bnf_shape shape
     if not forward_is_common(x, axis, residual, out, &shape):
         seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+        _arrays.check_parameters_apart(out, weight=weight, bias=bias)
+        if running_mean is not None:
+            _arrays.check_running_apart(running_mean, running_var, x, residual, out)
+        _arrays.check_enough_values(np.shape(x), axis)
         found = forward(seen.x, running_mean, running_var, weight, bias, momentum, eps, seen.axis,
                         ddof, seen.residual, activation, seen.out)
         return seen.give(found[0]), found[1]
@@ -771,11 +804,12 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
         means = running_statistic("running_mean", running_mean, array, shape.channels)
         vars = running_statistic("running_var", running_var, array, shape.channels)
         if (means is not running_mean or vars is not running_var or overlap(means, vars)
-                or touches(means, array, residual, out) or touches(vars, array, residual, out)):
-            _arrays.check_running_apart(running_mean, running_var, x, residual, out)
-    if shape.outer * shape.inner == 1 and not empty:
-        raise ValueError("Expected more than 1 value per channel when training, got input size "
-                         f"{tuple(x.shape)}")
+                or touches(means, array, residual, out) or touches(vars, array, residual, out)
+                or may_touch(means, weight) or may_touch(vars, weight)
+                or may_touch(means, bias) or may_touch(vars, bias)):
+            _arrays.check_running_apart(running_mean, running_var, x, residual, out, weight, bias)
+    if shape.outer * shape.inner == 1:
+        _arrays.check_enough_values(x.shape, axis)
     if not empty:
         plan_work(&w, array, shape, True, 1 + (residual is not None), 1, FORWARD, act,
                   residual is not None)
@@ -876,19 +910,23 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     """
     cdef Work w
     cdef bnf_shape shape
+    if dy is None:
+        raise TypeError("dy is None; expected the gradient of the output, shaped as x")
     if not backward_is_common(dy, x, axis, residual, y, out, &shape):
         seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=out,
                                  out_may_be=("x", "dy"))
+        _arrays.check_parameters_apart(
+            out, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
         found = backward(seen.dy, seen.x, mean, inv_std, count, weight, bias, seen.axis,
                          seen.residual, activation, seen.y, seen.out, needs)
         return (seen.give(found[0]) if needs[0] else None, found[1], found[2],
                 seen.restore(found[3]))
     cdef Activation act = read_activation(activation)
     cdef cnp.ndarray array = <cnp.ndarray>x, dx = None, dresidual = None
+    _arrays.check_count(count, shape.outer * shape.inner)
     cdef bint empty = cnp.PyArray_SIZE(array) == 0, has_batch = count != 0
     cdef bint gathers = needs[1] or needs[2] or (needs[0] and has_batch)
     cdef Py_ssize_t c
-    _arrays.check_count(count, shape.outer * shape.inner)
     memset(&w, 0, sizeof(w))
     if not empty:
         plan_work(&w, array, shape, gathers, 2 + (y is not None or residual is not None),

@@ -307,7 +307,10 @@ def _wanted(
 ) -> tuple[bool, ...]:
     if needs is None:
         return (True, True, True, residual is not None)
-    names = {needs} if isinstance(needs, str) else set(needs)
+    try:
+        names = {needs} if isinstance(needs, str) else set(needs)
+    except TypeError:
+        raise TypeError(f"needs is {needs!r:.60}; expected names of gradients") from None
     unknown = names.difference(Gradients._fields)
     if unknown:
         raise ValueError(
@@ -330,6 +333,9 @@ def _stats_of(stats: Any) -> BatchStats:
             f"stats is {stats!r:.60} of type {type(stats).__name__}; expected the BatchStats that "
             "batch_norm_forward returned"
         )
+    for name in ("mean", "inv_std"):
+        if getattr(stats, name) is None:
+            raise TypeError(f"stats.{name} is None; expected one value per channel")
     return stats
 
 
