@@ -101,3 +101,28 @@ def test_small_work_stays_on_one_thread():
 def test_streams_past_the_last_cache_only():
     assert not plan((32, 128, 784), "this class of machine", 1, 1)["stream"]
     assert plan((32, 256, 3136), "this class of machine", 1, 1)["stream"]
+
+
+def is_fused(shape, machine, **options):
+    return plan(shape, machine, **options)["fused"]
+
+
+def test_a_group_is_summed_and_written_while_a_cache_holds_it():
+    assert is_fused((32, 256, 3136), "this class of machine")
+    assert is_fused((32, 2048, 49), "no shared cache")
+    assert is_fused((8, 64, 196), "this class of machine")
+
+
+def test_what_stays_in_the_last_cache_is_swept_from_end_to_end():
+    assert not is_fused((32, 2048, 49), "this class of machine")
+    assert not is_fused((32, 128, 784), "this class of machine", reads=1)
+
+
+def test_rows_of_channels_are_shared_where_there_are_few_blocks_of_them():
+    found = plan((4096, 256, 1), "64 cores")
+    assert len(found["sums"]) == 64 == 2 * len(plan((4096, 256, 1), "a laptop")["sums"])
+
+
+def test_does_not_stream_what_the_threads_own_caches_hold():
+    assert not plan((1, 64, 3136), "no shared cache", 1, 1)["stream"]
+    assert plan((32, 256, 3136), "no shared cache", 1, 1)["stream"]
