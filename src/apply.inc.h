@@ -13,13 +13,14 @@ INLINE void NAME(apply_some)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t n, NAM
 INLINE void NAME(apply_run)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t end, NAME(affine_vec) a,
                             vec slope, variant v)
 {
-    const ptrdiff_t lead = f->stream ? NAME(lead)((const T *)f->y + i, end - i) : 0;
-    if (lead)
-        NAME(apply_some)(f, i, lead, a, slope, v);
-    for (i += lead; i + LANES <= end; i += LANES)
-        NAME(apply_some)(f, i, LANES, a, slope, v);
-    if (i < end)
-        NAME(apply_some)(f, i, end - i, a, slope, v);
+    ptrdiff_t odd = f->stream ? NAME(lead)((const T *)f->y + i, end - i) : 0;
+    do { /* the lead, whole vectors; then the tail, by the lead's code */
+        if (odd)
+            NAME(apply_some)(f, i, odd, a, slope, v);
+        for (i += odd; i + LANES <= end; i += LANES)
+            NAME(apply_some)(f, i, LANES, a, slope, v);
+        odd = end - i;
+    } while (odd);
 }
 
 INLINE void NAME(apply_planar_as)(const bnf_forward *operands, bnf_tile tile, variant v)
@@ -56,14 +57,14 @@ INLINE void NAME(apply_interleaved_as)(const bnf_forward *operands, bnf_tile til
     const ptrdiff_t channels = tile.channel1 - tile.channel0;
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++) {
         const ptrdiff_t row = o * f->shape.channels + tile.channel0;
-        const ptrdiff_t lead = f->stream ? NAME(lead)((const T *)f->y + row, channels) : 0;
-        ptrdiff_t i = lead;
-        if (lead)
-            NAME(apply_strip)(f, row, 0, lead, &rounded, slope, v);
-        for (; i + LANES <= channels; i += LANES)
-            NAME(apply_strip)(f, row, i, LANES, &rounded, slope, v);
-        if (i < channels)
-            NAME(apply_strip)(f, row, i, channels - i, &rounded, slope, v);
+        ptrdiff_t odd = f->stream ? NAME(lead)((const T *)f->y + row, channels) : 0, i = 0;
+        do { /* as in a planar run */
+            if (odd)
+                NAME(apply_strip)(f, row, i, odd, &rounded, slope, v);
+            for (i += odd; i + LANES <= channels; i += LANES)
+                NAME(apply_strip)(f, row, i, LANES, &rounded, slope, v);
+            odd = channels - i;
+        } while (odd);
     }
 }
 

@@ -10,10 +10,21 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
-typedef enum { BNF_F32, BNF_F64, BNF_TYPES } bnf_type;
+typedef enum { BNF_F32, BNF_F64, BNF_F16, BNF_BF16, BNF_TYPES } bnf_type;
 typedef enum { BNF_PLANAR, BNF_INTERLEAVED, BNF_LAYOUTS } bnf_layout;
 typedef enum { BNF_LINEAR, BNF_RELU, BNF_RELU6, BNF_LEAKY_RELU, BNF_ACTIVATIONS } bnf_activation;
+
+/* float16 (IEEE 754's binary16) and bfloat16 (the upper half of a float32) as they
+ * lie in memory: structs, so that _Generic tells them apart and nothing adds them
+ * up by mistake.  They are computed in float32 and rounded once, to nearest even. */
+typedef struct {
+    uint16_t bits;
+} bnf_f16;
+typedef struct {
+    uint16_t bits;
+} bnf_bf16;
 
 /* Where the backward finds the pre-activation's sign: nowhere (no activation),
  * recomputed from x, from x and the residual, or read off the output y. */

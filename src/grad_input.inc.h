@@ -18,13 +18,14 @@ INLINE void NAME(grad_input_some)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t 
 INLINE void NAME(grad_input_run)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t end,
                                  NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
 {
-    const ptrdiff_t lead = b->stream ? NAME(lead)((const T *)b->dx + i, end - i) : 0;
-    if (lead)
-        NAME(grad_input_some)(b, i, lead, a, s, slope, v);
-    for (i += lead; i + LANES <= end; i += LANES)
-        NAME(grad_input_some)(b, i, LANES, a, s, slope, v);
-    if (i < end)
-        NAME(grad_input_some)(b, i, end - i, a, s, slope, v);
+    ptrdiff_t odd = b->stream ? NAME(lead)((const T *)b->dx + i, end - i) : 0;
+    do { /* as in apply */
+        if (odd)
+            NAME(grad_input_some)(b, i, odd, a, s, slope, v);
+        for (i += odd; i + LANES <= end; i += LANES)
+            NAME(grad_input_some)(b, i, LANES, a, s, slope, v);
+        odd = end - i;
+    } while (odd);
 }
 
 INLINE void NAME(grad_input_planar_as)(const bnf_backward *operands, bnf_tile tile, variant v)
@@ -63,14 +64,14 @@ INLINE void NAME(grad_input_interleaved_as)(const bnf_backward *operands, bnf_ti
     const ptrdiff_t channels = tile.channel1 - tile.channel0;
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++) { /* row by row, as in apply */
         const ptrdiff_t row = o * b->shape.channels + tile.channel0;
-        const ptrdiff_t lead = b->stream ? NAME(lead)((const T *)b->dx + row, channels) : 0;
-        ptrdiff_t i = lead;
-        if (lead)
-            NAME(grad_input_strip)(b, row, 0, lead, &affine, &slopes, slope, v);
-        for (; i + LANES <= channels; i += LANES)
-            NAME(grad_input_strip)(b, row, i, LANES, &affine, &slopes, slope, v);
-        if (i < channels)
-            NAME(grad_input_strip)(b, row, i, channels - i, &affine, &slopes, slope, v);
+        ptrdiff_t odd = b->stream ? NAME(lead)((const T *)b->dx + row, channels) : 0, i = 0;
+        do {
+            if (odd)
+                NAME(grad_input_strip)(b, row, i, odd, &affine, &slopes, slope, v);
+            for (i += odd; i + LANES <= channels; i += LANES)
+                NAME(grad_input_strip)(b, row, i, LANES, &affine, &slopes, slope, v);
+            odd = channels - i;
+        } while (odd);
     }
 }
 
@@ -117,6 +118,14 @@ INLINE void NAME(grad_input_masked)(const bnf_backward *b, bnf_tile tile, varian
 INLINE void NAME(grad_input)(const bnf_backward *b, bnf_tile tile, bnf_layout layout)
 {
     variant v = {.layout = layout};
+    if (FEW_LOOPS) {
+        v.through = b->through_moments, v.residual = b->dresidual != NULL;
+        if (b->activation == BNF_LINEAR)
+            NAME(grad_input_as)(b, tile, v);
+        else
+            NAME(grad_input_as)(b, tile, (v.activation = b->activation, v.mask = b->mask, v));
+        return;
+    }
     switch (b->activation) {
     case BNF_RELU:
         NAME(grad_input_masked)(b, tile, (v.activation = BNF_RELU, v));

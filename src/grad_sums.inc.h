@@ -60,9 +60,15 @@ INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t 
 {
     const d8 mean = load(sums->about);
     d8 sum = load(sums->first), dot = load(sums->second);
-    UNROLL_ROWS
-    for (ptrdiff_t r = 0; r < rows; r++)
-        NAME(grad_sums_step)(b, i + r * b->shape.channels, n, mean, a, slope, v, &sum, &dot);
+    const ptrdiff_t stride = b->shape.channels;
+    if (n < LANES) { /* at most one strip of a row, not worth the code of several at once */
+        for (ptrdiff_t r = 0; r < rows; r++)
+            NAME(grad_sums_step)(b, i + r * stride, n, mean, a, slope, v, &sum, &dot);
+    } else {
+        UNROLL_ROWS
+        for (ptrdiff_t r = 0; r < rows; r++)
+            NAME(grad_sums_step)(b, i + r * stride, LANES, mean, a, slope, v, &sum, &dot);
+    }
     store(sums->first, sum);
     store(sums->second, dot);
 }
@@ -131,6 +137,14 @@ INLINE void NAME(grad_sums)(const bnf_backward *b, bnf_tile tile, double *sum, d
                             bnf_layout layout)
 {
     variant v = {.layout = layout};
+    if (FEW_LOOPS) {
+        if (b->activation == BNF_LINEAR)
+            NAME(grad_sums_as)(b, tile, sum, dot, v);
+        else
+            NAME(grad_sums_as)(b, tile, sum, dot,
+                               (v.activation = b->activation, v.mask = b->mask, v));
+        return;
+    }
     switch (b->activation) {
     case BNF_RELU:
         NAME(grad_sums_masked)(b, tile, sum, dot, (v.activation = BNF_RELU, v));

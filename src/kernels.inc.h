@@ -3,6 +3,7 @@
  * Included once per data type by kernels_<isa>.c, which defines around it
  *   T        the element type in memory,
  *   vec      the vector that eight of them are computed in (f8 or d8),
+ *   P        one lane of it, the type of parameters: float, or double for double,
  *   NAME(f)  the name of f for this type.
  *
  * Statistics are summed in float64 around a pivot that is itself one of the
@@ -12,7 +13,8 @@
  * subtraction magnifies the rounding of S, at most n/16 units of 2^-53, by no
  * more than n + 1: 2e-9 for a block of 16384 planar values, 3e-8 for 16384
  * rows of one lane, on any data in any order.  (A float32 sum has no such room:
- * there a guessed pivot loses digits.)  float64 data have no spare bits, so
+ * there a guessed pivot loses digits.)  float16 and bfloat16 data are float32
+ * data with fewer digits.  float64 data have no spare bits, so
  * they are swept twice while the caches hold the block, the first sweep's mean
  * being the second one's pivot.
  *
@@ -20,6 +22,11 @@
  * layernorm, the fixed-width accumulators from YNNPACK's reductions. */
 
 #define SWEEPS (sizeof(T) < sizeof(double) ? 1 : 2)
+/* Whether the backward's loops take any activation, mask and residual, deciding
+ * inside.  Compiled for each, as float32's and float64's are, those of halves
+ * would double the library, and a branch that always goes the same way costs
+ * little beside their conversions. */
+#define FEW_LOOPS (sizeof(T) < sizeof(P))
 #define INLINE static inline __attribute__((always_inline))
 
 /* --- n values in memory, n up to LANES -------------------------------------- */
@@ -41,17 +48,17 @@ INLINE void NAME(store_some)(T *p, ptrdiff_t n, vec a, bool stream_it)
         store(p, a);
 }
 
-/* --- Parameters of a tile's channels, rounded to the data's type ------------ */
+/* --- Parameters of a tile's channels, rounded to the type of a lane --------- */
 
 /* The mean is kept as a high and a low part: x - high is exact near the mean,
  * so a constant channel gives exactly its bias and a mean of 1e6 costs nothing. */
 typedef struct {
-    T high[BNF_MAX_CHANNELS], low[BNF_MAX_CHANNELS];
-    T scale[BNF_MAX_CHANNELS], shift[BNF_MAX_CHANNELS];
+    P high[BNF_MAX_CHANNELS], low[BNF_MAX_CHANNELS];
+    P scale[BNF_MAX_CHANNELS], shift[BNF_MAX_CHANNELS];
 } NAME(affine);
 
 typedef struct {
-    T dy_factor[BNF_MAX_CHANNELS], x_factor[BNF_MAX_CHANNELS], constant[BNF_MAX_CHANNELS];
+    P dy_factor[BNF_MAX_CHANNELS], x_factor[BNF_MAX_CHANNELS], constant[BNF_MAX_CHANNELS];
 } NAME(slopes);
 
 typedef struct {
@@ -67,10 +74,10 @@ static __attribute__((noinline)) void NAME(round_affine)(const double *mean, con
                                                          NAME(affine) * to)
 {
     for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
-        to->high[i] = (T)mean[c];
-        to->low[i] = (T)(mean[c] - (double)to->high[i]);
-        to->scale[i] = (T)scale[c];
-        to->shift[i] = (T)shift[c];
+        to->high[i] = (P)mean[c];
+        to->low[i] = (P)(mean[c] - (double)to->high[i]);
+        to->scale[i] = (P)scale[c];
+        to->shift[i] = (P)shift[c];
     }
 }
 
@@ -78,9 +85,9 @@ static __attribute__((noinline)) void NAME(round_slopes)(const bnf_backward *b, 
                                                          NAME(slopes) * to)
 {
     for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
-        to->dy_factor[i] = (T)b->dy_factor[c];
-        to->x_factor[i] = (T)b->x_factor[c];
-        to->constant[i] = (T)b->constant[c];
+        to->dy_factor[i] = (P)b->dy_factor[c];
+        to->x_factor[i] = (P)b->x_factor[c];
+        to->constant[i] = (P)b->constant[c];
     }
 }
 
@@ -101,17 +108,22 @@ INLINE NAME(slopes_vec) NAME(spread_slopes)(const NAME(slopes) * s, ptrdiff_t i)
 }
 
 /* Interleaved: n channels side by side. */
+INLINE vec NAME(load_lanes)(const P *p, ptrdiff_t n)
+{
+    return n < LANES ? load_part(p, n, set1(0.0)) : load(p);
+}
+
 INLINE NAME(affine_vec) NAME(load_affine)(const NAME(affine) * a, ptrdiff_t i, ptrdiff_t n)
 {
-    return (NAME(affine_vec)){NAME(load_some)(a->high + i, n), NAME(load_some)(a->low + i, n),
-                              NAME(load_some)(a->scale + i, n), NAME(load_some)(a->shift + i, n)};
+    return (NAME(affine_vec)){NAME(load_lanes)(a->high + i, n), NAME(load_lanes)(a->low + i, n),
+                              NAME(load_lanes)(a->scale + i, n), NAME(load_lanes)(a->shift + i, n)};
 }
 
 INLINE NAME(slopes_vec) NAME(load_slopes)(const NAME(slopes) * s, ptrdiff_t i, ptrdiff_t n)
 {
-    return (NAME(slopes_vec)){NAME(load_some)(s->dy_factor + i, n),
-                              NAME(load_some)(s->x_factor + i, n),
-                              NAME(load_some)(s->constant + i, n)};
+    return (NAME(slopes_vec)){NAME(load_lanes)(s->dy_factor + i, n),
+                              NAME(load_lanes)(s->x_factor + i, n),
+                              NAME(load_lanes)(s->constant + i, n)};
 }
 
 /* --- Eight values ----------------------------------------------------------- */
@@ -148,6 +160,17 @@ INLINE vec NAME(gate)(vec dy, vec z, vec slope, variant v)
     }
 }
 
+/* The pre-activation as y has it: a half near a kink may round to it, and then
+ * the gradient is the kink's, whether the mask is taken from y or from x. */
+INLINE vec NAME(as_written)(vec z)
+{
+    if (sizeof(T) == sizeof(P))
+        return z;
+    T written[LANES];
+    store(written, z);
+    return load(written);
+}
+
 /* g, the gradient before the activation, of the n values at offset i. */
 INLINE vec NAME(gated)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, NAME(affine_vec) a,
                        vec slope, variant v)
@@ -161,7 +184,7 @@ INLINE vec NAME(gated)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, NAME(aff
     vec z = fmadd(d, a.scale, a.shift);
     if (v.mask == BNF_FROM_X_RESIDUAL)
         z = add(z, NAME(load_some)((const T *)b->residual + i, n));
-    return NAME(gate)(dy, z, slope, v);
+    return NAME(gate)(dy, NAME(as_written)(z), slope, v);
 }
 
 /* How many of n values lead up to an address that streaming stores accept. */
@@ -184,4 +207,5 @@ static const bnf_kernels NAME(kernels)[BNF_LAYOUTS] = {
 };
 
 #undef SWEEPS
+#undef FEW_LOOPS
 #undef INLINE

@@ -2,4 +2,4 @@
 #include "simd_sse2.h"
 #include "types.inc.h"
 
-const bnf_table bnf_table_sse2 = {"sse2", {kernels_f32, kernels_f64}};
+const bnf_table bnf_table_sse2 = {"sse2", KERNELS};

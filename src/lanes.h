@@ -20,13 +20,18 @@
 #define STREAM_ALIGNMENT 16
 
 /* Selected by the element pointed to, so that const pointers match. */
-#define load(p) _Generic(*(p), float: f8_load, double: d8_load)(p)
-#define load_part(p, n, fill) _Generic(*(p), float: f8_load_part, double: d8_load_part)(p, n, fill)
-#define load_wide(p) _Generic(*(p), float: f8_load_wide, double: d8_load)(p)
-#define store(p, a) _Generic(*(p), float: f8_store, double: d8_store)(p, a)
-#define store_part(p, n, a) _Generic(*(p), float: f8_store_part, double: d8_store_part)(p, n, a)
-#define stream(p, a) _Generic(*(p), float: f8_stream, double: d8_stream)(p, a)
-#define stream_part(p, n, a) _Generic(*(p), float: f8_stream_part, double: d8_stream_part)(p, n, a)
+#define by_element(p, f32, f64, f16, bf16) \
+    _Generic(*(p), float: f32, double: f64, bnf_f16: f16, bnf_bf16: bf16)
+#define load(p) by_element(p, f8_load, d8_load, f16_load, bf16_load)(p)
+#define load_part(p, n, fill) \
+    by_element(p, f8_load_part, d8_load_part, f16_load_part, bf16_load_part)(p, n, fill)
+#define load_wide(p) by_element(p, f8_load_wide, d8_load, f16_load_wide, bf16_load_wide)(p)
+#define store(p, a) by_element(p, f8_store, d8_store, f16_store, bf16_store)(p, a)
+#define store_part(p, n, a) \
+    by_element(p, f8_store_part, d8_store_part, f16_store_part, bf16_store_part)(p, n, a)
+#define stream(p, a) by_element(p, f8_stream, d8_stream, f16_stream, bf16_stream)(p, a)
+#define stream_part(p, n, a) \
+    by_element(p, f8_stream_part, d8_stream_part, no_part, no_part)(p, n, a)
 /* Selected by the vector. */
 #define add(a, b) _Generic((a), f8: f8_add, d8: d8_add)(a, b)
 #define sub(a, b) _Generic((a), f8: f8_sub, d8: d8_sub)(a, b)
@@ -41,14 +46,19 @@
 
 static inline d8 d8_same(d8 a) { return a; }
 
+/* Fewer than eight halves are less than a streaming store writes. */
+static inline void no_part(const void *p, ptrdiff_t n, f8 a) { (void)p, (void)n, (void)a; }
+
 /* Asks for what lies a page ahead while a run is summed: the hardware's own
  * prefetcher stops at the end of each page.  Never faults, wherever it points. */
 static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + 4096); }
 
+static inline double finite_or_zero(double a) { return a - a == 0 ? a : 0.0; }
+
 static inline ptrdiff_t at_most(ptrdiff_t limit, ptrdiff_t n) { return n < limit ? n : limit; }
 
-/* What a loop is compiled for.  Always a constant where a loop is reached, so
- * that none of it is decided inside. */
+/* What a loop is compiled for.  A constant where a loop is reached, so that none
+ * of it is decided inside (but for FEW_LOOPS in kernels.inc.h). */
 typedef struct {
     bnf_layout layout;
     bnf_activation activation;

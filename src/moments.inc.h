@@ -1,8 +1,11 @@
 /* 1. moments: tile -> mean, M2 per channel */
 
-INLINE double NAME(finite_or_zero)(T value)
+/* The first n values, as what the others' distances are summed from: finite, so
+ * that an infinity stays one in the mean. */
+INLINE d8 NAME(pivots)(const T *x, ptrdiff_t n)
 {
-    return value - value == 0 ? (double)value : 0.0; /* so that an infinity stays one in the mean */
+    const vec value = NAME(load_some)(x, n), zero = set1(0.0);
+    return widen(select_le(sub(value, value), zero, value, zero));
 }
 
 INLINE void NAME(moments_step)(d8 x, d8 pivot, d8 *sum, d8 *square)
@@ -57,8 +60,11 @@ static void NAME(moments_planar)(const void *data, bnf_shape shape, bnf_tile til
     double pivot[BNF_MAX_PLANAR];
     lane_sums sums[BNF_MAX_PLANAR];
 
-    for (ptrdiff_t c = 0; c < channels; c++)
-        pivot[c] = NAME(finite_or_zero)(x[tile.outer0 * image + c * shape.inner]);
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        double first[LANES];
+        store(first, NAME(pivots)(x + tile.outer0 * image + c * shape.inner, 1));
+        pivot[c] = first[0];
+    }
     for (size_t sweep = 0; sweep < SWEEPS; sweep++) {
         for (ptrdiff_t c = 0; c < channels; c++)
             sums[c] = no_sums();
@@ -69,7 +75,7 @@ static void NAME(moments_planar)(const void *data, bnf_shape shape, bnf_tile til
             const double sum = total(sums[c].first);
             mean[tile.channel0 + c] = NAME(mean_of)(pivot[c], sum, n);
             m2[tile.channel0 + c] = NAME(m2_of)(sum, total(sums[c].second), n);
-            pivot[c] = NAME(finite_or_zero)((T)mean[tile.channel0 + c]);
+            pivot[c] = finite_or_zero(mean[tile.channel0 + c]);
         }
     }
 }
@@ -115,19 +121,19 @@ static void NAME(moments_interleaved)(const void *data, bnf_shape shape, bnf_til
                                       double *mean, double *m2)
 {
     const double n = (double)(tile.outer1 - tile.outer0);
-    const T *x = data;
+    const ptrdiff_t channels = tile.channel1 - tile.channel0;
+    const T *x = data, *first = x + tile.outer0 * shape.channels + tile.channel0;
     strip_sums sums[BNF_MAX_STRIPS] = {0};
 
-    for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++)
-        sums[i / LANES].about[i % LANES] =
-            NAME(finite_or_zero)(x[tile.outer0 * shape.channels + c]);
+    for (ptrdiff_t i = 0; i < channels; i += LANES)
+        store(sums[i / LANES].about, NAME(pivots)(first + i, at_most(LANES, channels - i)));
     for (size_t sweep = 0; sweep < SWEEPS; sweep++) {
         NAME(moments_sweep)(x, shape.channels, tile, sums);
         for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
             strip_sums *s = &sums[i / LANES];
             mean[c] = NAME(mean_of)(s->about[i % LANES], s->first[i % LANES], n);
             m2[c] = NAME(m2_of)(s->first[i % LANES], s->second[i % LANES], n);
-            s->about[i % LANES] = NAME(finite_or_zero)((T)mean[c]);
+            s->about[i % LANES] = finite_or_zero(mean[c]);
             s->first[i % LANES] = s->second[i % LANES] = 0.0;
         }
     }

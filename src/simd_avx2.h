@@ -156,4 +156,26 @@ static inline d8 f8_load_wide(const float *p)
     return (d8){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
 }
 
+static inline f8 f16_load_part(const bnf_f16 *p, ptrdiff_t n, f8 fill)
+{
+    return _mm256_blendv_ps(fill, f16_widen(halves_load_part(&p->bits, n)),
+                            _mm256_castsi256_ps(f8_first(n)));
+}
+static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
+{
+    halves_store_part(&p->bits, n, f16_narrow(a));
+}
+static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
+
+static inline f8 bf16_load_part(const bnf_bf16 *p, ptrdiff_t n, f8 fill)
+{
+    return _mm256_blendv_ps(fill, bf16_widen(halves_load_part(&p->bits, n)),
+                            _mm256_castsi256_ps(f8_first(n)));
+}
+static inline void bf16_store_part(bnf_bf16 *p, ptrdiff_t n, f8 a)
+{
+    halves_store_part(&p->bits, n, bf16_narrow(a));
+}
+static inline d8 bf16_load_wide(const bnf_bf16 *p) { return f8_widen(bf16_load(p)); }
+
 #endif

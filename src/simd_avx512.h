@@ -69,4 +69,26 @@ static inline d8 f8_widen(f8 a) { return _mm512_cvtps_pd(a); }
 static inline f8 f8_narrow(d8 a) { return _mm512_cvtpd_ps(a); }
 static inline d8 f8_load_wide(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 
+static inline f8 f16_load_part(const bnf_f16 *p, ptrdiff_t n, f8 fill)
+{
+    const __mmask8 first = first_lanes(n);
+    return _mm256_mask_blend_ps(first, fill, f16_widen(_mm_maskz_loadu_epi16(first, p)));
+}
+static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
+{
+    _mm_mask_storeu_epi16(p, first_lanes(n), f16_narrow(a));
+}
+static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
+
+static inline f8 bf16_load_part(const bnf_bf16 *p, ptrdiff_t n, f8 fill)
+{
+    const __mmask8 first = first_lanes(n);
+    return _mm256_mask_blend_ps(first, fill, bf16_widen(_mm_maskz_loadu_epi16(first, p)));
+}
+static inline void bf16_store_part(bnf_bf16 *p, ptrdiff_t n, f8 a)
+{
+    _mm_mask_storeu_epi16(p, first_lanes(n), bf16_narrow(a));
+}
+static inline d8 bf16_load_wide(const bnf_bf16 *p) { return f8_widen(bf16_load(p)); }
+
 #endif

@@ -8,6 +8,9 @@
 #include <emmintrin.h>
 #include <stddef.h>
 
+#include "bnfast.h"
+#include "simd_m128i.h"
+
 typedef struct {
     __m128 lo, hi;
 } f8;
@@ -174,5 +177,125 @@ static inline f8 f8_narrow(d8 x)
                 _mm_movelh_ps(_mm_cvtpd_ps(x.c), _mm_cvtpd_ps(x.d))};
 }
 static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
+
+/* --- float16 and bfloat16, four in the lower halves of 32-bit lanes, by their bits --- */
+
+static inline __m128i i4_pick(__m128i mask, __m128i yes, __m128i no)
+{
+    return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
+}
+
+/* Exponents are biased by 15, a float32's by 127: 112 more, and twice that for
+ * the infinities and NaNs.  A denormal is the fraction of 2^-14, above it. */
+static inline __m128 f16_widen_four(__m128i a)
+{
+    const __m128i rebias = _mm_set1_epi32(112 << 23), one = _mm_set1_epi32(1 << 23);
+    const __m128i sign = _mm_slli_epi32(_mm_and_si128(a, _mm_set1_epi32(0x8000)), 16);
+    const __m128i size = _mm_slli_epi32(_mm_and_si128(a, _mm_set1_epi32(0x7fff)), 13);
+    const __m128i not_finite = _mm_cmpgt_epi32(size, _mm_set1_epi32((31 << 23) - 1));
+    const __m128i above = _mm_add_epi32(size, rebias);
+    const __m128i normal = _mm_add_epi32(above, _mm_and_si128(not_finite, rebias));
+    const __m128 sum = _mm_castsi128_ps(_mm_add_epi32(above, one));
+    const __m128i denormal = _mm_castps_si128(_mm_sub_ps(sum, _mm_set1_ps(0x1p-14f)));
+    const __m128i bits = i4_pick(_mm_cmpgt_epi32(one, size), denormal, normal);
+    return _mm_castsi128_ps(_mm_or_si128(bits, sign));
+}
+
+/* Rounded to nearest even.  The last place of a float16 denormal is 2^-24, and so
+ * is that of 0.5: adding it rounds. */
+static inline __m128i f16_narrow_four(__m128 a)
+{
+    const __m128i bits = _mm_castps_si128(a);
+    const __m128i sign = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(0x8000));
+    const __m128i size = _mm_and_si128(bits, _mm_set1_epi32(0x7fffffff));
+    const __m128i odd = _mm_and_si128(_mm_srli_epi32(size, 13), _mm_set1_epi32(1));
+    const __m128i half = _mm_add_epi32(odd, _mm_set1_epi32(0xfff - (112 << 23)));
+    const __m128i normal = _mm_srli_epi32(_mm_add_epi32(size, half), 13);
+    const __m128 sum = _mm_add_ps(_mm_castsi128_ps(size), _mm_set1_ps(0.5f));
+    const __m128i denormal = _mm_sub_epi32(_mm_castps_si128(sum), _mm_set1_epi32(126 << 23));
+    const __m128i infinity = _mm_set1_epi32(0x7c00);
+    const __m128i payload = _mm_and_si128(_mm_srli_epi32(size, 13), _mm_set1_epi32(0x3ff));
+    const __m128i nan = _mm_or_si128(payload, _mm_set1_epi32(0x7e00));
+
+    __m128i narrow = i4_pick(_mm_cmpgt_epi32(_mm_set1_epi32(113 << 23), size), denormal, normal);
+    narrow = i4_pick(_mm_cmpgt_epi32(size, _mm_set1_epi32(0x477fefff)), infinity, narrow);
+    narrow = i4_pick(_mm_cmpgt_epi32(size, _mm_set1_epi32(0x7f800000)), nan, narrow);
+    return _mm_or_si128(narrow, sign);
+}
+
+/* What is cut off rounds up from a half on, or from above it where the rest is
+ * even; a NaN keeps its upper half, made quiet. */
+static inline __m128i bf16_narrow_four(__m128 a)
+{
+    const __m128i bits = _mm_castps_si128(a), upper = _mm_srli_epi32(bits, 16);
+    const __m128i odd = _mm_and_si128(upper, _mm_set1_epi32(1));
+    const __m128i half = _mm_add_epi32(odd, _mm_set1_epi32(0x7fff));
+    const __m128i rounded = _mm_srli_epi32(_mm_add_epi32(bits, half), 16);
+    const __m128i quiet = _mm_or_si128(upper, _mm_set1_epi32(0x40));
+    return i4_pick(_mm_castps_si128(_mm_cmpunord_ps(a, a)), quiet, rounded);
+}
+
+/* Signed, since the only packing that SSE2 has saturates to signed numbers. */
+static inline __m128i halves_pack(__m128i lo, __m128i hi)
+{
+    return _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(lo, 16), 16),
+                           _mm_srai_epi32(_mm_slli_epi32(hi, 16), 16));
+}
+
+static inline f8 f16_widen(__m128i a)
+{
+    const __m128i zero = _mm_setzero_si128();
+    return (f8){f16_widen_four(_mm_unpacklo_epi16(a, zero)),
+                f16_widen_four(_mm_unpackhi_epi16(a, zero))};
+}
+static inline __m128i f16_narrow(f8 a)
+{
+    return halves_pack(f16_narrow_four(a.lo), f16_narrow_four(a.hi));
+}
+static inline f8 bf16_widen(__m128i a)
+{
+    const __m128i zero = _mm_setzero_si128();
+    return (f8){_mm_castsi128_ps(_mm_unpacklo_epi16(zero, a)),
+                _mm_castsi128_ps(_mm_unpackhi_epi16(zero, a))};
+}
+static inline __m128i bf16_narrow(f8 a)
+{
+    return halves_pack(bf16_narrow_four(a.lo), bf16_narrow_four(a.hi));
+}
+
+static inline f8 f8_first_of(f8 a, ptrdiff_t n, f8 fill)
+{
+    const __m128i end = _mm_set1_epi32((int)n);
+    const __m128i lo = _mm_cmpgt_epi32(end, _mm_setr_epi32(0, 1, 2, 3));
+    const __m128i hi = _mm_cmpgt_epi32(end, _mm_setr_epi32(4, 5, 6, 7));
+    return (f8){f8_blend(_mm_castsi128_ps(lo), a.lo, fill.lo),
+                f8_blend(_mm_castsi128_ps(hi), a.hi, fill.hi)};
+}
+
+static inline f8 f16_load(const bnf_f16 *p) { return f16_widen(halves_load(&p->bits)); }
+static inline f8 f16_load_part(const bnf_f16 *p, ptrdiff_t n, f8 fill)
+{
+    return f8_first_of(f16_widen(halves_load_part(&p->bits, n)), n, fill);
+}
+static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
+static inline void f16_store(bnf_f16 *p, f8 a) { halves_store(&p->bits, f16_narrow(a)); }
+static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
+{
+    halves_store_part(&p->bits, n, f16_narrow(a));
+}
+static inline void f16_stream(bnf_f16 *p, f8 a) { halves_stream(&p->bits, f16_narrow(a)); }
+
+static inline f8 bf16_load(const bnf_bf16 *p) { return bf16_widen(halves_load(&p->bits)); }
+static inline f8 bf16_load_part(const bnf_bf16 *p, ptrdiff_t n, f8 fill)
+{
+    return f8_first_of(bf16_widen(halves_load_part(&p->bits, n)), n, fill);
+}
+static inline d8 bf16_load_wide(const bnf_bf16 *p) { return f8_widen(bf16_load(p)); }
+static inline void bf16_store(bnf_bf16 *p, f8 a) { halves_store(&p->bits, bf16_narrow(a)); }
+static inline void bf16_store_part(bnf_bf16 *p, ptrdiff_t n, f8 a)
+{
+    halves_store_part(&p->bits, n, bf16_narrow(a));
+}
+static inline void bf16_stream(bnf_bf16 *p, f8 a) { halves_stream(&p->bits, bf16_narrow(a)); }
 
 #endif
