@@ -372,11 +372,20 @@ def check_ddof(value: Any) -> int:
     return index(value)
 
 
-def check_count(count: Any, m: int) -> None:
-    """Refuse statistics of a batch of another size than x; 0 stands for constants."""
+def check_count(count: Any, m: int, is_part: bool = False) -> None:
+    """Refuse statistics of a batch of another size than x; 0 stands for constants.
+
+    Where x is a part of the batch, the batch has at least as many values.
+    """
     if isinstance(count, bool | np.ndarray) or not hasattr(count, "__index__"):
         raise TypeError(f"stats.count is {_kind(count)}; expected an integer")
-    if index(count) not in (0, m):
+    if is_part:
+        if index(count) < m:
+            raise ValueError(
+                f"stats.count is {count}; expected at least the {m} values per channel of x, "
+                "which is a part of the batch that sums are of"
+            )
+    elif index(count) not in (0, m):
         raise ValueError(
             f"stats.count is {count}; expected the {m} values per channel of x, "
             "or 0 for constant statistics"

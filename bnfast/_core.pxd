@@ -97,10 +97,11 @@ cdef extern from "moments.h" nogil:
     void bnf_close_forward(double count, double eps, Py_ssize_t c0, Py_ssize_t c1,
                            const double *m2, const double *weight, double *var, double *inv_std,
                            double *scale)
+    void bnf_close_sums(Py_ssize_t c0, Py_ssize_t c1, const double *inv_std, const double *dot,
+                        double *dweight)
     void bnf_close_backward(const double *scale, double count, Py_ssize_t c0, Py_ssize_t c1,
-                            const double *inv_std, const double *total, const double *dot,
-                            double *dweight, double *dy_factor, double *x_factor,
-                            double *constant)
+                            const double *inv_std, const double *dbias, const double *dweight,
+                            double *dy_factor, double *x_factor, double *constant)
 
 
 cdef extern from "pages.h" nogil:

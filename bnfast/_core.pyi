@@ -10,6 +10,7 @@ TYPE_NAMES: tuple[str, ...]
 LAYOUT_NAMES: tuple[str, ...]
 VARIANT_NAMES: tuple[str, ...]
 RESIDUAL_NAMES: tuple[str, ...]
+SUMS_NAMES: tuple[str, str]
 
 Vector = NDArray[np.float64]
 Stats = tuple[int, Vector, Vector, Vector]
@@ -76,6 +77,7 @@ def backward(
     y: ArrayLike | None,
     out: NDArray[Any] | None,
     needs: tuple[bool, ...],
+    sums: tuple[ArrayLike, ArrayLike] | None = ...,
 ) -> tuple[NDArray[Any] | None, Vector | None, Vector | None, NDArray[Any] | None]: ...
 
 class FixedMap:

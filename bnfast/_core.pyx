@@ -230,8 +230,9 @@ cdef void gather_gradients(Work *w, bnf_tile tile, Py_ssize_t block) noexcept no
 cdef void settle_backward(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
     bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_a)
     bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_b)
-    bnf_close_backward(w.scale, w.count, c0, c1, w.inv_std, w.slot_a, w.slot_b, w.dweight,
-                       w.dy_factor, w.x_factor, w.constant)
+    bnf_close_sums(c0, c1, w.inv_std, w.slot_b, w.dweight)
+    bnf_close_backward(w.scale, w.count, c0, c1, w.inv_std, w.slot_a, w.dweight, w.dy_factor,
+                       w.x_factor, w.constant)
 
 
 cdef void spread_backward(Work *w, bnf_tile tile) noexcept nogil:
@@ -851,6 +852,9 @@ cdef void update_running(Work *w, cnp.ndarray means, cnp.ndarray vars, double mo
 
 # --- Backward -----------------------------------------------------------------------------------
 
+SUMS_NAMES = ("sums[0]", "sums[1]")
+
+
 cdef inline bint backward_is_common(object dy, object x, object axis, object residual, object y,
                                     object out, bnf_shape *shape) noexcept:
     return (see(x, axis, shape) and is_like(dy, <cnp.ndarray>x)
@@ -884,6 +888,15 @@ cdef void fill_backward(Work *w, cnp.ndarray x, object dy, object residual, obje
         w.backward.mask = BNF_FROM_X
 
 
+cdef int close_given(Work *w, Py_ssize_t channels, double count, sums, out) except -1:
+    """What settle_backward makes of sums gathered here, made of those of a larger batch."""
+    read_parameter(SUMS_NAMES[0], sums[0], channels, 0.0, w.dweight, out)
+    read_parameter(SUMS_NAMES[1], sums[1], channels, 0.0, w.var, out)
+    bnf_close_backward(w.scale, count, 0, channels, w.inv_std, w.var, w.dweight, w.dy_factor,
+                       w.x_factor, w.constant)
+    return 0
+
+
 cdef void choose_steps(Work *w, bint gathers, cnp.ndarray dx, cnp.ndarray dresidual) noexcept:
     cdef Py_ssize_t c
     if gathers:
@@ -903,10 +916,11 @@ cdef void choose_steps(Work *w, bint gathers, cnp.ndarray dx, cnp.ndarray dresid
 
 
 def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out,
-             needs):
+             needs, sums=None):
     """(dx, dweight, dbias, dresidual), None where needs, four bools, does not ask.
 
-    With count 0 the statistics are constants: nothing flows through them.
+    With count 0 the statistics are constants: nothing flows through them.  With sums, the
+    (dweight, dbias) of a batch of count values that x is a part of, nothing is summed here.
     """
     cdef Work w
     cdef bnf_shape shape
@@ -917,15 +931,17 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
                                  out_may_be=("x", "dy"))
         _arrays.check_parameters_apart(
             out, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
+        if sums is not None:
+            _arrays.check_parameters_apart(out, **dict(zip(SUMS_NAMES, sums, strict=True)))
         found = backward(seen.dy, seen.x, mean, inv_std, count, weight, bias, seen.axis,
-                         seen.residual, activation, seen.y, seen.out, needs)
+                         seen.residual, activation, seen.y, seen.out, needs, sums)
         return (seen.give(found[0]) if needs[0] else None, found[1], found[2],
                 seen.restore(found[3]))
     cdef Activation act = read_activation(activation)
     cdef cnp.ndarray array = <cnp.ndarray>x, dx = None, dresidual = None
-    _arrays.check_count(count, shape.outer * shape.inner)
+    _arrays.check_count(count, shape.outer * shape.inner, sums is not None)
     cdef bint empty = cnp.PyArray_SIZE(array) == 0, has_batch = count != 0
-    cdef bint gathers = needs[1] or needs[2] or (needs[0] and has_batch)
+    cdef bint gathers = sums is None and (needs[1] or needs[2] or (needs[0] and has_batch))
     cdef Py_ssize_t c
     memset(&w, 0, sizeof(w))
     if not empty:
@@ -939,6 +955,8 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
         read_parameter("bias", bias, shape.channels, 0.0, w.shift, out)
         for c in range(shape.channels):
             w.scale[c] = w.dy_factor[c] = w.weight[c] * w.inv_std[c]
+        if sums is not None:
+            close_given(&w, shape.channels, count, sums, out)
         if needs[0]:
             dx = new_like(array) if out is None else <cnp.ndarray>out
         if needs[3]:

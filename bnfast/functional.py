@@ -251,6 +251,7 @@ def batch_norm_backward(
     y: ArrayLike | None = None,
     out: Tensor | None = None,
     needs: Iterable[str] | None = None,
+    sums: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Gradients:
     """Return the gradients of a batch norm, through its mean and variance.
 
@@ -276,6 +277,10 @@ def batch_norm_backward(
         Where to write the gradient of `x`; `dy` or `x` itself, or apart from all.
     needs : iterable of {"x", "weight", "bias", "residual"}, optional
         The gradients wanted; all that apply, by default. What is not asked for costs nothing.
+    sums : (array_like, array_like), each of shape (channels,), optional
+        The gradients of weight and bias over a batch that `x` is only a part of, as are
+        `stats` then, whose ``count`` is that batch's. The gradient of `x` flows through them, and
+        nothing is summed here.
 
     Returns
     -------
@@ -290,14 +295,40 @@ def batch_norm_backward(
 
     Notes
     -----
+    A batch in parts (on several processes, or too large to be in memory at once) takes two calls
+    a part: one under ``stats._replace(count=0)`` with ``needs=("weight", "bias")``, whose results
+    are added up over the parts, and one with those ``sums``.
+
     The chain rule of the paper's section 3. At a kink of the activation the gradient is
     PyTorch's: 0 for relu and relu6, the slope for leaky_relu.
     """
     wanted = _wanted(needs, residual, activation, y, out)
     mean, _, inv_std, count = _stats_of(stats)
+    if sums is not None:
+        sums = _sums_of(sums)
+        if needs is None:
+            wanted = (True, False, False, wanted[3])
+        elif wanted[1] or wanted[2]:
+            raise ValueError(
+                "needs names 'weight' or 'bias' beside sums, which are their gradients; "
+                "expected 'x' and 'residual' alone"
+            )
     return Gradients(
         *_core.backward(
-            dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out, wanted
+            dy,
+            x,
+            mean,
+            inv_std,
+            count,
+            weight,
+            bias,
+            axis,
+            residual,
+            activation,
+            y,
+            out,
+            wanted,
+            sums,
         )
     )
 
@@ -325,6 +356,15 @@ def _wanted(
     if out is not None and "x" not in names:
         raise ValueError("out is given, but needs leaves out 'x', which it would hold")
     return tuple(field in names for field in Gradients._fields)
+
+
+def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
+    if not isinstance(sums, tuple | list) or len(sums) != 2 or any(s is None for s in sums):
+        raise TypeError(
+            f"sums is {sums!r:.60} of type {type(sums).__name__}; expected the gradients of weight "
+            "and bias, one value per channel each"
+        )
+    return sums[0], sums[1]
 
 
 def _stats_of(stats: Any) -> BatchStats:

@@ -66,21 +66,26 @@ static inline void bnf_close_forward(double count, double eps, ptrdiff_t c0, ptr
     }
 }
 
-/* The chain rule of the paper's section 3, with sum = sum of g and dot = sum of
- * g * (x - mean):
- *     dbias = sum, dweight = inv_std * dot,
- *     dx = weight * inv_std * (g - sum/m - (x - mean) * inv_std^2 * dot/m),
+/* The weight's gradient, dot = sum of g * (x - mean); the bias' is sum = sum of g. */
+static inline void bnf_close_sums(ptrdiff_t c0, ptrdiff_t c1, const double *inv_std,
+                                  const double *dot, double *dweight)
+{
+    for (ptrdiff_t c = c0; c < c1; c++)
+        dweight[c] = inv_std[c] * dot[c];
+}
+
+/* The chain rule of the paper's section 3:
+ *     dx = weight * inv_std * (g - dbias/m - (x - mean) * inv_std * dweight/m),
  * the last two terms through the batch's mean and variance. */
 static inline void bnf_close_backward(const double *scale, double count, ptrdiff_t c0, ptrdiff_t c1,
-                                      const double *inv_std, const double *sum, const double *dot,
-                                      double *dweight, double *dy_factor, double *x_factor,
+                                      const double *inv_std, const double *dbias,
+                                      const double *dweight, double *dy_factor, double *x_factor,
                                       double *constant)
 {
     for (ptrdiff_t c = c0; c < c1; c++) {
-        dweight[c] = inv_std[c] * dot[c];
         dy_factor[c] = scale[c];
         x_factor[c] = -scale[c] * inv_std[c] * (dweight[c] / count);
-        constant[c] = -scale[c] * (sum[c] / count);
+        constant[c] = -scale[c] * (dbias[c] / count);
     }
 }
 
