@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _arrays, _core
-from .functional import BatchStats, batch_norm_backward
+from .functional import BatchStats, Gradients, batch_norm_backward
 from .moments import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -315,15 +315,7 @@ class BatchNorm:
             return y
         if updates and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
-        stats = BatchStats(mean, var, inv_std, count)
-        overwritten = out is not None and np.may_share_memory(out, np.asarray(x))
-        keeps_y = residual is not None and self.activation is not None
-        self._saved = (
-            None if overwritten else x,
-            stats,
-            residual is not None,
-            y if keeps_y else None,
-        )
+        self._keep(x, BatchStats(mean, var, inv_std, count), residual, y, out)
         return y
 
     def backward(self, dy: ArrayLike) -> Any:
@@ -359,17 +351,7 @@ class BatchNorm:
         if x is None:
             raise RuntimeError("backward after a forward with out=x: its input is gone")
         needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * had_residual
-        gradients = batch_norm_backward(
-            dy,
-            x,
-            stats,
-            self.weight,
-            self.bias,
-            axis=self.axis,
-            activation=self.activation,
-            y=y,
-            needs=needs,
-        )
+        gradients = self._gradients(dy, x, stats, y, needs)
         if self.weight_grad is not None and self.bias_grad is not None:
             with np.errstate(invalid="ignore", over="ignore"):  # what a float32 can hold
                 self.weight_grad += gradients.weight
@@ -390,6 +372,33 @@ class BatchNorm:
         scale = stats.inv_std if self.weight is None else self.weight * stats.inv_std
         shift = np.zeros(self.num_features) if self.bias is None else self.bias
         return FrozenBatchNorm(stats.mean, scale, shift, self.axis, self.activation)
+
+    def _keep(
+        self, x: Any, stats: BatchStats, residual: ArrayLike | None, y: Tensor, out: Tensor | None
+    ) -> None:
+        overwritten = out is not None and np.may_share_memory(out, np.asarray(x))
+        keeps_y = residual is not None and self.activation is not None
+        self._saved = (
+            None if overwritten else x,
+            stats,
+            residual is not None,
+            y if keeps_y else None,
+        )
+
+    def _gradients(
+        self, dy: ArrayLike, x: Any, stats: BatchStats, y: Tensor | None, needs: Sequence[str]
+    ) -> Gradients:
+        return batch_norm_backward(
+            dy,
+            x,
+            stats,
+            self.weight,
+            self.bias,
+            axis=self.axis,
+            activation=self.activation,
+            y=y,
+            needs=needs,
+        )
 
     def _forget(self) -> None:
         self._saved = None

@@ -1,0 +1,309 @@
+"""`all_reduce` and the NumPy `SyncBatchNorm` on real processes, over torch.distributed and MPI."""
+
+import subprocess
+import sys
+
+import numpy as np
+import numpy_program as program
+import pytest
+import reference
+from cases import bits, make_problem
+from launch import LAUNCHES, Raised, launch
+from tolerance import (
+    SECOND_ORDER,
+    assert_within,
+    backward_bounds,
+    batch_statistics,
+    forward_bound,
+    off_the_kinks,
+    running_bound,
+    unit,
+)
+
+import bnfast
+from bnfast.distributed import SyncBatchNorm, all_reduce, ranks_of
+
+TOLD = "rank {} could not take part; its own exception says why"
+PROBLEMS = pytest.mark.parametrize("name", program.PROBLEMS)
+
+
+@pytest.fixture(scope="module", params=LAUNCHES, ids=lambda way: f"{way[0]}-{way[1]}")
+def ranks(request, tmp_path_factory):
+    """What each scenario gave: a list of dicts, by rank."""
+    transport, size = request.param
+    return launch("numpy_program", transport, size, tmp_path_factory.mktemp(transport))
+
+
+@pytest.fixture
+def results(ranks, request):
+    """Of the scenario that a test is named after, by rank."""
+    name = request.node.originalname.removeprefix("test_")
+    return [rank[name] for rank in ranks]
+
+
+def same_on_all(results):
+    """Every rank's arrays are the first one's, to the bit."""
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for name, value in other.items():
+            assert bits(value) == bits(results[0][name]), name
+    return results[0]
+
+
+@pytest.mark.parametrize("split", program.SPLITS)
+def test_moments_of_all(results, split):
+    x = make_problem(program.SHAPES["planar"]).x
+    s = batch_statistics(x, 1)
+    first = results[0][split]
+    assert all(other[split] == first for other in results)
+    assert first.count == x.size // x.shape[1]
+    assert_within(first.mean, s.mean, s.mean_error, "mean")
+    assert_within(first.var(), s.var, s.var_error, "variance")
+    # In the order of ranks, by the library's own merge.
+    size = len(results)
+    parts = [bnfast.moments(x[program.rows_of(split, rank, size)]) for rank in range(size)]
+    assert first == bnfast.Moments.merge_all(parts)
+
+
+def test_moments_of_nothing(results):
+    assert all(result == bnfast.Moments.empty(3) for result in results)
+
+
+def test_moments_without_channels(results):
+    assert all(result == bnfast.Moments.empty(0) for result in results)
+
+
+@PROBLEMS
+class TestTrainingSteps:
+    """One process on the whole batch is what the ranks together must equal, to rounding."""
+
+    @pytest.fixture
+    def of(self, ranks, name):
+        return [rank["training_steps"][name] for rank in ranks]
+
+    def test_outputs(self, of, name):
+        _, p = program.problem(name)
+        exact = reference.forward(*p.exact())
+        y = np.concatenate([rank["y"] for rank in of])
+        assert_within(y, exact, forward_bound(p, batch_statistics(p.x, 1)), "y")
+
+    def test_gradients(self, of, name):
+        _, p = program.problem(name)
+        s = batch_statistics(p.x, 1)
+        ties = p.dy.copy()
+        off_the_kinks(p, s)
+        assert bits(ties) == bits(p.dy), "a tie at a kink: rounding decides the gradient there"
+        exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+        bounds = backward_bounds(p, s, exact)
+        dx = np.concatenate([rank["dx"] for rank in of])
+        assert_within(dx, exact.x, bounds.x, "x")
+        if p.residual is not None:
+            dresidual = np.concatenate([rank["dresidual"] for rank in of])
+            assert_within(dresidual, exact.residual, bounds.residual, "residual")
+        for grad, want, bound in (
+            ("weight_grad", exact.gamma, bounds.gamma),
+            ("bias_grad", exact.beta, bounds.beta),
+        ):
+            local = [rank[grad].astype(np.longdouble) for rank in of]
+            # Each rank's was rounded to the layer's type on the way.
+            stored = sum(unit(p.x.dtype) * np.abs(part) for part in local)
+            assert_within(sum(local), want, bound + SECOND_ORDER * stored, grad)
+
+    def test_running_statistics(self, of, name):
+        _, p = program.problem(name)
+        s = batch_statistics(p.x, 1)
+        state = same_on_all(
+            [{key: rank[key] for key in ("running_mean", "running_var")} for rank in of]
+        )
+        share = np.longdouble(p.m) / (p.m - 1)
+        for key, old, new, error in (
+            ("running_mean", 0, s.mean, s.mean_error),
+            ("running_var", 1, s.var * share, s.var_error * float(share)),
+        ):
+            momentum = np.longdouble(program.MOMENTUM)
+            want = reference.running_average(old, new, momentum)
+            bound = running_bound(old, new, error, program.MOMENTUM, p.x.dtype)
+            assert_within(state[key], want, bound, key)
+        assert all(rank["num_batches_tracked"] == 1 for rank in of)
+
+    def test_a_group_of_one_is_a_plain_layer(self, ranks, name):
+        for rank in ranks:
+            synced, plain = rank["a_group_of_one"][name]
+            assert synced.keys() == plain.keys()
+            for key, value in synced.items():
+                assert value is plain[key] is None or bits(value) == bits(plain[key]), key
+
+
+def test_cumulative_average(results):
+    """The mean of three batches' moments; who had which rows does not matter."""
+    state = same_on_all(results)
+    s = batch_statistics(make_problem(program.SHAPES["planar"]).x, 1)
+    m = np.longdouble(make_problem(program.SHAPES["planar"]).m)
+    mean, var = 2 * s.mean, (1 + 4 + 9) / np.longdouble(3) * s.var * m / (m - 1)
+    # Three averages, each rounded as one is; no intermediate value is above the largest batch's.
+    u = unit(np.float32)
+    assert_within(state["running_mean"], mean, 3 * 4 * 3 * np.abs(s.mean) * u, "running_mean")
+    assert_within(state["running_var"], var, 3 * 4 * 9 * s.var * u * 1.1, "running_var")
+    assert state["num_batches_tracked"] == 3
+
+
+def test_a_part_of_the_ranks(results):
+    want = bnfast.Moments(4, [0.5] * 3, [1.0] * 3)
+    assert results == [want, want, None][: len(results)]
+
+
+def test_channels_that_differ(results):
+    counts = ["3", "4", "3"][: len(results)]
+    for raised in results:
+        assert raised.kind == "ValueError"
+        assert f"have {', '.join(counts)} channels on ranks" in raised.text
+
+
+def test_layers_that_differ(results):
+    for raised, state in results:
+        assert raised.kind == "ValueError"
+        assert state["num_batches_tracked"] == 0
+        assert not state["running_mean"].any()
+
+
+def test_no_moments_on_one(results):
+    assert results[0].kind == "TypeError"
+    assert all(other == Raised("RuntimeError", TOLD.format(0)) for other in results[1:])
+
+
+@pytest.mark.parametrize("name", program.BAD_CALLS)
+def test_bad_input_on_one(results, name):
+    """All raise, nothing changes, and the next call finds everybody in step."""
+    *others, (refused, untouched, state) = [result[name] for result in results]
+    assert refused.kind in ("TypeError", "ValueError")
+    assert untouched
+    for raised, kept, _ in others:
+        assert raised == Raised("RuntimeError", TOLD.format(len(results) - 1))
+        assert kept
+    assert state["num_batches_tracked"] == 1
+    same_on_all([result[name][2] for result in results])
+
+
+@pytest.mark.parametrize("name", ["shape", "dtype", "kind"])
+def test_bad_state_on_one(results, name):
+    first, *others = [result[name] for result in results]
+    assert "running_mean" in first.text
+    assert all(other == Raised("RuntimeError", TOLD.format(0)) for other in others)
+
+
+def test_bad_gradient_on_one(results):
+    """Then a good backward, to see that nobody is out of step."""
+    size = len(results)
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+    x = np.concatenate([rows + np.float32(rank) for rank in range(size)])
+    _, stats = bnfast.batch_norm_forward(x)
+    want = bnfast.batch_norm_backward(x, x, stats).x
+    for rank, (raised, weight_grad, dx) in enumerate(results):
+        assert isinstance(raised, Raised)
+        assert raised.text == TOLD.format(0) or rank == 0
+        assert not weight_grad.any()
+        # dx is what is left of terms a million times as large: that of one process, to the
+        # roundings of terms of size |dy| * inv_std.
+        own = want[4 * rank : 4 * rank + 4]
+        bound = 8 * unit(np.float32) * np.abs(x).max() * stats.inv_std.max()
+        assert_within(dx, own, bound, "dx")
+
+
+def test_one_value_in_all(results):
+    for raised, state in results:
+        assert raised.kind == "ValueError"
+        assert raised.text.startswith("Expected more than 1 value per channel when training")
+        assert state["num_batches_tracked"] == 0
+
+
+def test_one_value_each(results):
+    got = np.concatenate(results)
+    want = bnfast.batch_norm_forward(
+        np.repeat(np.arange(len(got), dtype=np.float32), 3).reshape(-1, 3)
+    )
+    assert bits(got) == bits(want[0])
+
+
+def test_nothing_at_all(results):
+    for y, dx, weight_grad, state in results:
+        assert y.shape == dx.shape == (0, 3)
+        assert not weight_grad.any()
+        assert state["num_batches_tracked"] == 1
+        assert not state["running_mean"].any()
+
+
+def test_not_a_number_on_one(results):
+    for y, dx, state in results:
+        for found in (y, dx, state["running_mean"][None], state["running_var"][None]):
+            finite = np.isfinite(found).all(axis=0)
+            assert finite[2]
+            assert not finite[0]
+        assert not np.isfinite(state["running_var"][1])
+
+
+def test_evaluation(results):
+    assert [len(result) for result in results] == [rank + 1 for rank in range(len(results))]
+
+
+def test_untouched_statistics(results):
+    for rank, (state, y) in enumerate(results):
+        assert not state["running_mean"].any()
+        assert state["num_batches_tracked"] == 0
+        assert np.sign(y).tolist() == [[np.sign(rank - (len(results) - 1) / 2)] * 3] * 2
+
+
+def test_population_statistics(results):
+    """All batches of all ranks are one set of values."""
+    state = same_on_all(results)
+    x, size = make_problem(program.SHAPES["planar"]).x, len(results)
+    cuts = [program.rows_of("uneven", rank, size) for rank in range(size)]
+    seen = np.concatenate([part for cut in cuts for part in (x[cut], x[cut][:1])])
+    s = batch_statistics(seen, 1)
+    m = np.longdouble(seen.size // seen.shape[1])
+    u = unit(np.float32)
+    assert_within(state["running_mean"], s.mean, s.mean_error + u * np.abs(s.mean), "mean")
+    var = s.var * m / (m - 1)
+    assert_within(state["running_var"], var, 1.1 * s.var_error + u * var, "variance")
+
+
+def test_copies(results):
+    for result in results:
+        assert result["group"]
+        assert result["apart"]
+        assert bits(result["results"][0]) == bits(result["results"][1])
+        assert result["pickled"] == (None, 0.25)
+
+
+class TestGroups:
+    """What needs no processes."""
+
+    def test_none_without_a_default(self):
+        with pytest.raises(RuntimeError, match="group is None, and there is no default"):
+            all_reduce(bnfast.Moments.empty(3))
+        with pytest.raises(RuntimeError, match="group is None, and there is no default"):
+            SyncBatchNorm(3)(np.ones((2, 3), np.float32))
+
+    @pytest.mark.parametrize("group", [3, "gloo", object()])
+    def test_something_else(self, group):
+        with pytest.raises(TypeError, match=r"group is .* of type .*; expected a process group"):
+            ranks_of(group)
+
+    def test_evaluation_needs_none(self):
+        x = np.ones((2, 3), np.float32)
+        layer = SyncBatchNorm(3).eval()
+        assert bits(layer(x)) == bits(bnfast.BatchNorm(3).eval()(x))
+
+    def test_a_group_without_this_process(self):
+        dist = pytest.importorskip("torch.distributed")
+        with pytest.raises(ValueError, match="not among its members"):
+            ranks_of(dist.GroupMember.NON_GROUP_MEMBER)
+
+    def test_importing_imports_no_engine(self):
+        program = (
+            "import sys, bnfast.distributed; "
+            "print([m for m in ('torch', 'mpi4py', 'dask') if m in sys.modules])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "[]", done.stderr
