@@ -20,7 +20,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 LAUNCHES = [("torch", 2), ("torch", 3), ("mpi", 3)]
-SECONDS = 240  # after which something hangs; an unhindered launch takes ten
+SECONDS = 120  # after which something hangs; an unhindered launch takes ten
 
 
 class Rank(NamedTuple):

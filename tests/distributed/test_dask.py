@@ -1,0 +1,236 @@
+"""Moments and normalisation over Dask arrays, on threads and on a cluster of processes."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import reference
+from cases import bits
+from tolerance import assert_within, batch_statistics
+
+import bnfast
+
+dask = pytest.importorskip("dask")
+da = pytest.importorskip("dask.array")
+
+from bnfast.distributed import dask_moments, dask_normalize  # noqa: E402
+
+SHAPE, AXIS = (60, 6, 14), 1
+CHUNKS = {
+    "rows": (7, 6, 14),
+    "channels too": (7, 4, 14),
+    "every axis": (13, 5, 3),
+    "one block": SHAPE,
+    "empty blocks": ((20, 0, 39, 1), 6, (0, 14)),
+}
+CHUNKED = pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+
+
+@pytest.fixture
+def values(rng):
+    x = rng.standard_normal(SHAPE) * 2 + 3
+    x[:, 1] += 1000
+    return x
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@CHUNKED
+class TestMoments:
+    def test_are_those_of_the_whole(self, values, chunks, dtype):
+        values = values.astype(dtype)
+        s = batch_statistics(values, AXIS)
+        got = dask_moments(da.from_array(values, chunks)).compute()
+        assert isinstance(got, bnfast.Moments)
+        assert got.count == values.size // SHAPE[AXIS]
+        assert_within(got.mean, s.mean, s.mean_error, "mean")
+        assert_within(got.var(), s.var, s.var_error, "variance")
+
+    def test_have_the_same_bits_under_any_scheduler(self, values, chunks, dtype):
+        x = da.from_array(values.astype(dtype), chunks)
+        one_by_one = dask_moments(x).compute(scheduler="synchronous")
+        for workers in (1, 2, 5):
+            found = dask_moments(x).compute(scheduler="threads", num_workers=workers)
+            assert found == one_by_one
+
+
+@pytest.mark.parametrize("axis", [0, 2, -1])
+def test_moments_on_any_axis(values, axis):
+    s = batch_statistics(values, axis)
+    got = dask_moments(da.from_array(values, (13, 5, 3)), axis).compute()
+    assert_within(got.mean, s.mean, s.mean_error, "mean")
+    assert_within(got.var(), s.var, s.var_error, "variance")
+
+
+def test_moments_of_unknown_many_rows(values):
+    """As what a data frame or a filter gives."""
+    x = da.from_array(values[:, :, 0], (7, 6))
+    kept = x[x[:, 0] > 3]
+    assert np.isnan(kept.shape[0])
+    chosen = values[:, :, 0][values[:, 0, 0] > 3]
+    s = batch_statistics(chosen, 1)
+    got = dask_moments(kept).compute()
+    assert got.count == len(chosen)
+    assert_within(got.mean, s.mean, s.mean_error, "mean")
+
+
+def test_moments_of_no_channels():
+    assert dask_moments(da.zeros((4, 0))).compute() == bnfast.Moments.empty(0)
+
+
+def test_a_block_is_gone_as_soon_as_it_is_summed():
+    """What makes a block and what sums it are one task, whose result is a few numbers."""
+    x = da.map_blocks(lambda: None, chunks=((7,) * 20, (6,), (14,)), dtype=float)
+    (optimized,) = dask.optimize(dask_moments(x))
+    names = [str(key) for key in optimized.__dask_graph__()]
+    assert sum("block_moments" in name for name in names) == 20
+    others = [name for name in names if "block_moments" not in name and "merge" not in name]
+    assert len(others) == 2, "neither the making of blocks nor the end of the tree"
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@CHUNKED
+class TestNormalize:
+    def test_is_the_function_block_by_block(self, values, chunks, activation, rng):
+        mean, var = values.mean(axis=(0, 2)), values.var(axis=(0, 2))
+        weight, bias = rng.standard_normal((2, SHAPE[AXIS]))
+        options = {"eps": 0.01, "activation": activation}
+        got = dask_normalize(da.from_array(values, chunks), mean, var, weight, bias, **options)
+        assert isinstance(got, da.Array)
+        assert got.chunks == da.from_array(values, chunks).chunks
+        assert got.dtype == values.dtype
+        want = bnfast.normalize(values, mean, var, weight, bias, **options)
+        assert bits(got.compute()) == bits(want)
+
+    def test_with_the_population_statistics(self, values, chunks, activation):
+        x = da.from_array(values.astype(np.float32), chunks)
+        m = dask_moments(x).compute()
+        y = dask_normalize(x, m.mean, m.var(), activation=activation).compute()
+        want = bnfast.normalize(values.astype(np.float32), m.mean, m.var(), activation=activation)
+        assert y.dtype == np.float32
+        assert bits(y) == bits(want)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def x(self, values):
+        return da.from_array(values, (7, 6, 14))
+
+    def test_of_what_is_no_dask_array(self, values):
+        with pytest.raises(TypeError, match=r"(?s)x is .* expected a Dask array"):
+            dask_moments(values)
+        with pytest.raises(TypeError, match=r"(?s)x is .* expected a Dask array"):
+            dask_normalize(values, np.ones(6), np.ones(6))
+
+    @pytest.mark.parametrize("dtype", [np.int64, bool, complex])
+    def test_of_another_dtype(self, x, dtype):
+        with pytest.raises(TypeError, match="x has dtype"):
+            dask_moments(x.astype(dtype))
+
+    def test_of_a_vector(self, x):
+        with pytest.raises(ValueError, match="at least 2 dimensions"):
+            dask_moments(x[0, 0])
+
+    def test_of_an_axis_that_is_not_there(self, x):
+        with pytest.raises(ValueError, match="axis is 3; expected"):
+            dask_moments(x, axis=3)
+        with pytest.raises(TypeError, match="axis is"):
+            dask_moments(x, axis=1.0)
+
+    def test_of_unknown_channels(self, x):
+        with pytest.raises(ValueError, match="unknown number of channels on axis 0"):
+            dask_moments(x[x[:, 0, 0] > 3], axis=0)
+
+    @pytest.mark.parametrize("name", ["mean", "var", "weight", "bias"])
+    def test_of_vectors_that_do_not_fit(self, x, name):
+        given = {"mean": np.ones(6), "var": np.ones(6), name: np.ones(5)}
+        with pytest.raises(ValueError, match=rf"{name} has shape \(5,\); expected \(6,\)"):
+            dask_normalize(x, **given)
+
+    def test_of_options(self, x):
+        with pytest.raises(ValueError, match="eps is -1"):
+            dask_normalize(x, np.ones(6), np.ones(6), eps=-1)
+        with pytest.raises(ValueError, match="activation is 'gelu'"):
+            dask_normalize(x, np.ones(6), np.ones(6), activation="gelu")
+
+
+# ---- A cluster of processes
+
+ROWS, BLOCK = 64, 1000
+
+
+def block_of(row, seconds=0.0, pids=None):
+    """What a task reads: reproducible, slow enough to be killed in the middle."""
+    time.sleep(seconds)
+    if pids is not None:
+        with open(os.path.join(pids, f"{row}.{time.monotonic_ns()}"), "w") as file:
+            file.write(str(os.getpid()))
+    return np.random.default_rng(row).normal(row, 1 + row, (BLOCK, 3)).astype(np.float32)
+
+
+def array_of(seconds=0.0, pids=None):
+    rows = da.arange(ROWS, chunks=1)
+    return da.map_blocks(
+        lambda row: block_of(int(row[0]), seconds, pids),
+        rows,
+        dtype=np.float32,
+        new_axis=1,
+        chunks=((BLOCK,) * ROWS, (3,)),
+        meta=np.empty((0, 0), np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def client():
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=3,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=None,
+            host="127.0.0.1",
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.filterwarnings("default")  # of the cluster's own start and end
+class TestCluster:
+    def test_moments_are_spread_and_have_the_bits_of_one_thread(self, client, tmp_path):
+        got = client.compute(dask_moments(array_of(0.02, str(tmp_path)))).result()
+        assert got == dask_moments(array_of()).compute(scheduler="synchronous")
+        pids = {path.read_text() for path in tmp_path.iterdir()}
+        assert len(pids) == 3
+        assert str(os.getpid()) not in pids
+
+    def test_normalized_blocks(self, client):
+        x = array_of()
+        m = dask_moments(x).compute(scheduler="synchronous")
+        y = client.compute(dask_normalize(x, m.mean, m.var())).result()
+        again = dask_normalize(x, m.mean, m.var()).compute(scheduler="synchronous")
+        assert bits(y) == bits(again)
+        z = reference.inference(
+            x.compute(scheduler="synchronous"), m.mean, m.var(), np.ones(3), np.zeros(3), 1e-5
+        )
+        np.testing.assert_allclose(z.var(axis=0), m.var() / (m.var() + 1e-5))
+
+    def test_a_killed_worker_loses_nothing(self, client, tmp_path):
+        """Killed with some blocks summed and others to come; the bits are those of no accident."""
+        future = client.compute(dask_moments(array_of(0.1, str(tmp_path))))
+        while len(list(tmp_path.iterdir())) < ROWS // 4:
+            assert future.status == "pending"
+            time.sleep(0.01)
+        victim = min(info["pid"] for info in client.run(_who).values())
+        os.kill(victim, signal.SIGKILL)
+        got = future.result(timeout=120)
+        assert got == dask_moments(array_of()).compute(scheduler="synchronous")
+        written = [path.name.split(".")[0] for path in tmp_path.iterdir()]
+        assert len(written) > len(set(written)) == ROWS, "nothing had to be done twice"
+
+
+def _who():
+    return {"pid": os.getpid()}
