@@ -1,0 +1,225 @@
+"""bnfast's kernels over PyTorch tensors: which tensors they take, and how they read them.
+
+Tensors are read and written as NumPy arrays over the same memory; nothing that is dense is copied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnfast import _core, _threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+    Order = tuple[int, ...] | None
+
+Activation = str | tuple[str, float] | None
+# Of x, weight, bias and residual; None where nobody asked.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+try:
+    import ml_dtypes
+except ImportError:
+    _BFLOAT16 = None
+else:
+    _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+# PyTorch's types that the kernels take; bfloat16 needs NumPy's name for it, ml_dtypes.
+DTYPES = frozenset(
+    getattr(torch, name) for name in _core.TYPE_NAMES if name != "bfloat16" or _BFLOAT16 is not None
+)
+
+
+# ---- Who runs a call
+
+
+def is_plain(x: Any) -> bool:
+    """Whether x is an ordinary dense tensor whose numbers the kernels can read now."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.dtype in DTYPES
+        and not x.is_neg()
+        and not x.is_quantized
+    )
+
+
+def is_transformed() -> bool:
+    """Whether tensors may stand for more than their numbers: functorch, forward mode, jit."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_recorded() -> bool:
+    """Whether a mode wants to see every operation: fake tensors, proxies, counters."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
+
+
+# ---- Tensors as arrays
+
+
+def _array(x: Tensor | None, order: Order = None) -> Array | None:
+    """Return x's memory as an array, its axes in the given order."""
+    if x is None:
+        return None
+    x = x.detach()
+    half = x.dtype is torch.bfloat16
+    array = x.view(torch.int16).numpy().view(_BFLOAT16) if half else x.numpy()
+    return array if order is None else array.transpose(order)
+
+
+def _storage_order(x: Tensor) -> Order:
+    """Return channels_last's order of axes if x lies so; all else is `_arrays`' to find out."""
+    if x.dim() > 2 and not x.is_contiguous():
+        order = (0, *range(2, x.dim()), 1)
+        if x.permute(order).is_contiguous():
+            return order
+    return None
+
+
+def _axis(order: Order) -> int:
+    return 1 if order is None else -1
+
+
+def _tensor(array: Array, x: Tensor, order: Order) -> Tensor:
+    """Return a result as a tensor with the strides of `torch.empty_like(x)`."""
+    if x.dtype is torch.bfloat16:
+        y = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        y = torch.from_numpy(array)
+    if order is not None:
+        y = y.permute(0, -1, *range(1, x.dim() - 1))
+    if y.stride() == x.stride():
+        return y
+    wanted = torch.empty_like(x, device="meta").stride()
+    if all(n < 2 or a == b for n, a, b in zip(x.shape, y.stride(), wanted, strict=True)):
+        return y.as_strided(y.shape, wanted)  # they differ where there is nothing to step over
+    return torch.empty_like(x).copy_(y)
+
+
+def _on_torch_threads(call: Callable[..., Any], *args: Any) -> Any:
+    """Call the core with the number of threads that PyTorch would use here."""
+    token = _threads._asked_here.set(min(torch.get_num_threads(), _threads.MAX_THREADS))
+    try:
+        return call(*args)
+    finally:
+        _threads._asked_here.reset(token)
+
+
+# ---- The kernels
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: tuple[Tensor, Tensor] | None,
+    momentum: float,
+    eps: float,
+    activation: Activation,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, and the batch's mean, biased variance and 1 / sqrt(var + eps) in float64."""
+    order = _storage_order(x)
+    running_mean, running_var = running or (None, None)
+    y, (_, mean, var, inv_std) = _on_torch_threads(
+        _core.forward,
+        _array(x, order),
+        _array(running_mean),
+        _array(running_var),
+        _array(weight),
+        _array(bias),
+        momentum,
+        eps,
+        _axis(order),
+        1,
+        _array(residual, order),
+        activation,
+        None,
+    )
+    stats = (torch.from_numpy(mean), torch.from_numpy(var), torch.from_numpy(inv_std))
+    return (_tensor(y, x, order), *stats)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """Return x normalised with a given mean and variance."""
+    order = _storage_order(x)
+    y = _on_torch_threads(
+        _core.normalize,
+        _array(x, order),
+        _array(mean),
+        _array(var),
+        _array(weight),
+        _array(bias),
+        eps,
+        _axis(order),
+        _array(residual, order),
+        activation,
+        None,
+    )
+    return _tensor(y, x, order)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inv_std: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    through: bool,
+    activation: Activation,
+    needs: tuple[bool, ...],
+) -> Gradients:
+    """Return the gradients of x, weight, bias and residual, None where not needed.
+
+    `through` says that mean and inv_std are the batch's, and hence functions of x.
+    """
+    order = _storage_order(x)
+    dx, dweight, dbias, dresidual = _on_torch_threads(
+        _core.backward,
+        _array(dy, order),
+        _array(x, order),
+        _array(mean),
+        _array(inv_std),
+        x.numel() // x.shape[1] if through else 0,
+        _array(weight),
+        _array(bias),
+        _axis(order),
+        None,
+        activation,
+        _array(y, order),
+        None,
+        needs,
+    )
+    return (
+        None if dx is None else _tensor(dx, x, order),
+        None if dweight is None else torch.from_numpy(dweight),
+        None if dbias is None else torch.from_numpy(dbias),
+        None if dresidual is None else _tensor(dresidual, x, order),
+    )
