@@ -8,6 +8,7 @@ options. Whatever cannot be brought there gets its exception here, before anythi
 
 from __future__ import annotations
 
+import sys
 from math import isfinite, prod
 from operator import index
 from typing import Any, NoReturn
@@ -18,8 +19,9 @@ Array = np.ndarray[Any, Any]
 
 ACTIVATIONS = {"relu": 1, "relu6": 2, "leaky_relu": 3}
 LEAKY_SLOPE = 0.01
-_DATA_NAMES = ("float32", "float64")
-_PARAMETER_NAMES = ("float16", "bfloat16", "float32", "float64")
+_DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
+# What per-channel numbers are kept in; others of the data's types are converted.
+_KEPT_NAMES = ("float32", "float64")
 # How hard to look before two interleaved views count as overlapping.
 _MAX_OVERLAP_WORK = 10_000
 
@@ -132,9 +134,21 @@ def _kind(value: Any) -> str:
     return f"{value!r:.60} of type {type(value).__name__}"
 
 
-def _check_type(name: str, a: Array, accepted: tuple[str, ...]) -> None:
-    if a.dtype.name not in accepted or a.dtype.hasobject:
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(accepted)}")
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is `ml_dtypes.bfloat16`: its very type, since names and sizes can be anybody's.
+
+    `ml_dtypes` is never imported: whoever has such an array has done so.
+    """
+    return dtype.type is getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
+
+
+def _is_data_type(dtype: np.dtype[Any]) -> bool:
+    return dtype.type in (np.float32, np.float64, np.float16) or is_bfloat16(dtype)
+
+
+def _check_type(name: str, a: Array) -> None:
+    if not _is_data_type(a.dtype):
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_DATA_NAMES)}")
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -143,7 +157,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _tensor(name: str, value: Any) -> Array:
     a = array(name, value)
-    _check_type(name, a, _DATA_NAMES)
+    _check_type(name, a)
     if a.ndim < 2:
         raise ValueError(
             f"{name} has shape {a.shape}; expected at least 2 dimensions, one of them channels"
@@ -222,11 +236,11 @@ def _overlaps_itself(a: Array) -> bool:
 def parameter(name: str, value: Any, channels: int, out: Array | None = None) -> Array:
     """Return a per-channel parameter as a plain float32 or float64 array."""
     a = array(name, value)
-    _check_type(name, a, _PARAMETER_NAMES)
+    _check_type(name, a)
     _check_channels(name, a, channels)
     if out is not None and _share_memory(a, out):
         refuse_overlap(name)
-    kept = a.dtype.newbyteorder("=") if a.dtype.name in _DATA_NAMES else np.dtype(np.float32)
+    kept = a.dtype.newbyteorder("=") if a.dtype.name in _KEPT_NAMES else np.dtype(np.float32)
     return np.array(a, dtype=kept, order="C")
 
 
@@ -266,7 +280,7 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
 def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
     """Refuse a running statistic of a type that this data does not go with."""
     a = array(name, value)
-    accepted = _DATA_NAMES if x_dtype == np.float64 else ("float32",)
+    accepted = _KEPT_NAMES if x_dtype == np.float64 else ("float32",)
     if a.dtype.name not in accepted:
         raise TypeError(
             f"{name} has dtype {a.dtype}; expected {_listed(accepted)} beside x of {x_dtype}"
@@ -286,7 +300,7 @@ def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> N
 
 
 def check_parameters_apart(out: Any, **parameters: Any) -> None:
-    """Refuse an `out` that a parameter lies in, for calls whose `out` is written by way of a copy."""
+    """Refuse an `out` that a parameter lies in, for calls that write `out` by way of a copy."""
     for name, value in parameters.items():
         if _both_arrays(out, value) and _share_memory(out, value):
             refuse_overlap(name)

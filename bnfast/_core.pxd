@@ -2,7 +2,7 @@
 
 cdef extern from "bnfast.h" nogil:
     ctypedef enum bnf_type:
-        BNF_F32, BNF_F64, BNF_TYPES
+        BNF_F32, BNF_F64, BNF_F16, BNF_BF16, BNF_TYPES
 
     ctypedef enum bnf_layout:
         BNF_PLANAR, BNF_INTERLEAVED, BNF_LAYOUTS

@@ -46,6 +46,7 @@ cdef extern from "Python.h":
 
 cdef extern from "numpy/arrayobject.h":
     PyObject *PyDataMem_DefaultHandler
+    const int NPY_HALF, NPY_USERDEF   # which NumPy's own declarations leave out
 
 cdef extern from "numpy/numpyconfig.h":
     const char *NPY_FEATURE_VERSION_STRING   # the oldest NumPy this build runs with
@@ -67,13 +68,13 @@ cdef enum Direction:
     MOMENTS, FORWARD, BACKWARD, INFERENCE, DIRECTIONS
 
 DIRECTION_NAMES = ("moments", "forward", "backward", "inference")
-TYPE_NAMES = ("float32", "float64")
+TYPE_NAMES = ("float32", "float64", "float16", "bfloat16")   # as in bnf_type
 LAYOUT_NAMES = ("planar", "interleaved")
 VARIANT_NAMES = ("plain", "relu", "relu6", "leaky_relu")
 RESIDUAL_NAMES = ("", "+residual")
 
 # By direction, type, layout, instruction set, activation and whether a residual took part.
-cdef long long counts[4][2][2][MOST_ISAS][4][2]
+cdef long long counts[4][4][2][MOST_ISAS][4][2]
 
 
 def dispatches():
@@ -409,14 +410,44 @@ def kept_memory():
 
 # --- Recognising the common case ---------------------------------------------------------
 
+# The number that NumPy gave bfloat16 when ml_dtypes registered it, once an array of it was seen.
+cdef int bfloat16_number = -1
+
+
+cdef int user_type_of(cnp.ndarray x) noexcept:
+    """type_of, of an array whose type came to NumPy from elsewhere."""
+    global bfloat16_number
+    cdef int number = cnp.PyArray_TYPE(x)
+    if bfloat16_number < 0 and _arrays.is_bfloat16(x.dtype):
+        bfloat16_number = number
+    return BNF_BF16 if number == bfloat16_number else BNF_TYPES
+
+
 cdef inline int type_of(cnp.ndarray x) noexcept:
-    return BNF_F32 if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT else BNF_F64
+    """Which bnf_type x has; BNF_TYPES if none."""
+    cdef int number = cnp.PyArray_TYPE(x)
+    if number == cnp.NPY_FLOAT:
+        return BNF_F32
+    if number == cnp.NPY_DOUBLE:
+        return BNF_F64
+    if number == NPY_HALF:
+        return BNF_F16
+    return user_type_of(x) if number >= NPY_USERDEF else BNF_TYPES
+
+
+cdef inline bint is_dense(object x) noexcept:
+    """A C-contiguous, aligned array in this machine's byte order, and no subclass."""
+    return cnp.PyArray_CheckExact(x) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
 
 
 cdef inline bint is_plain(object x) noexcept:
-    """A C-contiguous, aligned array of a type of ours, and no subclass."""
-    return (cnp.PyArray_CheckExact(x) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
-            and cnp.PyArray_TYPE(<cnp.ndarray>x) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE))
+    """A dense array of a type that data may have."""
+    return is_dense(x) and type_of(<cnp.ndarray>x) != BNF_TYPES
+
+
+cdef inline bint is_vector(object x) noexcept:
+    """A dense array of a type that per-channel numbers are read in as they are."""
+    return is_dense(x) and cnp.PyArray_TYPE(<cnp.ndarray>x) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)
 
 
 cdef inline bint is_like(object a, cnp.ndarray x) noexcept:
@@ -448,7 +479,7 @@ cdef inline bint touches(cnp.ndarray a, cnp.ndarray x, object residual, object o
 
 cdef inline bint may_touch(cnp.ndarray a, object value) noexcept:
     """Whether a parameter needs a closer look before a is updated."""
-    return value is not None and (not is_plain(value) or overlap(a, <cnp.ndarray>value))
+    return value is not None and (not is_dense(value) or overlap(a, <cnp.ndarray>value))
 
 
 cdef bint see(object x, object axis, bnf_shape *shape) noexcept:
@@ -499,7 +530,7 @@ cdef cnp.ndarray vector_of(const double *values, Py_ssize_t n):
 
 
 cdef inline bint is_parameter(object value, Py_ssize_t channels) noexcept:
-    return (is_plain(value) and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
+    return (is_vector(value) and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
             and cnp.PyArray_DIM(<cnp.ndarray>value, 0) == channels)
 
 
@@ -529,9 +560,9 @@ cdef int read_parameter(str name, object value, Py_ssize_t channels, double miss
 
 
 cdef inline bint is_running(object value, cnp.ndarray x) noexcept:
-    """A plain array of a type that running statistics may have beside x."""
-    return is_plain(value) and (cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT
-                                or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)
+    """A dense array of a type that running statistics may have beside x."""
+    return is_vector(value) and (cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT
+                                 or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)
 
 
 cdef int check_running(str name, object value, cnp.ndarray x) except -1:

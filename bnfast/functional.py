@@ -106,13 +106,13 @@ def batch_norm(
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float32, float64, float16 or bfloat16
         Rank 2 or more. Read in place whenever some order of its axes is C-contiguous.
     running_mean, running_var : ndarray, shape (channels,), optional
-        Float32, or float64 where `x` is. Needed in inference. In training updated in place, if
+        Float32, or, where `x` is, float64. Needed in inference. In training updated in place, if
         given: ``running = (1 - momentum) * running + momentum * batch``.
     weight, bias : array_like, shape (channels,), optional
-        Gamma and beta; 1 and 0 where left out.
+        Gamma and beta, of any of these types; 1 and 0 where left out.
     training : bool
         Normalise with the batch's mean and variance, and update the running ones.
     momentum : float
@@ -396,7 +396,7 @@ def normalize(
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float32, float64, float16 or bfloat16
         Rank 2 or more.
     mean, var : array_like, shape (channels,)
         Float32 or float64; a float64 mean is applied to float64 precision.
@@ -437,7 +437,7 @@ def scale_shift(
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float32, float64, float16 or bfloat16
         Rank 2 or more.
     scale, shift : array_like, shape (channels,)
         1 and 0 where None.

@@ -97,7 +97,8 @@ class BatchNorm:
     activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
         Applied to the output.
     dtype : dtype
-        Of the parameters and running statistics: float32, or float64 for float64 data.
+        Of the parameters and running statistics: float32, also for float16 and bfloat16 data,
+        or float64 for float64 data.
 
     Attributes
     ----------
@@ -142,7 +143,10 @@ class BatchNorm:
             raise ValueError(f"num_features is {num_features}; expected 0 or more")
         kind = np.dtype(dtype)
         if kind not in (np.float32, np.float64):
-            raise TypeError(f"dtype is {kind}; expected float32 or float64")
+            raise TypeError(
+                f"dtype is {kind}; expected float32, which float16 and bfloat16 data go with too, "
+                "or float64"
+            )
         if activation is not None:
             _arrays.activation(activation)
         self.num_features = index(num_features)

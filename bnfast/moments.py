@@ -153,7 +153,7 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
 
     Parameters
     ----------
-    x : array_like of float32 or float64
+    x : array_like of float32, float64, float16 or bfloat16
         Rank 2 or more.
     axis : int
         The channel axis; all others are reduced.
