@@ -3,10 +3,25 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 
 import bnfast
 
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
+
 DTYPES = (np.float32, np.float64)
+HALVES = (
+    np.float16,
+    pytest.param(
+        bfloat16,
+        id="bfloat16",
+        marks=pytest.mark.skipif(bfloat16 is None, reason="bfloat16 needs ml_dtypes"),
+    ),
+)
+EVERY_DTYPE = (*DTYPES, *HALVES)
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", ("leaky_relu", 0.3))
 NAMES = ("x", "weight", "bias", "residual")
 
@@ -51,6 +66,11 @@ class Problem:
         return replace(self, **changes)
 
 
+def computed_in(dtype):
+    """The type that data of this one are computed in, and that their parameters have."""
+    return np.dtype(dtype if np.dtype(dtype).itemsize > 2 else np.float32)
+
+
 def make_problem(
     shape,
     dtype=np.float32,
@@ -72,8 +92,8 @@ def make_problem(
     return Problem(
         x=draw(1.5, 0.7),
         dy=draw(1.0, 0.2),
-        weight=(sign * rng.uniform(0.5, 3.0, channels)).astype(dtype),
-        bias=rng.normal(1.0, 2.0, channels).astype(dtype),
+        weight=(sign * rng.uniform(0.5, 3.0, channels)).astype(computed_in(dtype)),
+        bias=rng.normal(1.0, 2.0, channels).astype(computed_in(dtype)),
         residual=draw(1.0) if residual else None,
         axis=axis,
         activation=activation,

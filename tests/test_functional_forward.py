@@ -8,9 +8,11 @@ from cases import (
     ALL_ORDERS,
     CONTIGUOUS_ORDERS,
     DTYPES,
+    EVERY_DTYPE,
     SIZES,
     at_offset,
     bits,
+    computed_in,
     forward,
     make_problem,
     poisoned_like,
@@ -52,8 +54,8 @@ def check_stats(stats, p, s):
 
 def population(p, rng):
     """Statistics that are not the batch's."""
-    mean = (rng.standard_normal(p.channels) + 0.5).astype(p.x.dtype)
-    return mean, rng.uniform(0.5, 4, p.channels).astype(p.x.dtype)
+    mean = (rng.standard_normal(p.channels) + 0.5).astype(p.weight.dtype)
+    return mean, rng.uniform(0.5, 4, p.channels).astype(p.weight.dtype)
 
 
 def check_inference(p, y, mean, var):
@@ -65,7 +67,7 @@ def check_inference(p, y, mean, var):
 @pytest.mark.parametrize("shape", [PLANAR, INTERLEAVED], ids=["planar", "interleaved"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestEveryVariant:
     def test_training(self, isa, dtype, activation, residual, shape):
         check_forward(make_problem(shape, dtype, activation=activation, residual=residual))
@@ -92,13 +94,13 @@ class TestEveryVariant:
         check_inference(p, y, np.zeros(p.channels), np.ones(p.channels))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_sizes_around_every_edge(isa, dtype):
     for shape in SIZES:
         check_forward(make_problem(shape, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_inference_sizes_around_every_edge(isa, dtype, rng):
     for shape in SIZES:
         p = make_problem(shape, dtype, activation="relu6", residual=True)
@@ -108,7 +110,7 @@ def test_inference_sizes_around_every_edge(isa, dtype, rng):
 
 
 @pytest.mark.parametrize("order", ALL_ORDERS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestMemoryOrders:
     def test_every_order(self, isa, dtype, order):
         arrange = ALL_ORDERS[order]
@@ -172,7 +174,7 @@ def test_any_axis(axis, arrange):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2, 1), (1, 2, 3), (2, 1), (1, 1, 2), (2, 3, 1, 1)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_the_least_of_everything(isa, dtype, shape):
     check_forward(make_problem(shape, dtype))
 
@@ -198,7 +200,7 @@ class TestWeights:
         )
         assert bits(left_out) == bits(given)
 
-    @pytest.mark.parametrize("data", DTYPES)
+    @pytest.mark.parametrize("data", EVERY_DTYPE)
     @pytest.mark.parametrize("other", DTYPES)
     def test_of_the_other_type(self, data, other):
         """Coefficients are combined in float64, so that a type that holds the
@@ -222,7 +224,7 @@ class TestRunningStatistics:
     @pytest.mark.parametrize("shape", [PLANAR, INTERLEAVED])
     @pytest.mark.parametrize("ddof", [0, 1])
     @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, 0.75])
-    @pytest.mark.parametrize("data", DTYPES)
+    @pytest.mark.parametrize("data", EVERY_DTYPE)
     def test_follow_the_batch(self, data, momentum, ddof, shape, rng):
         p = make_problem(shape, data)
         old_mean, old_var = population(p, rng)
@@ -285,7 +287,7 @@ def test_population_of_float64_beside_float32_data(rng):
     check_inference(p, bnfast.normalize(p.x, mean, var, p.weight, p.bias), mean, var)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("shape", [PLANAR, INTERLEAVED, (64, 8, 40, 40)])
 class TestAliasing:
     def test_out_may_be_x(self, isa, dtype, shape):
@@ -317,11 +319,11 @@ class TestAliasing:
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (3, 4, 0), (3, 0, 2), (0, 4), (3, 0), (0, 0)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_empty_batches(dtype, shape, dispatches):
     channels = shape[1]
     x = np.empty(shape, dtype)
-    mean, var = np.full(channels, 3, dtype), np.full(channels, 5, dtype)
+    mean, var = (np.full(channels, value, computed_in(dtype)) for value in (3, 5))
     for training in (True, False):
         y = bnfast.batch_norm(x, mean, var, training=training)
         assert (y.shape, y.dtype) == (shape, x.dtype)

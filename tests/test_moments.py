@@ -7,7 +7,7 @@ from functools import reduce
 import numpy as np
 import pytest
 import reference
-from cases import ALL_ORDERS, DTYPES, SIZES, make_problem
+from cases import ALL_ORDERS, EVERY_DTYPE, SIZES, make_problem
 from tolerance import SECOND_ORDER, U, assert_within, batch_statistics, gamma
 
 import bnfast
@@ -25,7 +25,7 @@ def assert_moments_of(got, x, axis=1):
     assert_within(got.m2, m * s.var, m * s.var_error, f"m2 of {what}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestOnePass:
     def test_sizes_around_every_edge(self, isa, dtype):
         for shape in SIZES:
@@ -167,7 +167,7 @@ class TestMerge:
 
 
 class TestUpdate:
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", EVERY_DTYPE)
     def test_in_place_and_returns_self(self, isa, dtype):
         x = make_problem((40, 4, 3), dtype).x
         m = Moments.empty(4)

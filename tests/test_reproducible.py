@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cases import DTYPES, at_offset, bits, make_problem
+from cases import EVERY_DTYPE, at_offset, bits, make_problem
 
 import bnfast
 
@@ -33,7 +33,7 @@ def everything(p):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestThreads:
     def test_any_number_gives_the_same_bits(self, isa, dtype, shape):
         p = make_problem(shape, dtype, **FUSED)
@@ -51,7 +51,7 @@ class TestThreads:
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 7, 7), (37, 19), (2, 3, 4097)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestAlignment:
     def test_of_the_data(self, isa, dtype, shape):
         p = make_problem(shape, dtype, **FUSED)
@@ -103,7 +103,7 @@ class TestConcurrentCalls:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_sets_with_a_fused_multiply_add_agree(dtype, shape):
     """Eight lanes and sixteen sums whatever the registers' width: one order of additions."""
     start = bnfast._core.isa()

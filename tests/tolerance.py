@@ -1,31 +1,56 @@
 """How far a correct result may be from the exact one, derived.
 
-Notation. u is the unit roundoff of the data's type (half its eps), U that of
-float64. One operation returns the exact result times (1 + e), |e| <= u. A sum
-of n terms in any order is off by at most gamma(n) times the sum of the terms'
-magnitudes (Higham, "Accuracy and Stability of Numerical Algorithms", 2002,
-section 4.2). First-order terms are added up below; SECOND_ORDER covers the
-products of two of them, and the oracle's own error (longdouble: 2^-11 of
-float64's).
+Notation. u is the unit roundoff of the type that is computed in (half its eps):
+the data's, or float32 for halves. U is that of float64. One operation returns
+the exact result times (1 + e), |e| <= u. A sum of n terms in any order is off
+by at most gamma(n) times the sum of the terms' magnitudes (Higham, "Accuracy
+and Stability of Numerical Algorithms", 2002, section 4.2). First-order terms
+are added up below; SECOND_ORDER covers the products of two of them, and the
+oracle's own error (longdouble: 2^-11 of float64's).
 
 The arithmetic whose error this bounds is the one the library documents:
-statistics and sums in float64; in the data's type
+statistics and sums in float64; in the type of u
     d  = (x - mean_hi) - mean_lo
     y  = d * scale + bias                (one rounding with FMA, two without)
     dx = b * d + (a * dy + c)            (a, b, c rounded once from float64)
+and halves are rounded once more, when they are written: see `written`.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import reference
+from cases import computed_in
 
 U = np.finfo(np.float64).eps / 2
 SECOND_ORDER = 1 + 2.0**-9
 
 
+def finfo(dtype):
+    if np.dtype(dtype).kind == "f":
+        return np.finfo(dtype)
+    import ml_dtypes
+
+    return ml_dtypes.finfo(dtype)
+
+
 def unit(dtype):
-    return float(np.finfo(dtype).eps) / 2
+    return float(finfo(dtype).eps) / 2
+
+
+def tiny(dtype):
+    return float(finfo(dtype).smallest_subnormal)
+
+
+def written(error, magnitude, dtype):
+    """The error of a number once it is in memory, and its magnitude.
+
+    A half is rounded to nearest from float32: by at most half a unit in the last place of a
+    number off by `error`, which is half of the smallest denormal where that is more.
+    """
+    if computed_in(dtype) == dtype:
+        return error
+    return error + np.maximum(unit(dtype) * (magnitude + error), tiny(dtype) / 2)
 
 
 def gamma(n, u=U):
@@ -72,7 +97,7 @@ def batch_statistics(x, axis, sum_of=None):
 
     The mean is a sum of m terms, a division and a merge's few operations:
     e = gamma(m + 4) mean|x|. The squares are a sum of m terms of one sign:
-    gamma(m + 4) var. float32 data are swept once, around one of a block's own
+    gamma(m + 4) var. float32 data and halves are swept once, around one of a block's own
     values p, whose terms |x - p| are at most |x| + max|x|, and whose squares
     add up to m var + m (p - mean)^2, the latter at most m max d^2.
 
@@ -83,7 +108,7 @@ def batch_statistics(x, axis, sum_of=None):
     m) and sum w delta^2 <= m var, by Cauchy and Schwarz the variance shifts by
     4 e sqrt(L var) + 4 e^2 L.
     """
-    single = x.dtype == np.float32
+    single = computed_in(x.dtype) == np.float32
     x = x.astype(np.longdouble)
     m = sum_of or reference.values_per_channel(x, axis)
     mean, var = reference.batch_mean(x, axis), reference.batch_variance(x, axis)
@@ -110,7 +135,7 @@ class Terms:
 
     def __init__(self, p, s):
         x, self.weight, self.bias, eps, _, residual, _ = p.exact()
-        self.p, self.s, self.u = p, s, unit(p.x.dtype)
+        self.p, self.s, self.u = p, s, unit(computed_in(p.x.dtype))
         self.relative = self.wide(inv_std_relative(s, eps))
         self.inv_std = self.wide(1 / np.sqrt(s.var + eps))
         self.scale = np.abs(self.wide(self.weight)) * self.inv_std
@@ -152,7 +177,8 @@ def forward_bound(p, s):
     x, weight, bias, eps, axis, residual, _ = p.exact()
     z = reference.before_activation(x, mean, var, weight, bias, eps, axis, residual)
     bound = t.pre_activation() + (2 * t.u * np.abs(z) if t.is_leaky else 0)
-    return SECOND_ORDER * bound + np.finfo(p.x.dtype).smallest_subnormal
+    bound = SECOND_ORDER * bound + tiny(computed_in(p.x.dtype))
+    return written(bound, np.abs(z), p.x.dtype)
 
 
 def off_the_kinks(p, s):
@@ -162,7 +188,7 @@ def off_the_kinks(p, s):
         return
     x, weight, bias, eps, axis, residual, _ = p.exact()
     z = reference.before_activation(x, s.mean, s.var, weight, bias, eps, axis, residual)
-    width = SECOND_ORDER * Terms(p, s).pre_activation()
+    width = written(SECOND_ORDER * Terms(p, s).pre_activation(), np.abs(z), p.x.dtype)
     writeable = p.dy.flags.writeable
     p.dy.flags.writeable = True
     p.dy[(np.abs(z) <= width) | (np.abs(z - 6) <= width)] = 0
@@ -176,7 +202,8 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
     roundings if leaky. The terms of sum g d are formed in the data's type at
     worst: one rounding for the product on top of those of g and d.
     """
-    t, u = Terms(p, s), unit(p.x.dtype)
+    t = Terms(p, s)
+    u = t.u
     summing = gamma((sum_of or p.m) + 2)
     g = np.abs(exact.residual)
     g_error = 2 * u * g if t.is_leaky else 0 * g
@@ -200,8 +227,10 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
         x = x + b_error * t.d + b * t.d_error + c_error
         # + c, b * d (without FMA), + b d
         x = x + u * (a_g + c) + u * b * t.d + u * (a_g + c + b * t.d)
-    tiny = np.finfo(p.x.dtype).smallest_subnormal
-    return reference.Gradients(*(SECOND_ORDER * e + tiny for e in (x, weight, bias, g_error)))
+    least = tiny(computed_in(p.x.dtype))
+    x, weight, bias, g_error = (SECOND_ORDER * e + least for e in (x, weight, bias, g_error))
+    x, g_error = (written(e, a, p.x.dtype) for e, a in ((x, np.abs(exact.x)), (g_error, g)))
+    return reference.Gradients(x, weight, bias, g_error)
 
 
 def running_bound(old, new, new_error, momentum, dtype):
