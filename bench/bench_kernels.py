@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from cases import Data
+from cases import DTYPES, Data
 from suite import CASES, data_of, label
 
 import bnfast
@@ -47,7 +47,7 @@ def grad_input(d: Data) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("kernel", [moments, apply, grad_sums, grad_input])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_kernel(
     benchmark: Any, case: Any, dtype: str, kernel: Callable[[Data], Callable[[], Any]]

@@ -19,9 +19,19 @@ import shapes
 EPS = 1e-5
 STEPS = ("forward", "backward", "inference")
 # The activation, and whether a residual is added before it.
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 VARIANTS = {"plain": (None, False), "relu": ("relu", False), "add_relu": ("relu", True)}
 LINE = 64
 VALUES_DRAWN = 1 << 22  # more are repeats: drawing 250 million takes longer than measuring
+
+
+def numpy_type(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of that name; bfloat16 is ml_dtypes'."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
 
 
 def empty(shape: shapes.Shape, dtype: Any, offset: int = 0) -> np.ndarray:
@@ -41,6 +51,15 @@ class Case:
     offset: int = 0
 
     @property
+    def half(self) -> bool:
+        """Whether data have fewer digits than their parameters, which are float32 then."""
+        return self.dtype in ("float16", "bfloat16")
+
+    @property
+    def parameter_type(self) -> str:
+        return "float32" if self.half else self.dtype
+
+    @property
     def memory(self) -> shapes.Shape:
         return shapes.in_layout(self.shape, self.layout)[0]
 
@@ -54,7 +73,7 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * numpy_type(self.dtype).itemsize
 
     @property
     def planar(self) -> bool:
@@ -69,7 +88,7 @@ class Case:
         return VARIANTS[self.variant][1]
 
     def __str__(self) -> str:
-        return f"{shapes.label(self.shape)} {self.layout} {self.variant}"
+        return f"{shapes.label(self.shape)} {self.layout} {self.variant} {self.dtype}"
 
 
 @dataclass
@@ -114,10 +133,10 @@ class Data:
         self.sets += [self._buffers(self.sets[0]) for _ in range(sets - 1)]
 
     def _vector(self) -> np.ndarray:
-        return self.rng.random(self.case.channels).astype(self.case.dtype)
+        return self.rng.random(self.case.channels).astype(self.case.parameter_type)
 
     def _empty(self) -> np.ndarray:
-        return empty(self.case.memory, self.case.dtype, self.case.offset)
+        return empty(self.case.memory, numpy_type(self.case.dtype), self.case.offset)
 
     def _random(self) -> np.ndarray:
         array = self._empty()
@@ -133,7 +152,7 @@ class Data:
         if like is not None:
             for array, source in zip(inputs, like.inputs(), strict=True):
                 array[...] = source
-        vectors = [np.zeros(self.case.channels, self.case.dtype) for _ in range(2)]
+        vectors = [np.zeros(self.case.channels, self.case.parameter_type) for _ in range(2)]
         return Buffers(*inputs, self._empty(), self._empty(), *vectors)
 
     def _normalized(self) -> np.ndarray:
@@ -184,9 +203,13 @@ class Data:
         answers = run.answer(run.call())
         worst = 0.0
         for answer, right in zip(answers, self.expected(step), strict=True):
-            got = self.columns(answer) if right.ndim > 1 else answer[self.sampled]
+            got = (
+                self.columns(answer) if right.ndim > 1 else answer[self.sampled].astype(np.float64)
+            )
             worst = max(worst, float(np.sqrt(((got - right) ** 2).mean() / (right**2).mean())))
         return worst if worst == worst else math.inf
 
     def tolerance(self, step: str) -> float:
+        if self.case.half:  # twice a unit in the last place: PyTorch rounds before it adds
+            return 2.0**-6 if self.case.dtype == "bfloat16" else 1e-2
         return 1e-2 if step == "backward" and self.case.activation else 1e-3

@@ -30,7 +30,7 @@ import report
 import report_markdown
 import scaling
 import shapes
-from cases import STEPS, VARIANTS, Case, Data, Run
+from cases import DTYPES, STEPS, VARIANTS, Case, Data, Run
 from peer_bnfast import Ours
 from timing import Contestant, Progress, measure
 
@@ -141,7 +141,7 @@ def arguments() -> argparse.Namespace:
     add("--variants", nargs="+", choices=VARIANTS)
     add("--threads", type=int, nargs="+", default=[2, 1])
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER")
-    add("--dtype", choices=("float32", "float64"), default="float32")
+    add("--dtype", choices=DTYPES, default="float32")
     add("--offset", type=int, default=0, choices=(0, 16, 32, 48), help="of arrays to cache lines")
     add("--attempts", type=int, help="at a row, while others take over 5%% of the CPU time used")
     add("--cold", action="store_true", help="add rows whose arrays are in no cache")

@@ -1,6 +1,6 @@
 """ONNX Runtime: inference of a model of one batch normalization, between bound arrays.
 
-Its operator takes the channels on axis 1 only, so channels-last tensors are left out. Its threads
+Its operator takes the channels on axis 1 and no halves on a CPU; those are left out. Its threads
 are its own; those of OpenMP, which spin for some milliseconds after each call, would sit on the
 cores that they need, so it rests before its turn.
 """
@@ -35,7 +35,7 @@ class OnnxRuntime:
         self.session: tuple[Data, Any] | None = None
 
     def runs(self, data: Data, buffers: Buffers, step: str) -> dict[str, Run]:
-        if step != "inference" or data.case.layout == "nhwc":
+        if step != "inference" or data.case.layout == "nhwc" or data.case.half:
             return {}
         if self.session is None or self.session[0] is not data:
             self.session = data, self._session(data)

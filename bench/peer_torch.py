@@ -9,7 +9,7 @@ from typing import Any
 
 import compiled
 import numpy as np
-from cases import EPS, Buffers, Data, Run
+from cases import EPS, Buffers, Data, Run, numpy_type
 
 try:
     import torch
@@ -34,6 +34,19 @@ class Torch:
         return {"torch": Run(made.given, made.answer), "torch default": Run(made.own, made.answer)}
 
 
+def _tensor(array: np.ndarray) -> Any:
+    """The same memory as a tensor; PyTorch knows no bfloat16 of NumPy's."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(numpy_type("bfloat16"))
+    return tensor.numpy()
+
+
 class _Tensors:
     """The arrays of a case as tensors, their memory as it is, channels_last or not."""
 
@@ -41,21 +54,20 @@ class _Tensors:
         self.case, self.training = data.case, training
         names = ("x", "dy", "residual", "y", "out", "out2")
         for name in names:
-            tensor = torch.from_numpy(getattr(b, name)).movedim(self.case.axis, 1)
-            setattr(self, name, tensor)
+            setattr(self, name, _tensor(getattr(b, name)).movedim(self.case.axis, 1))
         self.sums = [torch.from_numpy(v) for v in (b.sum_dyx, b.sum_dy)]
         vectors = (data.weight, data.bias, data.mean, data.var)
         self.weight, self.bias, self.mean, self.var = (torch.from_numpy(v.copy()) for v in vectors)
 
     def in_memory_order(self, tensor: Any) -> np.ndarray:
-        return tensor.movedim(1, self.case.axis).numpy()
+        return _array(tensor.movedim(1, self.case.axis))
 
 
 class _BatchNorm(_Tensors):
     def __init__(self, data: Data, b: Buffers, training: bool) -> None:
         super().__init__(data, b, training)
         size = self.case.channels if training else 0
-        self.saved = [torch.empty(size, dtype=self.x.dtype) for _ in range(2)]
+        self.saved = [torch.empty(size, dtype=self.weight.dtype) for _ in range(2)]
 
     def _finish(self, y: Any) -> Any:
         if self.case.adds:
@@ -82,7 +94,9 @@ class _BatchNorm(_Tensors):
 class _Backward(_Tensors):
     def __init__(self, data: Data, b: Buffers, training: bool) -> None:
         super().__init__(data, b, training)
-        forward = torch.native_batch_norm(self.x, None, None, None, None, True, 0.1, EPS)
+        forward = torch.native_batch_norm(
+            self.x, self.weight, self.bias, None, None, True, 0.1, EPS
+        )
         self.saved = forward[1:]
 
     def _arguments(self, dy: Any) -> tuple[Any, ...]:
