@@ -167,6 +167,19 @@ static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
 }
 static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
 
+/* What is cut off rounds up from a half on, or from above it where the rest is
+ * even; a NaN keeps its upper half, made quiet. */
+static inline __m128i bf16_narrow(f8 a)
+{
+    const __m256i bits = _mm256_castps_si256(a), upper = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+    const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+    const __m256i wide = _mm256_blendv_epi8(rounded, quiet, is_nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
 static inline f8 bf16_load_part(const bnf_bf16 *p, ptrdiff_t n, f8 fill)
 {
     return _mm256_blendv_ps(fill, bf16_widen(halves_load_part(&p->bits, n)),

@@ -80,6 +80,19 @@ static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
 }
 static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
 
+/* As AVX2's, but the upper halves are picked out by one permutation. */
+static inline __m128i bf16_narrow(f8 a)
+{
+    const __m256i upper_halves =
+        _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
+    const __m256i rounded = _mm256_add_epi32(bits, half);
+    const __mmask8 is_nan = _mm256_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const __m256i wide = _mm256_mask_or_epi32(rounded, is_nan, bits, _mm256_set1_epi32(0x400000));
+    return _mm256_castsi256_si128(_mm256_permutexvar_epi16(upper_halves, wide));
+}
 static inline f8 bf16_load_part(const bnf_bf16 *p, ptrdiff_t n, f8 fill)
 {
     const __mmask8 first = first_lanes(n);
