@@ -5,8 +5,8 @@ instruction of a newer processor can leak into code that runs on every one.
 """
 
 import os
-import platform
 import sys
+import sysconfig
 import tempfile
 
 import numpy as np
@@ -26,18 +26,23 @@ if "-g" not in os.environ.get("CFLAGS", "").split():
 # The compiler's own conventions of other vector widths and nested braces are not ours.
 KERNEL = [*COMMON, "-Wno-missing-braces"]
 
+# The instruction sets of a processor that have kernels, and their flags. Every processor has
+# "scalar" beside them, or alone: plain C for whatever the compiler takes for the baseline.
 ISA_FLAGS = {
     "x86_64": {
         "sse2": [],
         "avx2": ["-mavx2", "-mfma", "-mf16c"],
         "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mf16c"],
     },
+    "aarch64": {"neon": []},
 }
+SAME_PROCESSOR = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
-def machine():
-    name = platform.machine().lower()
-    return {"amd64": "x86_64"}.get(name, name)
+def processor():
+    """Of the target: a cross build says which in _PYTHON_HOST_PLATFORM, and sysconfig reads it."""
+    name = sysconfig.get_platform().rpartition("-")[2].lower()
+    return SAME_PROCESSOR.get(name, name)
 
 
 def library(name, sources, flags):
@@ -55,17 +60,14 @@ def library(name, sources, flags):
 
 
 def libraries():
-    if machine() not in ISA_FLAGS:
-        sys.exit(
-            f"bnfast: no kernels for processor {machine()!r} yet; "
-            f"there are some for {', '.join(ISA_FLAGS)}"
-        )
+    isas = {"scalar": [], **ISA_FLAGS.get(processor(), {})}
     kernels = [
         library(f"bnfast_{isa}", [f"src/kernels_{isa}.c"], [*KERNEL, *flags])
-        for isa, flags in ISA_FLAGS[machine()].items()
+        for isa, flags in isas.items()
     ]
+    tables = [f"-DBNF_TABLES_{processor().upper()}"] if processor() in ISA_FLAGS else []
     driver = ["src/dispatch.c", "src/tiling.c", "src/caches.c", "src/pages.c"]
-    return [library("bnfast_driver", driver, COMMON), *kernels]
+    return [library("bnfast_driver", driver, [*COMMON, *tables]), *kernels]
 
 
 LIBRARIES = libraries()

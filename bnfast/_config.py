@@ -18,7 +18,6 @@ def show_config() -> None:
 
 def _config() -> list[tuple[str, str]]:
     """Return what `show_config` prints, as names and values."""
-    import os
     import platform
     import sys
 
@@ -31,14 +30,13 @@ def _config() -> list[tuple[str, str]]:
     built = _core.config()
     threads, source = _threads.describe()
     kept, bound = _core.kept_memory()
-    pinned = " (pinned by BNFAST_ISA)" if os.environ.get("BNFAST_ISA") else ""
     libc = " ".join(platform.libc_ver()).strip()
     return [
         ("bnfast", bnfast.__version__),
         ("python", f"{sys.version.split()[0]}, {platform.system()} {platform.machine()}, {libc}"),
         ("numpy", f"{np.__version__} (extension built for ABI {built['numpy_abi']})"),
         ("compiler", built["compiler"]),
-        ("kernels", f"{built['isa']}{pinned}"),
+        ("kernels", f"{built['isa']} ({_why(built['isa'], built['isas_runnable'])})"),
         ("  built", ", ".join(built["isas_built"])),
         ("  runnable here", ", ".join(built["isas_runnable"])),
         ("OpenMP", f"{built['openmp']}, {' and '.join(_openmp_runtimes()) or 'runtime unknown'}"),
@@ -46,6 +44,19 @@ def _config() -> list[tuple[str, str]]:
         ("caches", _caches(built["caches"])),
         ("kept memory", f"{_bytes(kept)} of {_bytes(bound)} at most ({_memory.bound()[1]})"),
     ]
+
+
+def _why(isa: str, runnable: tuple[str, ...]) -> str:
+    """Return why these kernels are in use."""
+    import os
+
+    if os.environ.get("BNFAST_ISA") == isa:
+        return "pinned by BNFAST_ISA"
+    if isa != runnable[-1]:
+        return "set by a test"
+    if isa == "scalar":
+        return "plain C: no others were built for this processor"
+    return "the best that this processor can run"
 
 
 def _openmp_runtimes(maps: str = "/proc/self/maps") -> list[str]:

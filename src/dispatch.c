@@ -1,7 +1,14 @@
-/* Which kernel tables were built, and which of them this processor can run. */
+/* Which kernel tables were built, and which of them this processor can run.
+ *
+ * setup.py says for which processor it builds tables beside the scalar one:
+ * BNF_TABLES_X86_64, BNF_TABLES_AARCH64, or nothing. */
 #include "bnfast.h"
 
-#if defined(__x86_64__) || defined(__i386__)
+extern const bnf_table bnf_table_scalar;
+
+static bool runs_always(void) { return true; }
+
+#ifdef BNF_TABLES_X86_64
 #include <cpuid.h>
 
 extern const bnf_table bnf_table_sse2, bnf_table_avx2, bnf_table_avx512;
@@ -35,18 +42,24 @@ static bool runs_avx512(void)
            (b & wanted) == wanted;
 }
 
+#endif
+#ifdef BNF_TABLES_AARCH64
+extern const bnf_table bnf_table_neon;
+#endif
+
 static const struct {
     const bnf_table *table;
     bool (*runs)(void);
 } built[] = {
-    {&bnf_table_sse2, runs_sse2},
-    {&bnf_table_avx2, runs_avx2},
-    {&bnf_table_avx512, runs_avx512},
-};
-
-#else
-#error "bnfast has no kernel table for this processor yet"
+    {&bnf_table_scalar, runs_always},
+#ifdef BNF_TABLES_X86_64
+    {&bnf_table_sse2, runs_always}, /* part of x86-64 */
+    {&bnf_table_avx2, runs_avx2},     {&bnf_table_avx512, runs_avx512},
 #endif
+#ifdef BNF_TABLES_AARCH64
+    {&bnf_table_neon, runs_always}, /* part of AArch64 */
+#endif
+};
 
 int bnf_isa_count(void) { return (int)(sizeof built / sizeof *built); }
 

@@ -27,7 +27,14 @@
  * would double the library, and a branch that always goes the same way costs
  * little beside their conversions. */
 #define FEW_LOOPS (sizeof(T) < sizeof(P))
+/* Into the table's entries, so that every variant is a loop of its own.  Lanes
+ * done one by one hide a variant's branches, and all those loops are megabytes
+ * of scalar code: there the compiler decides. */
+#ifdef BNFAST_SIMD_SCALAR_H
+#define INLINE static inline
+#else
 #define INLINE static inline __attribute__((always_inline))
+#endif
 
 /* --- n values in memory, n up to LANES -------------------------------------- */
 

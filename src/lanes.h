@@ -9,9 +9,9 @@
  * row is read by an instruction of its own, whose steady stride the hardware
  * prefetcher sees.  (One instruction for several rows jumps back and forth, and
  * a third of the memory's speed is left.)  Where eight lanes take four
- * registers, that would only be spills. */
+ * registers of sixteen, or eight, that would only be spills. */
 #define ROWS 8
-#ifdef BNFAST_SIMD_SSE2_H
+#if defined(BNFAST_SIMD_SSE2_H) || defined(BNFAST_SIMD_SCALAR_H)
 #define UNROLL_ROWS
 #else
 #define UNROLL_ROWS _Pragma("GCC unroll 8")

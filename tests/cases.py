@@ -1,5 +1,6 @@
 """The problems that the tests pose, and the orders their arrays lie in memory."""
 
+import platform
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,9 @@ HALVES = (
 EVERY_DTYPE = (*DTYPES, *HALVES)
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", ("leaky_relu", 0.3))
 NAMES = ("x", "weight", "bias", "residual")
+# Instruction sets that round a product before they add to it: plain C does where the compiler's
+# baseline has no fused multiply-add, and x86-64's has none.
+WITHOUT_FMA = {"scalar", "sse2"} if platform.machine().lower() in ("x86_64", "amd64") else set()
 
 
 @dataclass(frozen=True)

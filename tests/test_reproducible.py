@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from cases import EVERY_DTYPE, at_offset, bits, make_problem
+from cases import EVERY_DTYPE, WITHOUT_FMA, at_offset, bits, make_problem
 
 import bnfast
+from bnfast import _core
 
 # Large enough for several threads (they pay from some 200 KB), of odd sizes,
 # with many channels, with few, with one.
@@ -102,18 +103,29 @@ class TestConcurrentCalls:
         assert sum(dispatches().values()) == 200
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", EVERY_DTYPE)
-def test_sets_with_a_fused_multiply_add_agree(dtype, shape):
-    """Eight lanes and sixteen sums whatever the registers' width: one order of additions."""
-    start = bnfast._core.isa()
-    p = make_problem(shape, dtype, **FUSED)
+def on_every(isas, p):
+    """`everything`, by each of the instruction sets that this processor has."""
+    start = _core.isa()
     try:
         results = []
-        for name in bnfast._core.isas():
-            if name != "sse2":
-                bnfast._core.set_isa(name)
+        for name in _core.isas():
+            if name in isas:
+                _core.set_isa(name)
                 results.append(everything(p))
+        return results
     finally:
-        bnfast._core.set_isa(start)
-    assert all(result == results[0] for result in results)
+        _core.set_isa(start)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+class TestInstructionSets:
+    """Eight lanes and sixteen sums whatever the registers' width: one order of additions."""
+
+    def test_with_a_fused_multiply_add_agree(self, dtype, shape):
+        results = on_every(set(_core.isas()) - WITHOUT_FMA, make_problem(shape, dtype, **FUSED))
+        assert all(result == results[0] for result in results)
+
+    def test_without_one_agree(self, dtype, shape):
+        results = on_every(WITHOUT_FMA, make_problem(shape, dtype, **FUSED))
+        assert all(result == results[0] for result in results)

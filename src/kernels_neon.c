@@ -1,0 +1,5 @@
+#include "bnfast.h"
+#include "simd_neon.h"
+#include "types.inc.h"
+
+const bnf_table bnf_table_neon = {"neon", KERNELS};

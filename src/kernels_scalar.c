@@ -1,0 +1,5 @@
+#include "bnfast.h"
+#include "simd_scalar.h"
+#include "types.inc.h"
+
+const bnf_table bnf_table_scalar = {"scalar", KERNELS};
