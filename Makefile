@@ -15,12 +15,12 @@ PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
-C_SOURCES := $(wildcard src/*.[ch] bench/*.c)
+C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.c)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench bench-compare bench-suite bench-pytest dist sdist clean
+.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -31,6 +31,12 @@ demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
 
 test: $(VENV)/.bnfast-test  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
+
+test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
+	@command -v aarch64-linux-gnu-gcc qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu || { \
+	    echo "bnfast: test-neon needs a cross compiler and an emulator (Debian, Ubuntu: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)" >&2; \
+	    exit 1; }
+	$(PY) -m pytest tests/test_kernel_program.py $(ARGS)
 
 lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy
 	$(PY) -m ruff check .

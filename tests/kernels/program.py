@@ -1,0 +1,315 @@
+"""The kernels without Python around them: cases for run_cases.c, and what it must answer.
+
+The program is built from src/ with the flags of setup.py, for this processor or another one. A
+case is a header, then the inputs; its answer is what the four kernels wrote. Both are written
+one after the other, in the byte order and sizes of every processor that has kernels.
+"""
+
+import os
+import runpy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from pathlib import Path
+from unittest.mock import MagicMock, patch
+
+import numpy as np
+import reference
+from cases import DTYPES, Problem, bfloat16, make_problem
+from tolerance import (
+    assert_within,
+    backward_bounds,
+    batch_statistics,
+    constants,
+    finfo,
+    forward_bound,
+    off_the_kinks,
+)
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+# The orders of src/bnfast.h.
+TYPES = ("float32", "float64", "float16", "bfloat16")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+UNMASKED, FROM_X, FROM_X_RESIDUAL, FROM_Y = range(4)
+POISON = 0xA5
+
+HEADER = np.dtype(
+    [
+        *((name, "<i8") for name in ("type", "itemsize", "layout", "activation", "mask")),
+        *((name, "<i8") for name in ("through", "residual", "stream")),
+        ("shape", "<i8", 3),
+        ("tile", "<i8", 6),
+        ("slope", "<f8"),
+    ]
+)
+
+
+# --- Building and running ----------------------------------------------------------------
+
+
+def libraries(platform=None):
+    """setup.py's libraries, (name, facts) each, as for sysconfig's name of another platform."""
+    stand_ins = {name: MagicMock() for name in ("setuptools", "setuptools.command.build_clib")}
+    stand_ins |= {name: MagicMock() for name in ("setuptools.errors", "Cython", "Cython.Build")}
+    environ = {"_PYTHON_HOST_PLATFORM": platform} if platform else {}
+    with patch.dict(sys.modules, stand_ins), patch.dict(os.environ, environ):
+        return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["LIBRARIES"]
+
+
+def run(*command, **options):
+    """What a program prints; AssertionError with what it complained of where it fails."""
+    command = [str(part) for part in command]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=False, **options
+    )
+    assert done.returncode == 0, f"{' '.join(command)}: {done.returncode}\n{done.stderr}"
+    return done.stdout
+
+
+def build(folder, compiler="cc", platform=None, more=()):
+    """run_cases for a platform; `more` are flags beside setup.py's, such as -g."""
+    jobs = [
+        (ROOT / source, facts["cflags"])
+        for _, facts in libraries(platform)
+        for source in facts["sources"]
+    ]
+    jobs.append((HERE / "run_cases.c", ["-std=c11", "-O2"]))
+
+    def compiled(job):
+        source, flags = job
+        target = folder / f"{source.stem}.o"
+        run(compiler, "-c", *flags, *WARNINGS, *more, f"-I{ROOT / 'src'}", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, jobs))
+    run(compiler, *more, *objects, "-lpthread", "-o", folder / "run_cases")
+    return folder / "run_cases"
+
+
+# --- Cases -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem of shape (outer, channels, inner), and which loops of the kernels it takes."""
+
+    problem: Problem
+    mask: int
+    through: bool
+    stream: bool
+    tile: tuple[slice, slice, slice]
+    special: bool = False  # NaN and the like: compared between instruction sets only
+
+    def __str__(self):
+        p = self.problem
+        return (
+            f"{p.x.dtype} {p.x.shape} {self.tile} {p.activation} residual={p.residual is not None} "
+            f"mask={self.mask} through={self.through} stream={self.stream}"
+        )
+
+    def parameters(self):
+        """What the kernels are given a channel, from the exact statistics, in header's order."""
+        p = self.problem
+        x, weight, bias, eps, *_ = p.exact()
+        s = batch_statistics(p.x, 1)
+        inv_std = 1 / np.sqrt(s.var + eps)
+        scale = weight * inv_std
+        g = reference.backward(p.dy.astype(x.dtype), *p.exact())
+        x_factor, constant = -scale * inv_std * g.gamma / p.m, -scale * g.beta / p.m
+        return [a.astype(float) for a in (s.mean, scale, bias, scale, x_factor, constant)]
+
+    def y(self):
+        """The exact output, rounded."""
+        p = self.problem
+        x, weight, bias, eps, axis, residual, activation = p.exact()
+        return reference.forward(x, weight, bias, eps, axis, residual, activation).astype(p.x.dtype)
+
+    def to_bytes(self):
+        p = self.problem
+        header = np.zeros((), HEADER)
+        header["type"] = TYPES.index(p.x.dtype.name)
+        header["itemsize"] = p.x.itemsize
+        header["layout"] = p.x.shape[2] == 1
+        header["activation"] = ACTIVATIONS.index(p.activation)
+        header["mask"] = self.mask
+        header["through"] = self.through
+        header["residual"] = p.residual is not None
+        header["stream"] = self.stream
+        header["shape"] = p.x.shape
+        header["tile"] = [
+            bound for s, n in zip(self.tile, p.x.shape, strict=True) for bound in s.indices(n)[:2]
+        ]
+        header["slope"] = 0.01
+        arrays = [p.x, p.dy]
+        arrays += [p.residual] if p.residual is not None else []
+        arrays += [self.y()] if self.mask == FROM_Y else []
+        if self.special:
+            arrays = [with_special_values(a) for a in arrays]
+        return b"".join(a.tobytes() for a in (header, *arrays, *self.parameters()))
+
+    def answer(self, file):
+        """What the program wrote for this case."""
+        p = self.problem
+        rows = ("mean", "m2", "sum", "dot")
+        names = ("mean", "m2", "y", "sum", "dot", "dx")
+        names += ("dresidual",) if p.residual is not None else ()
+        found = {}
+        for name in names:
+            a_row = name in rows
+            dtype, shape = (np.dtype(float), (p.channels,)) if a_row else (p.x.dtype, p.x.shape)
+            size = dtype.itemsize * int(np.prod(shape))
+            found[name] = np.frombuffer(file.read(size), dtype).reshape(shape)
+        return found
+
+
+SHAPES = {
+    "planar": (
+        *((2, 3, inner) for inner in (*range(2, 36), 63, 64, 65, 1027)),
+        (5, 1, 49),
+        (1, 33, 9),
+    ),
+    "interleaved": (
+        *((11, channels, 1) for channels in (*range(1, 36), 63, 64, 65)),
+        *((outer, 13, 1) for outer in (1, 2, 7, 8, 9, 16, 33, 127)),
+    ),
+}
+WHOLE = (slice(None),) * 3
+PARTS = {
+    "planar": ((slice(1, 4), slice(1, 10), slice(3, 20)), (5, 11, 23)),
+    "interleaved": ((slice(3, 14), slice(5, 24), slice(None)), (19, 29, 1)),
+}
+
+
+def loops():
+    """Every loop that the kernels are compiled to, by what chooses it."""
+    for activation, residual in product(ACTIVATIONS, (False, True)):
+        recomputed = FROM_X_RESIDUAL if residual else FROM_X
+        masks = (UNMASKED,) if activation is None else (recomputed, FROM_Y)
+        yield from product((activation,), (residual,), masks, (False, True), (False, True))
+
+
+def make_case(shape, dtype, activation, residual, mask, through, stream, tile=WHOLE, seed=0):
+    p = make_problem(shape, dtype, activation=activation, residual=residual, seed=seed)
+    off_the_kinks(p, batch_statistics(p.x, 1))
+    return Case(p, mask, through, stream, tile)
+
+
+def with_special_values(a):
+    """A copy whose channels hold NaN, an infinity, denormals and so on, one kind a channel."""
+    tiny, huge = finfo(a.dtype).smallest_subnormal, float(finfo(a.dtype).max) / 4
+    kinds = (np.nan, tiny, -0.0, np.inf, huge, -tiny, 0.0, -huge, -np.inf)
+    a = a.copy()
+    for channel, kind in zip(range(a.shape[1]), cycle(kinds), strict=False):
+        a[::2, channel, ::3] = kind
+    return a
+
+
+def make_cases():
+    """Every loop on a few sizes and on part of an array, every size by a loop or two."""
+    made = []
+    every = (*DTYPES, np.float16, *([bfloat16] if bfloat16 else []))
+    for dtype, layout in product(every, SHAPES):
+        shapes, all_loops = cycle(SHAPES[layout]), list(loops())
+        tile, whole_of_tile = PARTS[layout]
+        for loop in all_loops:
+            made += [make_case(next(shapes), dtype, *loop) for _ in range(3)]
+            made.append(make_case(whole_of_tile, dtype, *loop, tile=tile))
+            made.append(replace(make_case(whole_of_tile, dtype, *loop, seed=1), special=True))
+        for shape, loop in zip(SHAPES[layout], cycle(all_loops[5::7]), strict=False):
+            made.append(make_case(shape, dtype, *loop, seed=2))
+    return made
+
+
+def write(cases, path):
+    with path.open("wb") as file:
+        for case in cases:
+            file.write(case.to_bytes())
+
+
+def read(cases, path):
+    with path.open("rb") as file:
+        found = [case.answer(file) for case in cases]
+        assert not file.read(1), "more than the cases ask for"
+    return found
+
+
+# --- Judging -------------------------------------------------------------------------------
+
+
+def comparable(a):
+    """The bytes of an array, every NaN the same one: IEEE 754 leaves a NaN's sign and payload to
+    the processor, and x86 and Arm choose differently."""
+    return np.where(np.isnan(a), np.asarray(np.nan, a.dtype), a).tobytes()
+
+
+def differences(cases, some, others):
+    """Outputs whose bits differ between two answers."""
+    return [
+        f"{case}: {name}"
+        for case, one, other in zip(cases, some, others, strict=True)
+        for name in one
+        if comparable(one[name]) != comparable(other[name])
+    ]
+
+
+def check_untouched(case, name, got, tile):
+    """No byte outside of the tile was written."""
+    outside = np.ones(got.shape, bool)
+    outside[tile] = False
+    left = np.frombuffer(got[outside].tobytes(), np.uint8)
+    assert (left == POISON).all(), f"{case}: {name} was written outside of its tile"
+
+
+def check(case, got):
+    """Against the paper in float64 and wider, by the bounds of tolerance.py."""
+    p, tile, what = case.problem, case.tile, str(case)
+    for name, array in got.items():
+        check_untouched(case, name, array, tile if array.ndim == 3 else tile[1])
+    if case.special:
+        return
+    x, weight, bias, eps, axis, residual, activation = p.exact()
+    s = batch_statistics(p.x, axis)
+
+    part = p.replace(
+        x=p.x[tile],
+        dy=p.dy[tile],
+        weight=p.weight[tile[1]],
+        bias=p.bias[tile[1]],
+        residual=None if p.residual is None else p.residual[tile],
+    )
+    of_part = batch_statistics(part.x, axis)
+    assert_within(got["mean"][tile[1]], of_part.mean, of_part.mean_error, f"{what}: mean")
+    m2_error = part.m * of_part.var_error
+    assert_within(got["m2"][tile[1]], part.m * of_part.var, m2_error, f"{what}: m2")
+
+    want = reference.inference(x, s.mean, s.var, weight, bias, eps, axis, residual, activation)
+    assert_within(got["y"][tile], want[tile], forward_bound(p, s)[tile], f"{what}: y")
+
+    # The kernel's mean is the exact one rounded to float64.
+    given = constants(s.mean[tile[1]], s.var[tile[1]])
+    given.mean_error[...] = np.spacing(np.abs(given.mean).astype(float))
+    dy = part.dy.astype(x.dtype)
+    sums = reference.inference_backward(
+        dy, part.exact()[0], given.mean, given.var, *part.exact()[1:]
+    )
+    bounds = backward_bounds(part, given, sums, through_statistics=False)
+    inv_std = 1 / np.sqrt(given.var + eps)
+    assert_within(got["sum"][tile[1]], sums.beta, bounds.beta, f"{what}: sum")
+    assert_within(got["dot"][tile[1]], sums.gamma / inv_std, bounds.gamma / inv_std, f"{what}: dot")
+
+    dy = p.dy.astype(x.dtype)
+    if case.through:
+        exact = reference.backward(dy, *p.exact())
+    else:
+        exact = reference.inference_backward(dy, x, s.mean, s.var, *p.exact()[1:])
+    bounds = backward_bounds(p, s, exact, through_statistics=case.through)
+    assert_within(got["dx"][tile], exact.x[tile], bounds.x[tile], f"{what}: dx")
+    if residual is not None:
+        want = exact.residual[tile]
+        assert_within(got["dresidual"][tile], want, bounds.residual[tile], f"{what}: dresidual")

@@ -1,0 +1,157 @@
+/* Runs the four kernels of one instruction set on cases from a file:
+ *
+ *     run_cases ISA CASES RESULTS
+ *     run_cases                        lists the sets that can run here
+ *
+ * Python writes the cases and judges the results (program.py says in which
+ * format); this program needs nothing but src/, so that it runs under an
+ * emulated processor and under valgrind too.  Every array ends where a page
+ * without access begins: a kernel that reads or writes past one is killed. */
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "bnfast.h"
+
+#define POISON 0xa5 /* in every byte of an output that no kernel wrote */
+
+typedef struct {
+    int64_t type, itemsize, layout, activation, mask, through, residual, stream;
+    int64_t outer, channels, inner;
+    int64_t tile[6];
+    double slope;
+} header;
+
+static void fail(const char *what)
+{
+    perror(what);
+    exit(2);
+}
+
+static size_t mapped(size_t bytes)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    return (bytes / page + 1) * page;
+}
+
+/* So many bytes of POISON, the last just before a page without access. */
+static char *place(size_t bytes)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), size = mapped(bytes);
+    char *base =
+        mmap(NULL, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || mprotect(base + size, page, PROT_NONE))
+        fail("memory");
+    return memset(base + size - bytes, POISON, bytes);
+}
+
+static void release(const void *placed, size_t bytes)
+{
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), size = mapped(bytes);
+    munmap((char *)placed + bytes - size, size + page);
+}
+
+static void *read_placed(FILE *file, size_t bytes)
+{
+    char *placed = place(bytes);
+    if (fread(placed, 1, bytes, file) != bytes)
+        fail("cases: cut short");
+    return placed;
+}
+
+static void write_and_release(FILE *file, const void *placed, size_t bytes)
+{
+    if (fwrite(placed, 1, bytes, file) != bytes)
+        fail("results");
+    release(placed, bytes);
+}
+
+static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE *results)
+{
+    const bnf_kernels *kernels = &table->kernels[h->type][h->layout];
+    const size_t row = (size_t)h->channels * sizeof(double);
+    const size_t bytes = (size_t)(h->outer * h->channels * h->inner * h->itemsize);
+    const bnf_tile tile = {h->tile[0], h->tile[1], h->tile[2], h->tile[3], h->tile[4], h->tile[5]};
+
+    bnf_backward b = {
+        .shape = {h->outer, h->channels, h->inner},
+        .activation = (bnf_activation)h->activation,
+        .slope = h->slope,
+        .mask = (bnf_mask)h->mask,
+        .through_moments = h->through,
+        .stream = h->stream,
+    };
+    b.x = read_placed(cases, bytes);
+    b.dy = read_placed(cases, bytes);
+    b.residual = h->residual ? read_placed(cases, bytes) : NULL;
+    b.y = h->mask == BNF_FROM_Y ? read_placed(cases, bytes) : NULL;
+    b.mean = read_placed(cases, row);
+    b.scale = read_placed(cases, row);
+    b.shift = read_placed(cases, row);
+    b.dy_factor = read_placed(cases, row);
+    b.x_factor = read_placed(cases, row);
+    b.constant = read_placed(cases, row);
+    b.dx = place(bytes);
+    b.dresidual = h->residual ? place(bytes) : NULL;
+    const bnf_forward f = {b.shape, b.x,     b.residual,   place(bytes), b.mean,
+                           b.scale, b.shift, b.activation, b.slope,      b.stream};
+    double *mean = (double *)place(row), *m2 = (double *)place(row);
+    double *sum = (double *)place(row), *dot = (double *)place(row);
+
+    kernels->moments(b.x, b.shape, tile, mean, m2);
+    kernels->apply(&f, tile);
+    kernels->grad_sums(&b, tile, sum, dot);
+    kernels->grad_input(&b, tile);
+
+    write_and_release(results, mean, row);
+    write_and_release(results, m2, row);
+    write_and_release(results, f.y, bytes);
+    write_and_release(results, sum, row);
+    write_and_release(results, dot, row);
+    write_and_release(results, b.dx, bytes);
+    if (h->residual) {
+        write_and_release(results, b.dresidual, bytes);
+        release(b.residual, bytes);
+    }
+    if (b.y)
+        release(b.y, bytes);
+    release(b.x, bytes);
+    release(b.dy, bytes);
+    const double *parameters[] = {b.mean, b.scale, b.shift, b.dy_factor, b.x_factor, b.constant};
+    for (size_t i = 0; i < sizeof parameters / sizeof *parameters; i++)
+        release(parameters[i], row);
+}
+
+static const bnf_table *find_table(const char *name)
+{
+    for (int i = 0; i < bnf_isa_count(); i++)
+        if (!strcmp(bnf_isa_name(i), name))
+            return bnf_isa_table(i);
+    return NULL;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc != 4) {
+        for (int i = 0; i < bnf_isa_count(); i++)
+            if (bnf_isa_table(i))
+                puts(bnf_isa_name(i));
+        return 0;
+    }
+    const bnf_table *table = find_table(argv[1]);
+    if (!table) {
+        fprintf(stderr, "%s cannot run here\n", argv[1]);
+        return 2;
+    }
+    FILE *cases = fopen(argv[2], "rb"), *results = fopen(argv[3], "wb");
+    if (!cases || !results)
+        fail("cases or results");
+    for (header h; fread(&h, sizeof h, 1, cases) == 1;)
+        run_case(table, &h, cases, results);
+    fclose(cases);
+    return fclose(results) ? 2 : 0;
+}
