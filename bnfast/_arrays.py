@@ -22,6 +22,9 @@ LEAKY_SLOPE = 0.01
 _DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
 # What per-channel numbers are kept in; others of the data's types are converted.
 _KEPT_NAMES = ("float32", "float64")
+_DLPACK_CPU = 1
+# Whose float64 numbers can be counted in bytes.
+_MOST_CHANNELS = sys.maxsize // 8
 # How hard to look before two interleaved views count as overlapping.
 _MAX_OVERLAP_WORK = 10_000
 
@@ -114,24 +117,40 @@ def _native(a: Array) -> Array:
 
 
 def array(name: str, value: Any) -> Array:
-    """Return an argument as a plain array, or say why it is none."""
+    """Return an argument as a plain array, of its own memory if it has some, or say why not."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array; expected a plain array: the mask would be lost "
             "(fill it, or leave the masked values out)"
         )
     try:
+        if hasattr(value, "__dlpack__") and not _speaks_numpy(value):
+            return _from_dlpack(name, value)
         return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, BufferError) as error:
         raise TypeError(
             f"{name} is {_kind(value)}, which NumPy cannot read as an array: {error}"
         ) from error
 
 
+def _speaks_numpy(value: Any) -> bool:
+    return hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+
+
+def _from_dlpack(name: str, value: Any) -> Array:
+    device, number = value.__dlpack_device__()
+    if device != _DLPACK_CPU:
+        raise TypeError(f"it is on DLPack device ({int(device)}, {number}), not on the CPU")
+    return np.from_dlpack(value)
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype}"
-    return f"{value!r:.60} of type {type(value).__name__}"
+    try:
+        return f"{value!r:.60} of type {type(value).__name__}"
+    except Exception:  # noqa: BLE001  (a repr may raise anything, and is not what was asked about)
+        return f"of type {type(value).__name__}"
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -175,9 +194,7 @@ def _like(name: str, value: Any, x: Array) -> Array:
 
 
 def _axis(axis: Any, x: Array) -> int:
-    if isinstance(axis, bool | np.bool_) or not hasattr(axis, "__index__"):
-        raise TypeError(f"axis is {_kind(axis)}; expected an integer")
-    number = index(axis)
+    number = integer("axis", axis)
     if not -x.ndim <= number < x.ndim:
         raise ValueError(
             f"axis is {number}; expected {-x.ndim} to {x.ndim - 1} for x of shape {x.shape}"
@@ -253,6 +270,7 @@ def constant(name: str, value: Any, channels: int | None = None) -> Array:
     """Return a read-only float64 copy of a per-channel parameter."""
     if channels is None:
         a = array(name, value)
+        _check_type(name, a)
         if a.ndim != 1:
             raise ValueError(f"{name} has shape {a.shape}; expected (channels,)")
         channels = len(a)
@@ -263,9 +281,16 @@ def constant(name: str, value: Any, channels: int | None = None) -> Array:
 
 def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[Any]) -> Array:
     """Return a plain copy of a running statistic that is to be updated and written back."""
+    check_updatable(name, value, channels)
     check_running_type(name, value, x_dtype)
+    return np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+
+
+def check_updatable(name: str, value: Any, channels: int) -> None:
+    """Refuse anything but a float array of one value per channel that can be written to."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} is {_kind(value)}; expected a NumPy array to update in place")
+    _check_type(name, array(name, value))
     _check_channels(name, value, channels)
     if not value.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to update in place")
@@ -274,14 +299,13 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
             f"{name} has stride {value.strides[0]}, so that channels share memory; expected each "
             "to have its own"
         )
-    return np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
 
 
 def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
     """Refuse a running statistic of a type that this data does not go with."""
     a = array(name, value)
     accepted = _KEPT_NAMES if x_dtype == np.float64 else ("float32",)
-    if a.dtype.name not in accepted:
+    if a.dtype.name not in accepted or a.dtype.char == "g":
         raise TypeError(
             f"{name} has dtype {a.dtype}; expected {_listed(accepted)} beside x of {x_dtype}"
         )
@@ -300,7 +324,7 @@ def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> N
 
 
 def check_parameters_apart(out: Any, **parameters: Any) -> None:
-    """Refuse an `out` that a parameter lies in, for calls that write `out` by way of a copy."""
+    """Refuse an `out` that a parameter lies in, where `out` is written by way of a copy."""
     for name, value in parameters.items():
         if _both_arrays(out, value) and _share_memory(out, value):
             refuse_overlap(name)
@@ -342,7 +366,12 @@ def check_enough_values(shape: tuple[int, ...], axis: int) -> None:
 def activation(value: Any) -> tuple[int, float]:
     """Return an activation's code (`bnf_activation`) and slope."""
     name, slope = value, LEAKY_SLOPE
-    if isinstance(value, tuple) and len(value) == 2 and value[0] == "leaky_relu":
+    if (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and value[0] == "leaky_relu"
+    ):
         name, slope = value[0], real("activation slope", value[1])
         if not 0 < slope <= 1:
             raise ValueError(f"activation slope is {slope}; expected 0 < slope <= 1")
@@ -358,14 +387,47 @@ def activation(value: Any) -> tuple[int, float]:
 def real(name: str, value: Any) -> float:
     """Return an option that must be a finite number."""
     if isinstance(value, str | bytes | bool | np.bool_) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} is {_kind(value)}; expected a number")
+        raise _wrong_type(name, value, "a number")
+    if getattr(value, "shape", ()) != ():  # NumPy makes a number of one in brackets, too
+        raise _wrong_type(name, value, "a number")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} is {_kind(value)}; expected a number") from error
+        raise _wrong_type(name, value, "a number") from error
     if not isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")
     return number
+
+
+def integer(name: str, value: Any) -> int:
+    """Return an option that must be an integer."""
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise _wrong_type(name, value, "an integer")
+    try:
+        number = index(value)
+    except TypeError as error:  # an array of several, or of no integers
+        raise _wrong_type(name, value, "an integer") from error
+    return number
+
+
+def channel_count(name: str, value: Any) -> int:
+    """Return a number of channels; memory may still not suffice for so many."""
+    number = integer(name, value)
+    if not 0 <= number <= _MOST_CHANNELS:
+        raise ValueError(f"{name} is {number}; expected 0 to {_MOST_CHANNELS}")
+    return number
+
+
+def truth(name: str, value: Any) -> bool:
+    """Return an option that is true or false."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError) as error:
+        raise _wrong_type(name, value, "True or False") from error
+
+
+def _wrong_type(name: str, value: Any, expected: str) -> TypeError:
+    return TypeError(f"{name} is {_kind(value)}; expected {expected}")
 
 
 def eps(value: Any, training: bool) -> float:
@@ -379,11 +441,10 @@ def eps(value: Any, training: bool) -> float:
 
 def check_ddof(value: Any) -> int:
     """Return the correction of the running variance: m - ddof values."""
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"ddof is {_kind(value)}; expected 0 or 1")
-    if index(value) not in (0, 1):
-        raise ValueError(f"ddof is {value}; expected 0 or 1")
-    return index(value)
+    number = integer("ddof", value)
+    if number not in (0, 1):
+        raise ValueError(f"ddof is {number}; expected 0 or 1")
+    return number
 
 
 def check_count(count: Any, m: int, is_part: bool = False) -> None:
@@ -391,16 +452,20 @@ def check_count(count: Any, m: int, is_part: bool = False) -> None:
 
     Where x is a part of the batch, the batch has at least as many values.
     """
-    if isinstance(count, bool | np.ndarray) or not hasattr(count, "__index__"):
-        raise TypeError(f"stats.count is {_kind(count)}; expected an integer")
+    number = integer("stats.count", count)
     if is_part:
-        if index(count) < m:
+        if number < m:
             raise ValueError(
                 f"stats.count is {count}; expected at least the {m} values per channel of x, "
                 "which is a part of the batch that sums are of"
             )
-    elif index(count) not in (0, m):
+    elif number not in (0, m):
         raise ValueError(
             f"stats.count is {count}; expected the {m} values per channel of x, "
             "or 0 for constant statistics"
         )
+
+
+def refuse_uncommon() -> NoReturn:
+    """Say that `Canonical` did not do its work, which without a check would be asked for ever."""
+    raise RuntimeError("Canonical left tensors that are not the common case: a defect of bnfast")

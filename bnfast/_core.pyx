@@ -187,14 +187,21 @@ cdef struct Work:
     void (*spread)(Work *, bnf_tile) noexcept nogil
 
 
+cdef int check_countable(Py_ssize_t channels, Py_ssize_t blocks) except -1:
+    """Raise MemoryError for more numbers than can be counted in bytes: an empty array may have
+    that many channels."""
+    if channels > PY_SSIZE_T_MAX // <Py_ssize_t>sizeof(double) // (12 + 2 * blocks):
+        raise MemoryError
+    return 0
+
+
 cdef int reserve(Work *w, Py_ssize_t channels, Py_ssize_t blocks) except -1:
     """Take zeroed memory for all of a call's per-channel numbers, or raise MemoryError."""
     cdef double **vectors[11]
     cdef Py_ssize_t i
     vectors[:] = [&w.mean, &w.weight, &w.shift, &w.scale, &w.var, &w.inv_std, &w.dweight,
                   &w.dy_factor, &w.x_factor, &w.constant, &w.ones]
-    if channels > PY_SSIZE_T_MAX // <Py_ssize_t>sizeof(double) // (12 + 2 * blocks):
-        raise MemoryError   # an empty array may have more channels than can be counted in bytes
+    check_countable(channels, blocks)
     w.memory = <double *>calloc((11 + 2 * blocks) * channels + 1, sizeof(double))
     if w.memory == NULL:
         raise MemoryError
@@ -652,8 +659,11 @@ def moments(x, axis):
     cdef Activation none
     if not see(x, axis, &shape):
         seen = _arrays.Canonical(x, axis)
+        if not see(seen.x, seen.axis, &shape):
+            _arrays.refuse_uncommon()
         return moments(seen.x, seen.axis)
     if cnp.PyArray_SIZE(<cnp.ndarray>x) == 0:
+        check_countable(shape.channels, 0)
         return 0, np.zeros(shape.channels), np.zeros(shape.channels)
     memset(&w, 0, sizeof(w))
     none.code, none.slope = BNF_LINEAR, 0.0
@@ -676,6 +686,15 @@ cdef inline bint forward_is_common(object x, object axis, object residual, objec
     return (see(x, axis, shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
             and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
                                  and apart(<cnp.ndarray>out, residual))))
+
+
+cdef object canonical_forward(object x, object axis, object residual, object out):
+    """The tensors of a forward or an inference, in the form of the common case."""
+    cdef bnf_shape shape
+    seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+    if not forward_is_common(seen.x, seen.axis, seen.residual, seen.out, &shape):
+        _arrays.refuse_uncommon()
+    return seen
 
 
 cdef void fill_forward(Work *w, cnp.ndarray x, object residual, cnp.ndarray y,
@@ -716,7 +735,7 @@ def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
     cdef bnf_shape shape
     cdef Py_ssize_t c
     if not forward_is_common(x, axis, residual, out, &shape):
-        seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+        seen = canonical_forward(x, axis, residual, out)
         _arrays.check_parameters_apart(
             out, **dict(zip(names, (mean, var, weight, bias), strict=True)))
         return seen.give(normalize(seen.x, mean, var, weight, bias, eps, seen.axis, seen.residual,
@@ -762,17 +781,26 @@ cdef class FixedMap:
     @property
     def mean(self):
         """What is subtracted, float64 per channel, read-only."""
-        return None if self.means is None else self.means.view()
+        return self.view_of(self.means)
 
     @property
     def scale(self):
         """What is multiplied with, float64 per channel, read-only."""
-        return None if self.scales is None else self.scales.view()
+        return self.view_of(self.scales)
 
     @property
     def shift(self):
         """What is added, float64 per channel, read-only."""
-        return None if self.shifts is None else self.shifts.view()
+        return self.view_of(self.shifts)
+
+    cdef object view_of(self, numbers):
+        self.check_made()
+        return numbers.view()
+
+    cdef int check_made(self) except -1:
+        if self.means is None:
+            raise RuntimeError("this frozen batch norm was never initialised")
+        return 0
 
     def __call__(self, x, residual=None, out=None):
         """Apply the map.
@@ -795,10 +823,9 @@ cdef class FixedMap:
 
     cdef object apply(self, object x, object axis, object residual, object out):
         cdef bnf_shape shape
-        if self.means is None:
-            raise RuntimeError("this frozen batch norm was never initialised")
+        self.check_made()
         if not forward_is_common(x, axis, residual, out, &shape):
-            seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+            seen = canonical_forward(x, axis, residual, out)
             _arrays.check_channels(np.shape(x), axis, len(self.means))
             return seen.give(self.apply(seen.x, seen.axis, seen.residual, seen.out))
         if shape.channels != cnp.PyArray_DIM(<cnp.ndarray>self.means, 0):
@@ -818,9 +845,9 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     cdef Work w
     cdef bnf_shape shape
     if not forward_is_common(x, axis, residual, out, &shape):
-        seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+        seen = canonical_forward(x, axis, residual, out)
         _arrays.check_parameters_apart(out, weight=weight, bias=bias)
-        if running_mean is not None:
+        if running_mean is not None or running_var is not None:
             _arrays.check_running_apart(running_mean, running_var, x, residual, out)
         _arrays.check_enough_values(np.shape(x), axis)
         found = forward(seen.x, running_mean, running_var, weight, bias, momentum, eps, seen.axis,
@@ -832,7 +859,7 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     cdef bint empty = cnp.PyArray_SIZE(array) == 0
     memset(&w, 0, sizeof(w))
     w.eps = read_eps(eps, True)
-    if running_mean is not None:
+    if running_mean is not None or running_var is not None:
         means = running_statistic("running_mean", running_mean, array, shape.channels)
         vars = running_statistic("running_var", running_var, array, shape.channels)
         if (means is not running_mean or vars is not running_var or overlap(means, vars)
@@ -960,6 +987,9 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     if not backward_is_common(dy, x, axis, residual, y, out, &shape):
         seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=out,
                                  out_may_be=("x", "dy"))
+        if not backward_is_common(seen.dy, seen.x, seen.axis, seen.residual, seen.y, seen.out,
+                                  &shape):
+            _arrays.refuse_uncommon()
         _arrays.check_parameters_apart(
             out, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
         if sums is not None:

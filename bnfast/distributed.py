@@ -21,7 +21,7 @@ import numpy as np
 from . import _arrays, _core
 from ._threads import num_threads
 from .functional import BatchStats, Gradients, batch_norm_backward, normalize
-from .layers import BatchNorm
+from .layers import BatchNorm, Saved
 from .moments import Moments, moments
 
 if TYPE_CHECKING:
@@ -318,7 +318,11 @@ class SyncBatchNorm(BatchNorm):
             return super().__call__(x, residual, out, update_stats=update_stats)
         ranks = ranks_of(self.group)
         with taking_part(ranks, no_moments()):
-            self._check_input(x)
+            x = self._checked(x)
+            if residual is not None:
+                residual = _arrays.array("residual", residual)
+            if update_stats:
+                self._check_counting()
             seen = _arrays.Canonical(x, self.axis, residual=residual, out=out)
             self._check_state(seen.x.dtype, x, residual, out)
             mine = Moments(*_core.moments(seen.x, seen.axis))
@@ -376,16 +380,20 @@ class SyncBatchNorm(BatchNorm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
-    def _gradients(
-        self, dy: ArrayLike, x: Any, stats: BatchStats, y: Tensor | None, needs: Sequence[str]
-    ) -> Gradients:
+    def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
         ranks = ranks_of(self.group)
-        given: dict[str, Any] = {"axis": self.axis, "activation": self.activation, "y": y}
+        given: dict[str, Any] = {
+            "axis": self.axis,
+            "activation": self.activation,
+            "residual": saved.residual,
+            "y": saved.y,
+        }
         with taking_part(ranks, no_sums(self.num_features)):
+            self._check_gradients()
             mine = batch_norm_backward(
                 dy,
-                x,
-                stats._replace(count=0),
+                saved.x,
+                saved.stats._replace(count=0),
                 self.weight,
                 self.bias,
                 needs=("weight", "bias"),
@@ -394,7 +402,14 @@ class SyncBatchNorm(BatchNorm):
         sums = summed(ranks, mine)
         wanted = [name for name in needs if name not in ("weight", "bias")]
         through = batch_norm_backward(
-            dy, x, stats, self.weight, self.bias, needs=wanted, sums=sums, **given
+            dy,
+            saved.x,
+            saved.stats,
+            self.weight,
+            self.bias,
+            needs=wanted,
+            sums=sums,
+            **given,
         )
         return through._replace(weight=mine.weight, bias=mine.bias)
 

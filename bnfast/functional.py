@@ -151,6 +151,10 @@ def batch_norm(
     Notes
     -----
     Algorithm 1 of Ioffe and Szegedy (2015) in training, Algorithm 2's line 11 in inference.
+
+    ``x - mean`` is formed in the type of `x`. Where values lie further from their mean than that
+    type reaches (3.4e38 in float32), the difference is infinite, and so is the output, as in
+    PyTorch; the statistics are not, being float64.
     """
     if (running_mean is None) != (running_var is None):
         missing, given = (
@@ -159,7 +163,7 @@ def batch_norm(
             else ("running_var", "running_mean")
         )
         raise ValueError(f"{missing} is None beside a {given}; expected both or neither")
-    if training:
+    if training is not False and _arrays.truth("training", training):
         y: Tensor = _core.forward(
             x,
             running_mean,
@@ -180,7 +184,8 @@ def batch_norm(
             "running_mean and running_var are None; expected both in inference (training=True "
             "normalises with the batch)"
         )
-    if momentum != 0.1:  # of no use here, but a bad one is a mistake all the same
+    # Of no use here, but a bad one is a mistake all the same.
+    if type(momentum) is not float or momentum != 0.1:
         _arrays.real("momentum", momentum)
     return _core.normalize(
         x,

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sized
 from contextlib import contextmanager
 from functools import partial
-from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 
+from . import _arrays
 from .layers import BatchNorm, FrozenBatchNorm
 from .moments import Moments
 
@@ -139,11 +139,12 @@ def fold_before(
         If `bn` has no running statistics.
     """
     weight = _checked_array("weight", weight)
-    axis = index(in_axis)
+    axis = _arrays.integer("in_axis", in_axis)
     if axis not in (0, 1):
         raise ValueError(f"in_axis is {axis}; expected 1, or 0 for weights of shape (in, out, ...)")
     groups = _checked_groups(groups, weight)
     mean, scale, shift = _checked_affine(bn)
+    padded = _arrays.truth("padded", padded)
     at_zero = shift - mean * scale
     _refuse_uneven(at_zero, padded=padded, transposed=axis == 0 and weight.ndim > 2)
 
@@ -208,9 +209,15 @@ def recompute_statistics(
     targets = _checked_layers(layers)
     if not targets:
         return
+    try:
+        row = iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches is of type {type(batches).__name__}; expected an iterable"
+        ) from None
     done = 0
     with _reporting(progress, batches) as report, _observing(targets) as totals:
-        for batch in batches:
+        for batch in row:
             forward(batch)
             done += 1
             report(done)
@@ -231,9 +238,7 @@ def _checked_array(name: str, values: ArrayLike) -> Array:
 
 
 def _checked_floats(name: str, values: ArrayLike) -> Array:
-    if isinstance(values, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, whose mask would be lost; expected an ndarray")
-    array = np.asarray(values)
+    array = _arrays.array(name, values)
     native = array.dtype.newbyteorder("=")
     if native not in (np.dtype(np.float32), np.dtype(np.float64)):
         raise TypeError(f"{name} has dtype {array.dtype}; expected float32 or float64")
@@ -252,14 +257,14 @@ def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
 
 
 def _checked_axis(name: str, axis: SupportsIndex, ndim: int) -> int:
-    number = index(axis)
+    number = _arrays.integer(name, axis)
     if not -ndim <= number < ndim:
         raise ValueError(f"{name} is {number}; expected an axis of a weight with {ndim} axes")
     return number % ndim
 
 
 def _checked_groups(groups: SupportsIndex, weight: Array) -> int:
-    number = index(groups)
+    number = _arrays.integer("groups", groups)
     if number < 1 or weight.shape[0] % number:
         raise ValueError(
             f"groups is {number}; expected a divisor of the weight's first axis, {weight.shape[0]}"
@@ -341,9 +346,12 @@ def _checked_layers(layers: Iterable[BatchNorm]) -> Sequence[BatchNorm]:
                 f"layers[{i}] has no running statistics to update; "
                 "expected a layer with track_running_stats=True"
             )
-        if not (layer.running_mean.flags.writeable and layer.running_var.flags.writeable):
-            raise ValueError(
-                f"layers[{i}] has read-only running statistics; expected writable ones"
+        for name in ("running_mean", "running_var"):
+            _arrays.check_updatable(f"layers[{i}].{name}", getattr(layer, name), layer.num_features)
+        if layer._observer is not None:
+            raise RuntimeError(
+                f"layers[{i}] is already being observed by another recompute_statistics; "
+                "expected calls one after the other"
             )
     return given
 
@@ -363,8 +371,9 @@ def _observing(layers: Sequence[BatchNorm]) -> Iterator[list[Moments]]:
             layer.train()
         yield totals
     finally:
-        for layer, mode in zip(layers, modes, strict=True):
+        for layer in layers:
             layer._observer = None
+        for layer, mode in zip(layers, modes, strict=True):
             layer.train(mode)
 
 

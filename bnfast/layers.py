@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from operator import index
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from .functional import BatchStats, Gradients, batch_norm_backward
 from .moments import Moments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenBatchNorm"]
 
-_NAMES = ("running_mean", "running_var", "weight", "bias")
-_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_RUNNING = ("running_mean", "running_var")
+_NAMES = (*_RUNNING, "weight", "bias")
+_STATE = ("weight", "bias", *_RUNNING, "num_batches_tracked")
+_MOST_BATCHES = np.iinfo(np.int64).max
 
 
 class FrozenBatchNorm(_core.FixedMap):
@@ -62,14 +65,18 @@ class FrozenBatchNorm(_core.FixedMap):
         axis: int = 1,
         activation: Activation = None,
     ) -> None:
-        super().__init__(mean, scale, shift, _axis(axis), activation)
+        super().__init__(mean, scale, shift, _arrays.integer("axis", axis), activation)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.mean, self.scale, self.shift, self.axis, self.activation)
 
     def __repr__(self) -> str:
+        try:
+            channels = len(self.mean)
+        except RuntimeError:  # a repr is for finding such things out
+            return f"{type(self).__name__}(never initialised)"
         return (
-            f"{type(self).__name__}({len(self.mean)} channels, axis={self.axis}, "
+            f"{type(self).__name__}({channels} channels, axis={self.axis}, "
             f"activation={self.activation!r})"
         )
 
@@ -116,13 +123,14 @@ class BatchNorm:
     Notes
     -----
     Ioffe and Szegedy (2015): Algorithm 1 in training, Algorithm 2's linear map in evaluation.
-    Changing `x` in place between a forward and its backward gives the gradient of the changed
-    array: there is no version counter.
+    Changing `x` or the residual in place between a forward and its backward gives the gradient of
+    the changed array: there is no version counter. The output may be changed as one likes, unless
+    it was written over the residual, whose place it then takes.
     """
 
     _ranks: tuple[int, ...] | None = None  # any
-    # The last training forward's input, statistics, whether it had a residual, and its output.
-    _saved: tuple[Any, BatchStats, bool, Tensor | None] | None = None
+    # What the last training forward left for its backward.
+    _saved: Saved | None = None
 
     def __init__(
         self,
@@ -137,24 +145,15 @@ class BatchNorm:
         activation: Activation = None,
         dtype: DTypeLike = np.float32,
     ) -> None:
-        if isinstance(num_features, bool) or not hasattr(num_features, "__index__"):
-            raise TypeError(f"num_features is {num_features!r:.60}; expected an integer")
-        if index(num_features) < 0:
-            raise ValueError(f"num_features is {num_features}; expected 0 or more")
-        kind = np.dtype(dtype)
-        if kind not in (np.float32, np.float64):
-            raise TypeError(
-                f"dtype is {kind}; expected float32, which float16 and bfloat16 data go with too, "
-                "or float64"
-            )
+        kind = _dtype(dtype)
         if activation is not None:
             _arrays.activation(activation)
-        self.num_features = index(num_features)
+        self.num_features = _arrays.channel_count("num_features", num_features)
         self.eps = _arrays.eps(eps, training=False)
         self.momentum = None if momentum is None else _arrays.real("momentum", momentum)
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.axis = _axis(axis)
+        self.affine = _arrays.truth("affine", affine)
+        self.track_running_stats = _arrays.truth("track_running_stats", track_running_stats)
+        self.axis = _arrays.integer("axis", axis)
         self.ddof = _arrays.check_ddof(ddof)
         self.activation = activation
         self.dtype = kind
@@ -190,7 +189,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Switch to training (or, with False, evaluation) and return self."""
-        self.training = bool(mode)
+        self.training = _arrays.truth("mode", mode)
         if not self.training:
             self._forget()
         return self
@@ -215,8 +214,9 @@ class BatchNorm:
         state : mapping of str to array_like
             A layer's `state_dict`, or a whole model's.
         strict : bool
-            Refuse missing keys and, under the prefix, unknown ones. A missing
-            ``num_batches_tracked`` (old checkpoints) is taken as 0 all the same.
+            Refuse missing keys and, under the prefix, unknown ones. Where running statistics
+            come without a ``num_batches_tracked`` (old checkpoints), it is taken as 0 all the
+            same.
         prefix : str
             What this layer's keys begin with, as ``"layer1.0.bn1."``.
 
@@ -225,21 +225,32 @@ class BatchNorm:
         RuntimeError
             If keys are missing or unknown, or shapes differ; nothing is copied then.
         TypeError
-            If an entry is not of a floating-point type.
+            If an entry is not of a floating-point type, or `state` is no mapping.
+        ValueError
+            If a batch count is negative or past int64, or an array of the layer's own cannot be
+            copied into.
         """
-        found = {
-            key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)
-        }
-        own = {name: a for name in _STATE if (a := getattr(self, name)) is not None}
-        if strict:
+        found = _entries(state, prefix)
+        own = self._own_arrays()
+        if _arrays.truth("strict", strict):
             _check_keys(set(found), set(own), prefix, type(self).__name__)
         new = {
             name: _entry(prefix + name, found[name], a) for name, a in own.items() if name in found
         }
-        if "num_batches_tracked" in own:
+        if "num_batches_tracked" in own and not new.keys().isdisjoint(_RUNNING):
             new.setdefault("num_batches_tracked", np.zeros((), np.int64))
         for name, value in new.items():
             own[name][...] = value
+
+    def _own_arrays(self) -> dict[str, Tensor]:
+        """Return the arrays that a state is copied into, each known to take it."""
+        own = {name: a for name in _STATE if (a := getattr(self, name)) is not None}
+        for name, a in own.items():
+            if name == "num_batches_tracked":
+                _check_counter(a)
+            else:
+                _arrays.check_updatable(f"the layer's {name}", a, self.num_features)
+        return own
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -280,7 +291,7 @@ class BatchNorm:
         TypeError, ValueError
             As `batch_norm`; every statistic and counter is then as it was.
         """
-        self._check_input(x)
+        x = self._checked(x)
         if not self.training and self.track_running_stats:
             return _core.normalize(
                 x,
@@ -296,15 +307,23 @@ class BatchNorm:
                 _NAMES,
                 True,
             )
-        observed = self._observer is not None
-        updates = self.training and self.track_running_stats and update_stats and not observed
+        updates = (
+            self.training
+            and self.track_running_stats
+            and (update_stats is True or _arrays.truth("update_stats", update_stats))
+            and self._observer is None
+        )
+        if updates:
+            self._check_counting()
+        if residual is not None and type(residual) is not np.ndarray:
+            residual = _arrays.array("residual", residual)
         y, (count, mean, var, inv_std) = _core.forward(
             x,
             self.running_mean if updates else None,
             self.running_var if updates else None,
             self.weight,
             self.bias,
-            self._momentum(),
+            self._momentum() if updates else 0.0,
             self.eps,
             self.axis,
             self.ddof,
@@ -343,6 +362,8 @@ class BatchNorm:
         RuntimeError
             In evaluation mode, before any training forward, or if that forward overwrote its
             input.
+        TypeError, ValueError
+            If `dy` does not fit that forward, or `weight_grad` or `bias_grad` cannot be added to.
         """
         if not self.training:
             raise RuntimeError(
@@ -351,16 +372,16 @@ class BatchNorm:
             )
         if self._saved is None:
             raise RuntimeError("backward before a forward in training mode: nothing to answer for")
-        x, stats, had_residual, y = self._saved
-        if x is None:
+        saved = self._saved
+        if saved.x is None:
             raise RuntimeError("backward after a forward with out=x: its input is gone")
-        needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * had_residual
-        gradients = self._gradients(dy, x, stats, y, needs)
-        if self.weight_grad is not None and self.bias_grad is not None:
+        needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * saved.had_residual
+        gradients = self._gradients(dy, saved, needs)
+        if self.weight_grad is not None and self.bias_grad is not None and self.affine:
             with np.errstate(invalid="ignore", over="ignore"):  # what a float32 can hold
                 self.weight_grad += gradients.weight
                 self.bias_grad += gradients.bias
-        return (gradients.x, gradients.residual) if had_residual else gradients.x
+        return (gradients.x, gradients.residual) if saved.had_residual else gradients.x
 
     def freeze(self) -> FrozenBatchNorm:
         """Return this layer's inference as an immutable callable, whatever mode it is in.
@@ -373,57 +394,85 @@ class BatchNorm:
         if self.running_mean is None or self.running_var is None:
             raise RuntimeError("freeze needs running statistics; this layer tracks none")
         stats = BatchStats.from_population(self.running_mean, self.running_var, self.eps)
-        scale = stats.inv_std if self.weight is None else self.weight * stats.inv_std
+        scale = stats.inv_std
+        if self.weight is not None:
+            scale = _arrays.constant("weight", self.weight, self.num_features) * scale
         shift = np.zeros(self.num_features) if self.bias is None else self.bias
         return FrozenBatchNorm(stats.mean, scale, shift, self.axis, self.activation)
 
     def _keep(
-        self, x: Any, stats: BatchStats, residual: ArrayLike | None, y: Tensor, out: Tensor | None
+        self, x: Tensor, stats: BatchStats, residual: Tensor | None, y: Tensor, out: Tensor | None
     ) -> None:
-        overwritten = out is not None and np.may_share_memory(out, np.asarray(x))
-        keeps_y = residual is not None and self.activation is not None
-        self._saved = (
-            None if overwritten else x,
+        """Hold on to what a backward needs.
+
+        The mask of an activation is recomputed from inputs, not read off `y`, which the caller may
+        go on to change.
+        """
+        masked = self.activation is not None and residual is not None
+        covered = _overwritten(residual, out)
+        self._saved = Saved(
+            None if _overwritten(x, out) else x,
             stats,
             residual is not None,
-            y if keeps_y else None,
+            residual=residual if masked and not covered else None,
+            y=y if masked and covered else None,
         )
 
-    def _gradients(
-        self, dy: ArrayLike, x: Any, stats: BatchStats, y: Tensor | None, needs: Sequence[str]
-    ) -> Gradients:
+    def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
+        self._check_gradients()
         return batch_norm_backward(
             dy,
-            x,
-            stats,
+            saved.x,
+            saved.stats,
             self.weight,
             self.bias,
             axis=self.axis,
+            residual=saved.residual,
             activation=self.activation,
-            y=y,
+            y=saved.y,
             needs=needs,
         )
 
     def _forget(self) -> None:
         self._saved = None
 
+    def _check_gradients(self) -> None:
+        """Refuse gradients that cannot be added to."""
+        if self.affine:
+            for name in ("weight_grad", "bias_grad"):
+                _arrays.check_updatable(name, getattr(self, name), self.num_features)
+
+    def _check_counting(self) -> None:
+        """Refuse a batch counter that cannot count this batch; there need be none."""
+        if self.num_batches_tracked is not None:
+            _check_counter(self.num_batches_tracked)
+            _check_room(self.num_batches_tracked)
+        elif self.momentum is None:
+            raise TypeError(
+                "num_batches_tracked is None; expected an array of int64, for the cumulative "
+                "average of momentum=None"
+            )
+
     def _momentum(self) -> float:
         if self.momentum is not None:
             return self.momentum
-        tracked = 0 if self.num_batches_tracked is None else int(self.num_batches_tracked)
-        return 1 / (tracked + 1)  # the cumulative average
+        if self.num_batches_tracked is None:
+            return 1.0
+        return 1 / (int(self.num_batches_tracked) + 1)
 
-    def _check_input(self, x: Any) -> None:
-        shape = getattr(x, "shape", None)
-        if not isinstance(shape, tuple):
-            shape = np.shape(x)
+    def _checked(self, x: Any) -> Tensor:
+        """Return `x` as an array, of this layer's rank and channels."""
+        array = x if type(x) is np.ndarray else _arrays.array("x", x)
+        shape = array.shape
         if self._ranks is not None and len(shape) not in self._ranks:
             expected = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(
                 f"x has shape {shape}, {len(shape)}D; {type(self).__name__} expected {expected}"
             )
-        if -len(shape) <= self.axis < len(shape) and shape[self.axis] != self.num_features:
-            raise ValueError(_arrays.wrong_channels(shape, self.axis, self.num_features))
+        axis = self.axis if type(self.axis) is int else _arrays.integer("axis", self.axis)
+        if -len(shape) <= axis < len(shape) and shape[axis] != self.num_features:
+            raise ValueError(_arrays.wrong_channels(shape, axis, self.num_features))
+        return array
 
     def __repr__(self) -> str:
         return (
@@ -452,10 +501,30 @@ class BatchNorm3d(BatchNorm):
     _ranks = (5,)
 
 
-def _axis(axis: Any) -> int:
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(f"axis is {axis!r:.60}; expected an integer")
-    return index(axis)
+class Saved(NamedTuple):
+    """What a training forward leaves for its backward."""
+
+    x: Any  # None where the output was written over it
+    stats: BatchStats
+    had_residual: bool
+    residual: Tensor | None
+    y: Tensor | None
+
+
+def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:
+    return tensor is not None and out is not None and np.may_share_memory(tensor, out)
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    if value is not None:  # which NumPy takes for float64
+        with suppress(TypeError):
+            kind: np.dtype[Any] = np.dtype(value)
+            if kind in (np.float32, np.float64):
+                return kind
+    raise TypeError(
+        f"dtype is {value!r:.60}; expected float32, which float16 and bfloat16 data go with too, "
+        "or float64"
+    )
 
 
 def _fill(value: int, *arrays: Tensor | None) -> None:
@@ -476,6 +545,34 @@ def _check_keys(found: set[str], own: set[str], prefix: str, layer: str) -> None
         raise RuntimeError(f"state of {layer}: {'; '.join(parts)}")
 
 
+def _check_counter(counter: Any) -> None:
+    """Refuse a batch counter that cannot be written."""
+    name = "num_batches_tracked"
+    if not isinstance(counter, np.ndarray) or counter.dtype != np.int64 or counter.shape != ():
+        kind = f"{counter!r:.60} of type {type(counter).__name__}"
+        raise TypeError(f"{name} is {kind}; expected an array of int64 of shape ()")
+    if not counter.flags.writeable:
+        raise ValueError(f"{name} is read-only; expected a writeable array to count in")
+
+
+def _check_room(counter: Tensor) -> None:
+    """Refuse a counter that does not hold a count, or could not hold the next one."""
+    if not 0 <= int(counter) < _MOST_BATCHES:
+        raise ValueError(f"num_batches_tracked is {counter}; expected 0 to {_MOST_BATCHES - 1}")
+
+
+def _entries(state: Any, prefix: Any) -> dict[str, Any]:
+    """Return the entries under the prefix, by what follows it."""
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state is of type {type(state).__name__}; expected a mapping of names to arrays"
+        )
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix is {prefix!r:.60}; expected a string")
+    names = (key for key in state if isinstance(key, str) and key.startswith(prefix))
+    return {name[len(prefix) :]: state[name] for name in names}
+
+
 def _entry(name: str, value: Any, own: Tensor) -> Tensor:
     """Return a state entry as the array it is to be copied into, or say why it cannot be."""
     entry = _arrays.array(name, value)
@@ -484,5 +581,7 @@ def _entry(name: str, value: Any, own: Tensor) -> Tensor:
     kinds = "iu" if own.dtype.kind == "i" else "f"
     if entry.dtype.kind not in kinds and entry.dtype.name != "bfloat16":
         raise TypeError(f"{name} has dtype {entry.dtype}; expected one like {own.dtype}")
+    if kinds == "iu" and not 0 <= int(entry) <= _MOST_BATCHES:
+        raise ValueError(f"{name} is {entry}; expected 0 to {_MOST_BATCHES}")
     with np.errstate(over="ignore"):  # a variance past float32 is infinite there, as in PyTorch
         return entry.astype(own.dtype)

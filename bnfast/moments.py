@@ -7,7 +7,6 @@ result by rounding only.
 
 from __future__ import annotations
 
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,26 +48,27 @@ class Moments:
     __hash__ = None  # type: ignore[assignment]  # update() changes it
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
-        if isinstance(count, bool) or not hasattr(count, "__index__"):
-            raise TypeError(f"count is {count!r:.60}; expected an integer")
-        if index(count) < 0:
+        self.count: int = _arrays.integer("count", count)
+        if self.count < 0:
             raise ValueError(f"count is {count}; expected 0 or more")
-        self.count: int = index(count)
         self.mean: Vector = _vector("mean", mean)
         self.m2: Vector = _vector("m2", m2)
         if self.mean.shape != self.m2.shape:
             raise ValueError(
                 f"m2 has shape {self.m2.shape}; expected that of mean, {self.mean.shape}"
             )
+        negative = np.flatnonzero(self.m2 < 0)
+        if negative.size:
+            raise ValueError(
+                f"m2 is {self.m2[negative[0]]} in channel {negative[0]}; expected 0 or more, "
+                "a sum of squares"
+            )
 
     @classmethod
     def empty(cls, channels: int) -> Moments:
         """Return the moments of no values, the neutral element of `merge`."""
-        if isinstance(channels, bool) or not hasattr(channels, "__index__"):
-            raise TypeError(f"channels is {channels!r:.60}; expected an integer")
-        if index(channels) < 0:
-            raise ValueError(f"channels is {channels}; expected 0 or more")
-        return cls(0, np.zeros(index(channels)), np.zeros(index(channels)))
+        number = _arrays.channel_count("channels", channels)
+        return cls._made(0, np.zeros(number), np.zeros(number))
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
@@ -79,7 +79,7 @@ class Moments:
         ValueError
             If there are none: how many channels would they have?
         """
-        row = [_moments_of(part) for part in parts]
+        row = [_moments_of(f"parts[{i}]", part) for i, part in enumerate(_listed(parts))]
         if not row:
             raise ValueError("merge_all got no moments; expected at least one")
         while len(row) > 1:
@@ -89,21 +89,28 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of values together, exact to rounding."""
-        other = _moments_of(other)
+        other = _moments_of("other", other)
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f"the other moments have {len(other.mean)} channels; expected {len(self.mean)}"
             )
         if not self.count or not other.count:
             kept = self if self.count else other
-            return Moments(kept.count, kept.mean.copy(), kept.m2.copy())
+            return self._made(kept.count, kept.mean.copy(), kept.m2.copy())
         count = self.count + other.count
         share = other.count / count
         with np.errstate(invalid="ignore", over="ignore"):  # an infinite channel stays its own
             delta = other.mean - self.mean
             mean = self.mean + delta * share
             m2 = self.m2 + (other.m2 + delta * delta * (self.count * share))
-        return Moments(count, mean, m2)
+        return self._made(count, mean, m2)
+
+    @classmethod
+    def _made(cls, count: int, mean: Vector, m2: Vector) -> Moments:
+        """Return moments of arrays that nobody else has, unchecked."""
+        made = cls.__new__(cls)
+        made.count, made.mean, made.m2 = count, mean, m2
+        return made
 
     def update(self, x: ArrayLike, axis: int = 1) -> Moments:
         """Take in the values of `x`, in place, and return self.
@@ -176,17 +183,28 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     The mini-batch mean and variance of the paper's Algorithm 1, by blocks: each is summed in
     float64 around one of its own values, and blocks are merged as Welford's states are.
     """
-    return Moments(*_core.moments(x, axis))
+    return Moments._made(*_core.moments(x, axis))
 
 
-def _moments_of(value: Any) -> Moments:
+def _moments_of(name: str, value: Any) -> Moments:
     if not isinstance(value, Moments):
-        raise TypeError(f"got {value!r:.60} of type {type(value).__name__}; expected Moments")
+        raise TypeError(f"{name} is {value!r:.60} of type {type(value).__name__}; expected Moments")
     return value
 
 
+def _listed(parts: Any) -> list[Any]:
+    try:
+        return list(parts)
+    except TypeError:
+        raise TypeError(
+            f"parts is of type {type(parts).__name__}; expected an iterable of Moments"
+        ) from None
+
+
 def _vector(name: str, value: ArrayLike) -> Vector:
-    vector = np.asarray(value, dtype=np.float64)
+    vector = _arrays.array(name, value)
+    if vector.dtype.kind not in "fiu":
+        raise TypeError(f"{name} has dtype {vector.dtype}; expected numbers that float64 holds")
     if vector.ndim != 1:
         raise ValueError(f"{name} has shape {vector.shape}; expected (channels,)")
-    return vector
+    return vector.astype(np.float64)

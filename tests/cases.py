@@ -126,6 +126,13 @@ def poisoned_like(a):
     return np.full_like(a, np.nan)
 
 
+def read_only(a):
+    """A copy that cannot be written to."""
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
 def bits(a):
     """The bytes of an array in axis order: equality of floats, NaN and -0 included."""
     return np.asarray(a).tobytes()

@@ -1,13 +1,17 @@
 """What bad input gets: an exception that names the argument, what it was and
 what was expected, before anything is written."""
 
+import pickle
 import re
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cases import bits, make_problem, poisoned_like
+from cases import bits, make_problem, poisoned_like, read_only
 
 import bnfast
+from bnfast import _arrays
 
 P = make_problem((6, 4, 5), residual=True)
 X, DY, W, B, R = P.x, P.dy, P.weight, P.bias, P.residual
@@ -23,12 +27,6 @@ def mentions(*words):
 
 DATA_TYPES = ("float32", "float64", "float16", "bfloat16")
 PARAMETER_TYPES = ("float32", "float64")
-
-
-def read_only(a):
-    a = a.copy()
-    a.flags.writeable = False
-    return a
 
 
 def zero_stride(shape):
@@ -460,3 +458,289 @@ class TestLayers:
             with pytest.raises(error, match=mentions(*words)):
                 frozen(**arguments)
         assert np.isnan(OUT).all()
+
+
+class TestOptionsThatAreArrays:
+    """Where Python's own message would name no argument."""
+
+    @each(forward, training, inference, normalize)
+    @pytest.mark.parametrize("value", [np.array([1e-5]), np.array([1e-5, 1e-5])], ids=["1", "2"])
+    def test_eps(self, call, value):
+        call.refuses(TypeError, ("eps", "an array of float64", "a number"), eps=value)
+
+    @each(training, inference)
+    @pytest.mark.parametrize("value", [np.array([0.1]), np.array([0.1, 0.1])], ids=["1", "2"])
+    def test_momentum(self, call, value):
+        call.refuses(TypeError, ("momentum", "an array of float64", "a number"), momentum=value)
+
+    def test_ddof(self):
+        training.refuses(TypeError, ("ddof", "an array of int64"), ddof=np.array([1]))
+
+    @each(*ALL)
+    def test_axis(self, call):
+        call.refuses(TypeError, ("axis", "an array of int64", "integer"), axis=np.array([1]))
+
+    @each(training, inference)
+    @pytest.mark.parametrize("value", [np.array([True, False]), X], ids=["2", "x"])
+    def test_training(self, call, value):
+        call.refuses(TypeError, ("training", "True or False"), training=value)
+
+    @each(*FORWARDS, backward)
+    def test_activation(self, call):
+        call.refuses(ValueError, ("activation", "relu6"), activation=(X, 0.1))
+
+    @each(forward, training)
+    def test_numbers_of_numpys_are_numbers(self, call):
+        arguments = {k: copied(v) for k, v in call.named.items()}
+        x = arguments.pop("x")
+        call.function(x, **arguments, eps=np.float32(1e-5), axis=np.int8(1))
+        call.function(x, **arguments, eps=np.array(1e-5), axis=np.array(1))
+
+
+class TestTensorsOfOthers:
+    def test_a_tensor_on_another_device(self):
+        class Elsewhere:
+            def __dlpack__(self, **options):
+                raise AssertionError("nobody should ask for the data")
+
+            def __dlpack_device__(self):
+                return (2, 0)
+
+        for call in ALL:
+            call.refuses(TypeError, ("x", "device", 2, "CPU"), x=Elsewhere())
+        for call in (*FORWARDS, backward):
+            call.refuses(TypeError, ("residual", "device", "CPU"), residual=Elsewhere())
+
+    @each(*ALL)
+    def test_one_that_cannot_say_what_it_is(self, call):
+        class Broken:
+            def __array__(self, *dtype, **copy):
+                raise ValueError("no data")
+
+            def __repr__(self):
+                raise RuntimeError("no name")
+
+        call.refuses(TypeError, ("x", "of type Broken", "no data"), x=Broken())
+
+    def test_long_double_by_the_name_of_double(self):
+        """As where the two are of one width: its type is another, and no kernel's."""
+        dtype = SimpleNamespace(name="float64", char="g", hasobject=False)
+        with pytest.raises(TypeError, match=mentions("x", "expected", *TWO_FLOATS)):
+            _arrays._check_type("x", SimpleNamespace(dtype=dtype), TWO_FLOATS)
+        with pytest.raises(TypeError, match=mentions("mean", "expected", *TWO_FLOATS)):
+            _arrays._check_type("mean", SimpleNamespace(dtype=dtype), TWO_FLOATS)
+
+
+@each(*ALL)
+def test_a_conversion_that_did_not_help_is_a_defect_and_no_loop(call, monkeypatch):
+    """As it would be asked for again, and again."""
+
+    class Unconverted(_arrays.Canonical):
+        def __init__(self, x, axis, **others):
+            super().__init__(x, axis, **others)
+            self.x = self.x.astype(np.longdouble)
+
+    monkeypatch.setattr(_arrays, "Canonical", Unconverted)
+    call.refuses(RuntimeError, ("Canonical", "defect"), x=X[::-1])
+
+
+class TestUncommonPaths:
+    """What must be seen through the copy that other memory orders are converted to."""
+
+    @pytest.mark.parametrize("name", RUNNING)
+    @pytest.mark.parametrize("tensor", ["x", "residual", "out"])
+    def test_running_statistics_inside_a_strided_tensor(self, name, tensor):
+        store = np.zeros((6, 4, 10), np.float32)
+        view = store[:, :, ::2]
+        view[...] = X
+        inside = store.reshape(-1)[8:16:2]
+        training.refuses(
+            ValueError, (name, "overlaps"), **{"x": X[::-1], tensor: view, name: inside}
+        )
+
+    @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
+    @pytest.mark.parametrize("step", [1, 2])
+    @pytest.mark.parametrize("parameter", ["weight", "bias", "running_var"])
+    def test_running_statistics_inside_a_parameter(self, x, step, parameter):
+        store = np.ones(16, np.float32)
+        inside, beside = store[: 4 * step : step], store[step : 5 * step : step]
+        training.refuses(
+            ValueError,
+            ("running_mean", "overlaps"),
+            x=x,
+            **{"running_mean": inside, parameter: beside},
+        )
+
+    @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
+    def test_running_statistics_without_strides(self, x):
+        """Every channel would be moved, and all in one place."""
+        for name in RUNNING:
+            training.refuses(
+                ValueError, (name, "stride 0", "share memory"), x=x, **{name: zero_stride((4,))}
+            )
+
+    @pytest.mark.parametrize(("call", "name"), PER_CHANNEL, ids=repr)
+    def test_parameter_inside_a_strided_out(self, call, name):
+        """It is written at the end, from a copy: the parameter would be read in time and lost."""
+        store = np.ones((6, 4, 10), np.float32)
+        call.refuses(
+            ValueError,
+            ("overlaps", name),
+            **{name: store.reshape(-1)[:8:2], "out": store[:, :, ::2]},
+        )
+
+    @pytest.mark.parametrize("name", ["mean", "inv_std"])
+    def test_statistics_inside_a_strided_out(self, name):
+        store = np.ones((6, 4, 10), np.float32)
+        inside = store.reshape(-1)[:8].view(np.float64)
+        backward.refuses(
+            ValueError,
+            ("overlaps", f"stats.{name}"),
+            stats=STATS._replace(**{name: inside}),
+            out=store[:, :, ::2],
+        )
+
+    def test_statistics_of_one_alone(self):
+        """running_mean None and running_var given is refused, in layers as well."""
+        for given in (None, X[::-1]):
+            layer = bnfast.BatchNorm(4)
+            layer.running_mean = None
+            with pytest.raises(TypeError, match=mentions("running_mean", "None")):
+                layer(X if given is None else given)
+            assert layer.running_var.tolist() == [1] * 4
+            assert layer.num_batches_tracked == 0
+
+    @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)], ids=str)
+    def test_one_value_a_channel(self, shape):
+        x = np.ones((*shape[:-1], 2 * shape[-1]), np.float32)[..., ::2]
+        for call in (forward, training):
+            call.refuses(
+                ValueError,
+                ("Expected more than 1 value per channel when training, got input size", shape),
+                x=x,
+                residual=None,
+                out=None,
+                axis=1,
+            )
+
+    def test_frozen_channels(self):
+        frozen = bnfast.BatchNorm(4).freeze()
+        with pytest.raises(ValueError, match=mentions("x", (6, 3, 5), "3 channels", "axis 1", 4)):
+            frozen(X[::-1, :3])
+
+
+@pytest.mark.parametrize("shape", [(0, 2**58), (0, 2**61 - 1), (0, 2**40, 3)], ids=str)
+@pytest.mark.parametrize("arrange", [lambda x: x, lambda x: x[::-1]], ids=["common", "strided"])
+def test_more_channels_than_memory_can_count(shape, arrange):
+    """Only an array of no values can have them."""
+    x = arrange(np.empty(shape, np.float32))
+    ones = np.broadcast_to(np.float32(1), shape[1:2])
+    for call in (
+        lambda: bnfast.batch_norm_forward(x),
+        lambda: bnfast.batch_norm(x, training=True),
+        lambda: bnfast.moments(x),
+        lambda: bnfast.scale_shift(x, None, None),
+        lambda: bnfast.normalize(x, ones, ones),
+        lambda: bnfast.batch_norm_backward(x, x, bnfast.BatchStats(ones, ones, ones, 0)),
+    ):
+        with pytest.raises(MemoryError):
+            call()
+
+
+class TestGradients:
+    @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
+    def test_dy_none(self, x):
+        backward.refuses(TypeError, ("dy", "None", "gradient"), dy=None, x=x)
+
+    @pytest.mark.parametrize("name", ["mean", "inv_std"])
+    def test_missing_statistics(self, name):
+        """For which the core would take 0 and 1."""
+        backward.refuses(TypeError, (f"stats.{name}", "None"), stats=STATS._replace(**{name: None}))
+
+    @pytest.mark.parametrize(
+        "count", [30.0, None, "30", np.float64(30), np.array([30]), True], ids=repr
+    )
+    def test_count_of_another_type(self, count):
+        backward.refuses(TypeError, ("stats.count", "integer"), stats=STATS._replace(count=count))
+
+    @pytest.mark.parametrize("count", [np.int64(30), np.int64(0), np.array(30)], ids=repr)
+    def test_count_of_numpys(self, count):
+        arguments = {k: copied(v) for k, v in backward.named.items()}
+        arguments["stats"] = STATS._replace(count=count)
+        want = arguments | {"stats": STATS._replace(count=int(count)), "out": poisoned_like(X)}
+        got = bnfast.batch_norm_backward(**arguments)
+        assert bits(got.x) == bits(bnfast.batch_norm_backward(**want).x)
+
+    @pytest.mark.parametrize("needs", [1, 2.5, [["x"]], [{}], object()], ids=str)
+    def test_needs_of_another_type(self, needs):
+        backward.refuses(TypeError, ("needs", "names of gradients"), needs=needs)
+
+    def test_needs_of_mixed_types(self):
+        backward.refuses(ValueError, ("needs", "1", "'y'"), needs=["x", "y", 1])
+
+
+class TestFrozen:
+    def make(self):
+        layer = bnfast.BatchNorm(4, activation="relu")
+        layer(X)
+        return layer.freeze()
+
+    @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
+    def test_arrays_stay_as_they_are(self, name):
+        """A read-only array that owns its memory can be made writeable, and any be reshaped."""
+        frozen = self.make()
+        y = frozen(X)
+        held = getattr(frozen, name)
+        with pytest.raises(ValueError, match=r"(?i)writeable"):
+            held.flags.writeable = True
+        with pytest.raises(ValueError, match=r"(?i)writeable"):
+            held.base.flags.writeable = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            held.shape = (2, 2)
+            held.dtype = np.int32
+        assert getattr(frozen, name).shape == (4,)
+        assert getattr(frozen, name).dtype == np.float64
+        assert bits(frozen(X)) == bits(y)
+
+    def test_population_statistics_stay_as_they_are(self):
+        with pytest.raises(ValueError, match=r"(?i)writeable"):
+            POPULATION.mean.flags.writeable = True
+
+    def test_a_second_start(self):
+        frozen = self.make()
+        with pytest.raises(RuntimeError, match="immutable"):
+            frozen.__init__(W, W, W)
+
+    def test_one_that_was_never_started(self):
+        frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)
+        assert repr(frozen) == "FrozenBatchNorm(never initialised)"
+        for use in (
+            lambda: frozen(X),
+            lambda: frozen.mean,
+            lambda: frozen.scale,
+            lambda: frozen.shift,
+            lambda: pickle.dumps(frozen),
+            lambda: bnfast.fold(np.ones((4, 4)), None, frozen),
+        ):
+            with pytest.raises(RuntimeError, match="never initialised"):
+                use()
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "words"),
+        [
+            ({"mean": W[None]}, ValueError, ("mean", (1, 4))),
+            ({"mean": np.float32(1)}, ValueError, ("mean", "()")),
+            ({"mean": None}, TypeError, ("mean", "object")),
+            ({"scale": W[:3]}, ValueError, ("scale", (3,), (4,))),
+            ({"shift": "four"}, TypeError, ("shift",)),
+            ({"shift": np.ma.masked_array(W, W > 0)}, TypeError, ("shift", "masked")),
+            ({"axis": "1"}, TypeError, ("axis", "integer")),
+            ({"activation": "tanh"}, ValueError, ("activation", "tanh")),
+        ],
+        ids=str,
+    )
+    def test_constructor(self, changes, error, words):
+        arguments = {"mean": W, "scale": W, "shift": B, "axis": 1, "activation": None}
+        with pytest.raises(error, match=mentions(*words)):
+            bnfast.FrozenBatchNorm(**arguments | changes)

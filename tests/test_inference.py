@@ -250,6 +250,48 @@ def test_folding_refuses_bad_axes():
             fold_before(weight, bias, bn, in_axis=axis)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"out_axis": "0"}, TypeError, "out_axis is '0' .*expected an integer"),
+        ({"out_axis": None}, TypeError, "out_axis is None .*expected an integer"),
+        (
+            {"out_axis": np.array([0, 1])},
+            TypeError,
+            "out_axis is an array of int64; expected an int",
+        ),
+        ({"groups": 1.0}, TypeError, "groups is 1.0 .*expected an integer"),
+        ({"groups": True}, TypeError, "groups is True .*expected an integer"),
+        ({"groups": np.array([1])}, TypeError, "groups is an array of int64; expected an integer"),
+    ],
+    ids=str,
+)
+def test_fold_names_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        fold(np.ones((3, 3)), None, batch_norm(3), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"in_axis": "1"}, "in_axis is '1' .*expected an integer"),
+        ({"groups": None}, "groups is None .*expected an integer"),
+        ({"padded": np.array([True, False])}, "padded is an array of bool; expected True or False"),
+    ],
+    ids=str,
+)
+def test_fold_before_names_bad_options(options, message):
+    with pytest.raises(TypeError, match=message):
+        fold_before(np.ones((3, 3)), None, batch_norm(3), **options)
+
+
+@pytest.mark.parametrize("function", [fold, fold_before])
+@pytest.mark.parametrize("weight", [None, "weight", [[1.0], [1.0, 2.0]], [["a"]]], ids=str)
+def test_folding_names_a_weight_that_is_no_array(function, weight):
+    with pytest.raises(TypeError, match="weight"):
+        function(weight, None, batch_norm(3))
+
+
 # ---- recompute_statistics
 
 
@@ -405,8 +447,60 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="progress is 3; expected True, False or a callable"):
         recompute_statistics(layer, batches, [layer], progress=3)
     layer.running_var.flags.writeable = False
-    with pytest.raises(ValueError, match=r"layers\[0\] has read-only running statistics"):
+    with pytest.raises(ValueError, match=r"layers\[0\]\.running_var is read-only"):
         recompute_statistics(layer, batches, [layer])
+
+
+def test_batches_that_are_none():
+    assert_nothing_changes(TypeError, "batches is of type int", BatchNorm(3), 3, [BatchNorm(3)])
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (np.zeros(4, np.float32), ValueError, r"has shape \(4,\); expected \(3,\)"),
+        (np.zeros(1, np.float32), ValueError, r"has shape \(1,\); expected \(3,\)"),
+        (np.zeros(3, int), TypeError, "has dtype int64; expected float32 or float64"),
+        ([0.0, 0.0, 0.0], TypeError, "expected a NumPy array"),
+        (np.ma.zeros(3), TypeError, "is a masked array"),
+        (np.lib.stride_tricks.as_strided(np.zeros(1), (3,), (0,)), ValueError, "share memory"),
+    ],
+)
+def test_statistics_that_cannot_be_written_are_named_first(name, value, error, message):
+    """And not when hours of batches are done."""
+    layer = BatchNorm(3)
+    setattr(layer, name, value)
+    with pytest.raises(error, match=rf"layers\[0\]\.{name} .*{message}"):
+        recompute_statistics(lambda batch: pytest.fail("ran"), batches_of((4,)), [layer])
+    assert layer._observer is None
+
+
+def test_one_inside_another_is_refused():
+    """The inner one would take the outer one's batches."""
+    layer, other = BatchNorm(3).eval(), BatchNorm(3)
+
+    def forward(batch):
+        recompute_statistics(layer, [batch], [other, layer])
+
+    assert_nothing_changes(
+        RuntimeError, r"layers\[1\] is already being observed", forward, batches_of((4,)), [layer]
+    )
+    assert (other._observer, other.training) == (None, True)
+
+
+def test_observing_ends_where_a_mode_cannot_be_restored():
+    class Stubborn(BatchNorm):
+        def train(self, mode=True):
+            if not mode:
+                raise OSError("no")
+            return super().train(mode)
+
+    first, second = Stubborn(3), BatchNorm(3)
+    first.training = False
+    with pytest.raises(OSError, match="no"):
+        recompute_statistics(lambda x: second(first(x)), batches_of((4,)), [first, second])
+    assert first._observer is second._observer is None
 
 
 def test_without_layers_nothing_runs():

@@ -6,7 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import reference
-from cases import ACTIVATIONS, DTYPES, EVERY_DTYPE, bits, computed_in, make_problem, poisoned_like
+from cases import ACTIVATIONS, DTYPES, EVERY_DTYPE, bits, computed_in, make_problem
+from cases import poisoned_like, read_only
 from tolerance import assert_within, batch_statistics, constants, forward_bound, running_bound
 
 import bnfast
@@ -309,6 +310,38 @@ class TestBackward:
         assert bits(layer.backward(p.dy)) == bits(want)
 
 
+class TestMask:
+    """Taken from inputs: what a caller makes of the output is their own affair."""
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=str)
+    def test_output_may_be_changed(self, activation):
+        p = make_problem(SHAPE, activation=activation, residual=True)
+        want = trained_gradients(p)
+        layer = layer_of(p)
+        y = call(layer, p)
+        y[...] = -y
+        got = layer.backward(p.dy)
+        assert [bits(a) for a in got] == [bits(a) for a in want]
+
+    def test_changed_residual_is_answered_for_as_it_is(self):
+        """As a changed x is."""
+        p = make_problem(SHAPE, activation="relu", residual=True)
+        moved = p.replace(residual=p.residual + np.float32(3))
+        layer = layer_of(p)
+        r = p.residual.copy()
+        layer(p.x, residual=r)
+        r += np.float32(3)
+        got, want = layer.backward(p.dy), trained_gradients(moved)
+        assert [bits(a) for a in got] == [bits(a) for a in want]
+        assert bits(want[1]) != bits(trained_gradients(p)[1])
+
+    def test_nothing_is_kept_that_no_mask_needs(self):
+        p = make_problem(SHAPE, residual=True)
+        layer = layer_of(p)
+        call(layer, p)
+        assert layer._saved.residual is layer._saved.y is None
+
+
 def trained_gradients(p):
     layer = layer_of(p)
     call(layer, p)
@@ -465,6 +498,84 @@ class TestStateDict:
             layer.load_state_dict(state)
         assert state_bits(layer) == before
 
+    @pytest.mark.parametrize("count", [-1, np.uint64(2**63), np.iinfo(np.int64).min])
+    def test_count_out_of_range(self, count):
+        state = trained(make_problem(SHAPE)).state_dict() | {"num_batches_tracked": count}
+        layer = BatchNorm(5)
+        before = state_bits(layer)
+        with pytest.raises(ValueError, match=rf"bn\.num_batches_tracked is {count}; expected 0"):
+            layer.load_state_dict({f"bn.{name}": a for name, a in state.items()}, prefix="bn.")
+        assert state_bits(layer) == before
+
+    @pytest.mark.parametrize("count", [1.0, "1", [1], None])
+    def test_count_of_another_type(self, count):
+        state = trained(make_problem(SHAPE)).state_dict() | {"num_batches_tracked": count}
+        layer = BatchNorm(5)
+        before = state_bits(layer)
+        with pytest.raises((TypeError, RuntimeError), match="num_batches_tracked"):
+            layer.load_state_dict(state)
+        assert state_bits(layer) == before
+
+    def test_parameters_alone_leave_the_counter(self):
+        """Which belongs to the running statistics."""
+        layer = trained(make_problem(SHAPE))
+        layer.load_state_dict({"weight": np.ones(5)}, strict=False)
+        layer.load_state_dict({}, strict=False)
+        assert int(layer.num_batches_tracked) == 1
+        assert layer.weight.tolist() == [1] * 5
+        layer.load_state_dict({"running_var": np.ones(5)}, strict=False)
+        assert int(layer.num_batches_tracked) == 0
+
+    @pytest.mark.parametrize(
+        ("state", "options", "message"),
+        [
+            (None, {}, "state is of type NoneType; expected a mapping"),
+            ([("weight", 1)], {}, "state is of type list; expected a mapping"),
+            ("weight", {}, "state is of type str; expected a mapping"),
+            ({}, {"prefix": None}, "prefix is None; expected a string"),
+            ({}, {"prefix": b"bn."}, "prefix is b'bn.'; expected a string"),
+            ({}, {"strict": np.ones(2)}, "strict is an array of float64; expected True or False"),
+        ],
+        ids=str,
+    )
+    def test_what_is_no_state(self, state, options, message):
+        with pytest.raises(TypeError, match=message):
+            BatchNorm(5).load_state_dict(state, **options)
+
+    def test_keys_that_are_no_names_are_passed_over(self):
+        state = trained(make_problem(SHAPE)).state_dict()
+        layer = BatchNorm(5)
+        layer.load_state_dict(state | {1: np.ones(3), ("weight",): 0})
+        assert bits(layer.weight) == bits(state["weight"])
+
+    @pytest.mark.parametrize("name", STATE[:4])
+    @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
+    def test_targets_are_all_looked_at_first(self, name, junk):
+        """Or the first ones would be loaded, and the last one not."""
+        state = trained(make_problem(SHAPE)).state_dict()
+        layer = BatchNorm(5)
+        setattr(layer, name, junk_like(getattr(layer, name), junk))
+        before = state_bits(layer)
+        with pytest.raises((TypeError, ValueError), match=f"the layer's {name}"):
+            layer.load_state_dict(state)
+        assert state_bits(layer) == before
+
+    def test_a_counter_out_of_range_can_be_mended(self):
+        layer = BatchNorm(5)
+        layer.num_batches_tracked[...] = -1
+        layer.load_state_dict(trained(make_problem(SHAPE)).state_dict())
+        assert int(layer.num_batches_tracked) == 1
+
+    @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
+    def test_the_counter_is_looked_at_first(self, junk):
+        state = trained(make_problem(SHAPE)).state_dict()
+        layer = BatchNorm(5)
+        layer.num_batches_tracked = junk_like(layer.num_batches_tracked, junk)
+        before = state_bits(layer)
+        with pytest.raises((TypeError, ValueError), match="num_batches_tracked"):
+            layer.load_state_dict(state)
+        assert state_bits(layer) == before
+
     def test_survives_an_npz_file(self, tmp_path):
         layer = trained(make_problem(SHAPE))
         np.savez(tmp_path / "bn.npz", **layer.state_dict())
@@ -480,6 +591,152 @@ class TestStateDict:
         layer.load_state_dict(state)
         assert layer.weight.dtype == np.float32
         assert bits(layer.weight) == bits(state["weight"].astype(np.float32))
+
+
+def junk_like(a, kind):
+    """An array that somebody put in place of `a`, and that cannot be written as it can."""
+    if kind == "list":
+        return a.tolist()
+    made = {
+        "read-only": a.copy,
+        "shape": lambda: np.zeros(6, a.dtype),
+        "type": lambda: a.astype(complex),
+    }[kind]()
+    made.flags.writeable = kind != "read-only"
+    return made
+
+
+class TestJunkInPlaceOfAttributes:
+    """Seen before anything is written."""
+
+    @pytest.mark.parametrize(
+        ("counter", "error", "message"),
+        [
+            (read_only(np.zeros((), np.int64)), ValueError, "read-only; expected a writeable"),
+            (np.zeros((), np.int32), TypeError, "expected an array of int64 of shape"),
+            (np.zeros(()), TypeError, "expected an array of int64 of shape"),
+            (np.zeros(1, np.int64), TypeError, "expected an array of int64 of shape"),
+            (3, TypeError, "3 of type int; expected an array of int64"),
+            ("3", TypeError, "'3' of type str; expected an array of int64"),
+            (np.array(-1), ValueError, "-1; expected 0 to"),
+            (np.array(np.iinfo(np.int64).max), ValueError, "expected 0 to 9223372036854775806"),
+        ],
+        ids=repr,
+    )
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    def test_counter(self, counter, error, message, momentum):
+        p = make_problem(SHAPE)
+        layer = trained(p, momentum=momentum)
+        layer.num_batches_tracked = counter
+        before, out = state_bits(layer), poisoned_like(p.x)
+        with pytest.raises(error, match=f"num_batches_tracked .*{message}"):
+            layer(p.x, out=out)
+        assert state_bits(layer) == before
+        assert np.isnan(out).all()
+        assert layer(p.x, update_stats=False).shape == p.x.shape
+
+    def test_no_counter_for_the_cumulative_average(self):
+        p = make_problem(SHAPE)
+        layer = layer_of(p, momentum=None)
+        layer.num_batches_tracked = None
+        before = state_bits(layer)
+        with pytest.raises(TypeError, match="num_batches_tracked is None; expected an array"):
+            layer(p.x)
+        assert state_bits(layer) == before
+        layer.momentum = 0.5
+        layer(p.x)
+        assert state_bits(layer) != before
+
+    @pytest.mark.parametrize("name", ["running_mean", "running_var"])
+    @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
+    def test_running_statistics(self, name, junk):
+        p = make_problem(SHAPE)
+        layer = trained(p)
+        setattr(layer, name, junk_like(getattr(layer, name), junk))
+        before, out = state_bits(layer), poisoned_like(p.x)
+        with pytest.raises((TypeError, ValueError), match=name):
+            layer(p.x, out=out)
+        assert state_bits(layer) == before
+        assert np.isnan(out).all()
+
+    @pytest.mark.parametrize("name", ["weight_grad", "bias_grad"])
+    @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list", "None"])
+    def test_gradients(self, name, junk):
+        p = make_problem(SHAPE)
+        layer = trained(p)
+        setattr(layer, name, None if junk == "None" else junk_like(getattr(layer, name), junk))
+        before = state_bits(layer)
+        with pytest.raises((TypeError, ValueError), match=name):
+            layer.backward(p.dy)
+        assert state_bits(layer) == before
+
+    @pytest.mark.parametrize("axis", ["1", None, 1.0, np.array([1]), (1,)], ids=repr)
+    @pytest.mark.parametrize("training", [True, False])
+    def test_axis(self, axis, training):
+        p = make_problem(SHAPE)
+        layer = layer_of(p).train(training)
+        layer.axis = axis
+        with pytest.raises(TypeError, match=r"axis is .*expected an integer"):
+            layer(p.x)
+
+    @pytest.mark.parametrize("weight", [np.ones(4), np.ones(1), np.ones((1, 5)), "weight"])
+    def test_weight(self, weight):
+        layer = trained(make_problem(SHAPE))
+        layer.weight = weight
+        for use in (layer.freeze, lambda: layer(make_problem(SHAPE).x)):
+            with pytest.raises((TypeError, ValueError), match="weight"):
+                use()
+
+
+class TestWhatIsNoArray:
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("x", [[[1.0, 2.0], [3.0]], None, "x", [["a", "b"]], 1.0], ids=repr)
+    def test_is_named(self, x, training):
+        layer = BatchNorm(2).train(training)
+        with pytest.raises((TypeError, ValueError), match=r"^x "):
+            layer(x)
+        with pytest.raises((TypeError, ValueError), match=r"^x "):
+            BatchNorm2d(2).train(training)(x)
+        assert layer.num_batches_tracked == 0
+
+    def test_lists_of_numpys_numbers(self):
+        p = make_problem((4, 5), residual=True, activation="relu")
+        want = trained_gradients(p)
+        layer = layer_of(p)
+        layer([list(row) for row in p.x], residual=[list(row) for row in p.residual])
+        got = layer.backward(p.dy)
+        assert [bits(a) for a in got] == [bits(a) for a in want]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"dtype": "foo"},
+            {"dtype": None},
+            {"dtype": 3},
+            {"dtype": ">f4"},
+            {"axis": np.array([1])},
+            {"affine": np.ones(2)},
+            {"track_running_stats": np.ones(2)},
+            {"momentum": np.array([0.1])},
+            {"eps": [1e-5]},
+            {"ddof": np.array([1])},
+            {"num_features": np.array([5])},
+        ],
+        ids=str,
+    )
+    def test_options(self, options):
+        (name,) = options
+        with pytest.raises(TypeError, match=f"^{name} is .*; expected"):
+            BatchNorm(**{"num_features": 5} | options)
+
+    def test_modes(self):
+        layer = BatchNorm(5)
+        with pytest.raises(TypeError, match="mode is an array"):
+            layer.train(np.ones(2))
+        with pytest.raises(TypeError, match="update_stats is an array"):
+            layer(make_problem(SHAPE).x, update_stats=np.ones(2))
+        assert layer.training
+        assert layer.num_batches_tracked == 0
 
 
 def copies():

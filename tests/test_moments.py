@@ -240,6 +240,75 @@ def test_copies_are_independent():
     assert m == bnfast.moments(make_problem((5, 4)).x)
 
 
+class TestConstructor:
+    def test_has_copies_of_its_own(self):
+        mean, m2 = np.ones(2), np.ones(2)
+        m = Moments(3, mean, m2)
+        mean[:] = m2[:] = -1
+        assert m == Moments(3, [1, 1], [1.0, 1.0])
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"count": -1}, ValueError, "count is -1; expected 0 or more"),
+            ({"count": 2.0}, TypeError, "count is 2.0.*expected an integer"),
+            ({"count": True}, TypeError, "count is True.*expected an integer"),
+            ({"count": "3"}, TypeError, "count is '3'.*expected an integer"),
+            ({"count": np.array([1, 2])}, TypeError, "count is an array of int64; expected an int"),
+            ({"mean": ["1", "2"]}, TypeError, "mean has dtype <U1; expected numbers"),
+            ({"mean": "one"}, TypeError, "mean has dtype <U3; expected numbers"),
+            ({"mean": None}, TypeError, "mean has dtype object; expected numbers"),
+            ({"mean": [1j, 1]}, TypeError, "mean has dtype complex128; expected numbers"),
+            ({"mean": [True, False]}, TypeError, "mean has dtype bool; expected numbers"),
+            ({"mean": [[1, 2], [3]]}, TypeError, "mean is .*cannot read as an array"),
+            ({"mean": np.ma.masked_array([1.0, 2.0], [0, 1])}, TypeError, "mean is a masked array"),
+            ({"m2": np.ma.masked_array([1.0, 2.0], [0, 1])}, TypeError, "m2 is a masked array"),
+            ({"mean": [[1, 2]]}, ValueError, r"mean has shape \(1, 2\); expected \(channels,\)"),
+            ({"m2": [1]}, ValueError, r"m2 has shape \(1,\); expected that of mean, \(2,\)"),
+            ({"m2": [1, -2e-300]}, ValueError, "m2 is -2e-300 in channel 1; expected 0 or more"),
+            ({"m2": [-np.inf, 1]}, ValueError, "m2 is -inf in channel 0; expected 0 or more"),
+        ],
+        ids=str,
+    )
+    def test_names_what_it_refuses(self, changes, error, message):
+        with pytest.raises(error, match=message):
+            Moments(**{"count": 3, "mean": [1, 2], "m2": [0, 0]} | changes)
+
+    def test_takes_nan_and_infinity(self):
+        assert np.isnan(Moments(3, [np.nan, 1], [np.inf, np.nan]).var()).tolist() == [False, True]
+
+    @pytest.mark.parametrize(
+        ("channels", "error"),
+        [(-1, ValueError), (2.5, TypeError), ("2", TypeError), (2**62, ValueError)],
+    )
+    def test_empty(self, channels, error):
+        with pytest.raises(error, match=f"channels is .?{channels}"):
+            Moments.empty(channels)
+
+    def test_merging(self):
+        m = Moments.empty(2)
+        with pytest.raises(TypeError, match="other is 3 of type int; expected Moments"):
+            m.merge(3)
+        with pytest.raises(ValueError, match="3 channels; expected 2"):
+            m.merge(Moments.empty(3))
+        with pytest.raises(TypeError, match=r"parts\[1\] is None .*; expected Moments"):
+            Moments.merge_all([m, None])
+        with pytest.raises(TypeError, match="parts is of type int; expected an iterable"):
+            Moments.merge_all(3)
+        with pytest.raises(ValueError, match="no moments; expected at least one"):
+            Moments.merge_all([])
+        with pytest.raises(TypeError, match="ddof is '1'"):
+            m.var("1")
+
+    def test_refused_update_leaves_them_as_they_were(self):
+        m = bnfast.moments(make_problem((5, 4)).x)
+        before = copy.deepcopy(m)
+        for x in (np.ones((2, 3)), np.ones(4), np.ones((2, 4), int), None):
+            with pytest.raises((TypeError, ValueError)):
+                m.update(x)
+        assert m == before
+
+
 def test_repr_names_the_count():
     assert "7" in repr(Moments(7, np.zeros(1), np.zeros(1)))
 

@@ -45,3 +45,20 @@ def test_attributes_of_a_class_are_those_of_its_stub(name):
         if attribute in {"__init__", "__call__"} or not attribute.startswith("_")
     }
     assert real == stubbed
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_cannot_be_set_is_a_property_in_the_stub(name):
+    """Or else mypy would let a caller set it."""
+    stubbed = {
+        node.name
+        for node in CLASSES[name].body
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list)
+    }
+    real = {
+        attribute
+        for attribute, value in vars(getattr(_core, name)).items()
+        if not attribute.startswith("_") and inspect.isdatadescriptor(value)
+    }
+    assert real == stubbed
