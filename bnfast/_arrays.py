@@ -66,6 +66,7 @@ class Canonical:
         dense = _native(source)
         if not dense.transpose(memory_order(dense)).flags.c_contiguous:
             dense = dense.copy(order="K")
+        self.shape, self.given = source.shape, tensors
         self._order = memory_order(dense)
         self._out_asked = out
         self.x = dense.transpose(self._order)
@@ -316,7 +317,7 @@ def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> N
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         others = [running_var, *tensors] if name == "running_mean" else tensors
         for other in others:
-            if _both_arrays(value, other) and _share_memory(value, other):
+            if isinstance(value, np.ndarray) and _touches(value, other):
                 raise ValueError(
                     f"{name} overlaps another argument in memory; expected memory of its own, "
                     "since it is updated in place"
@@ -326,12 +327,18 @@ def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> N
 def check_parameters_apart(out: Any, **parameters: Any) -> None:
     """Refuse an `out` that a parameter lies in, where `out` is written by way of a copy."""
     for name, value in parameters.items():
-        if _both_arrays(out, value) and _share_memory(out, value):
+        if out is not None and _touches(out, value):
             refuse_overlap(name)
 
 
-def _both_arrays(a: Any, b: Any) -> bool:
-    return isinstance(a, np.ndarray) and isinstance(b, np.ndarray)
+def _touches(a: Array, other: Any) -> bool:
+    if other is None:
+        return False
+    try:
+        memory = other if isinstance(other, np.ndarray) else array("", other)
+    except TypeError:
+        return False  # where it is read, it is refused by its name
+    return _share_memory(a, memory)
 
 
 def _check_channels(name: str, a: Array, channels: int) -> None:

@@ -826,7 +826,7 @@ cdef class FixedMap:
         self.check_made()
         if not forward_is_common(x, axis, residual, out, &shape):
             seen = canonical_forward(x, axis, residual, out)
-            _arrays.check_channels(np.shape(x), axis, len(self.means))
+            _arrays.check_channels(seen.shape, axis, len(self.means))
             return seen.give(self.apply(seen.x, seen.axis, seen.residual, seen.out))
         if shape.channels != cnp.PyArray_DIM(<cnp.ndarray>self.means, 0):
             raise ValueError(_arrays.wrong_channels(x.shape, axis, len(self.means)))
@@ -848,8 +848,8 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
         seen = canonical_forward(x, axis, residual, out)
         _arrays.check_parameters_apart(out, weight=weight, bias=bias)
         if running_mean is not None or running_var is not None:
-            _arrays.check_running_apart(running_mean, running_var, x, residual, out)
-        _arrays.check_enough_values(np.shape(x), axis)
+            _arrays.check_running_apart(running_mean, running_var, out, *seen.given.values())
+        _arrays.check_enough_values(seen.shape, axis)
         found = forward(seen.x, running_mean, running_var, weight, bias, momentum, eps, seen.axis,
                         ddof, seen.residual, activation, seen.out)
         return seen.give(found[0]), found[1]

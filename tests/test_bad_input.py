@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cases import bits, make_problem, poisoned_like, read_only
+from cases import bits, make_problem, poisoned_like, read_only, with_memory_order
 
 import bnfast
 from bnfast import _arrays
@@ -572,6 +572,21 @@ class TestUncommonPaths:
         )
 
     @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
+    def test_running_statistics_inside_another_s_array(self, x):
+        """Seen through the protocol that it is read by."""
+        store = np.ones(5, np.float32)
+        for name in ("weight", "bias"):
+            training.refuses(
+                ValueError,
+                ("running_mean", "overlaps"),
+                **{"x": x, "running_mean": store[:4], name: memoryview(store[1:])},
+            )
+        x = np.ascontiguousarray(x)
+        training.refuses(
+            ValueError, ("running_mean", "overlaps"), x=memoryview(x), running_mean=x[0, 0, :4]
+        )
+
+    @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
     def test_running_statistics_without_strides(self, x):
         """Every channel would be moved, and all in one place."""
         for name in RUNNING:
@@ -625,8 +640,9 @@ class TestUncommonPaths:
 
     def test_frozen_channels(self):
         frozen = bnfast.BatchNorm(4).freeze()
+        x = with_memory_order(2, 0, 1)(X[:, :3])
         with pytest.raises(ValueError, match=mentions("x", (6, 3, 5), "3 channels", "axis 1", 4)):
-            frozen(X[::-1, :3])
+            frozen(x)
 
 
 @pytest.mark.parametrize("shape", [(0, 2**58), (0, 2**61 - 1), (0, 2**40, 3)], ids=str)

@@ -1,0 +1,203 @@
+"""Arrays of any rank, order and owner: read where they lie, or copied once, and never mistaken.
+
+Peak memory says what was copied: NumPy reports its own arrays to tracemalloc.
+"""
+
+import tracemalloc
+from itertools import permutations
+
+import numpy as np
+import pytest
+from cases import bits, make_problem, poisoned_like, with_gaps, with_memory_order
+
+import bnfast
+
+# 1 MB of float32 at each rank, no two sizes alike but where there are too many.
+SHAPES = {
+    2: (4096, 64),
+    3: (64, 32, 128),
+    4: (16, 8, 64, 32),
+    5: (8, 16, 4, 32, 16),
+    6: (4, 8, 2, 16, 32, 8),
+}
+# Sums of the channels (as many as 4096, in several blocks) and Python's own objects.
+LITTLE = 500_000
+
+
+def peak(function):
+    """Bytes that a call allocates at its worst moment."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def some_orders(rank):
+    """Every order of up to four axes; of more the plain, the reversed and the rotated ones."""
+    if rank <= 4:
+        return list(permutations(range(rank)))
+    rotated = [tuple((i + k) % rank for i in range(rank)) for k in range(rank)]
+    return [*rotated, tuple(reversed(range(rank)))]
+
+
+@pytest.mark.parametrize("rank", SHAPES)
+class TestAnyOrderOfAnyRank:
+    def test_is_read_in_place(self, rank):
+        for order in some_orders(rank):
+            for axis in range(rank):
+                p = make_problem(SHAPES[rank], axis=axis, arrange=with_memory_order(*order))
+                out = np.empty_like(p.x)
+                used = peak(
+                    lambda p=p, out=out: bnfast.scale_shift(
+                        p.x, p.weight, p.bias, axis=p.axis, out=out
+                    )
+                )
+                assert used < LITTLE, (order, axis, used)
+
+    def test_is_summed_in_place(self, rank):
+        for order in some_orders(rank):
+            p = make_problem(SHAPES[rank], axis=1, arrange=with_memory_order(*order))
+            assert peak(lambda p=p: bnfast.moments(p.x)) < LITTLE, order
+
+    def test_gives_what_a_plain_copy_gives(self, rank):
+        """To the bit in inference, where nothing is summed; the order of memory included."""
+        for order in some_orders(rank):
+            for axis in range(-rank, rank):
+                p = make_problem(SHAPES[rank][-rank:], axis=axis, arrange=with_memory_order(*order))
+                got = bnfast.scale_shift(p.x, p.weight, p.bias, axis=axis)
+                want = bnfast.scale_shift(np.ascontiguousarray(p.x), p.weight, p.bias, axis=axis)
+                assert np.array_equal(got, want), (order, axis)
+                assert got.strides == p.x.strides, (order, axis)
+
+    def test_sliced_costs_one_copy(self, rank):
+        p = make_problem(SHAPES[rank], arrange=with_gaps)
+        out = np.empty(p.x.shape, p.x.dtype)
+        used = peak(lambda: bnfast.scale_shift(p.x, p.weight, p.bias, out=out))
+        assert used < p.x.nbytes + LITTLE
+        want = bnfast.scale_shift(np.ascontiguousarray(p.x), p.weight, p.bias)
+        assert bits(out) == bits(want)
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "out"])
+def test_each_sliced_tensor_costs_one_copy_of_its_own(name):
+    p = make_problem(SHAPES[4], residual=True)
+    tensors = {"x": p.x, "residual": p.residual, "out": np.empty_like(p.x)}
+    tensors[name] = with_gaps(tensors[name])
+    used = peak(lambda: bnfast.scale_shift(scale=p.weight, shift=p.bias, **tensors))
+    assert p.x.nbytes <= used < p.x.nbytes + LITTLE
+
+
+def test_tensors_of_one_call_may_lie_in_different_orders():
+    p = make_problem(SHAPES[4], residual=True, activation="relu")
+    want, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, **p.options)
+    want_g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
+    turned = p.replace(residual=np.asfortranarray(p.residual), dy=with_gaps(p.dy))
+    out = with_memory_order(2, 0, 3, 1)(poisoned_like(p.x))
+    got, _ = bnfast.batch_norm_forward(p.x, p.weight, p.bias, out=out, **turned.options)
+    assert got is out
+    assert bits(got) == bits(want)
+    g = bnfast.batch_norm_backward(turned.dy, p.x, stats, p.weight, p.bias, **turned.options)
+    assert [bits(a) for a in g] == [bits(a) for a in want_g]
+
+
+# --- Arrays of others
+
+
+class OnlyDLPack:
+    """As little as the protocol asks for."""
+
+    def __init__(self, a):
+        self.array = a
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class OnlyArray:
+    def __init__(self, a):
+        self.array = a
+
+    def __array__(self, dtype=None, copy=None):
+        assert dtype is None or dtype == self.array.dtype
+        return self.array
+
+
+class OnlyInterface:
+    def __init__(self, a):
+        self.array = a
+        self.__array_interface__ = a.__array_interface__
+
+
+def tensor(a):
+    return pytest.importorskip("torch").from_numpy(a)
+
+
+OWNERS = [OnlyDLPack, OnlyArray, OnlyInterface, memoryview, tensor]
+
+
+@pytest.mark.parametrize("own", OWNERS)
+class TestArraysOfOthers:
+    def test_are_read_in_place(self, own):
+        p = make_problem(SHAPES[4], residual=True)
+        y, dx = np.empty_like(p.x), np.empty_like(p.x)
+        x, dy, residual = own(p.x), own(p.dy), own(p.residual)
+        _, stats = bnfast.batch_norm_forward(p.x)
+        for call in (
+            lambda: bnfast.moments(x),
+            lambda: bnfast.batch_norm_forward(x, residual=residual, out=y),
+            lambda: bnfast.scale_shift(x, p.weight, p.bias, residual=residual, out=y),
+            lambda: bnfast.batch_norm_backward(dy, x, stats, out=dx),
+            lambda: bnfast.BatchNorm(8)(x, residual, out=y),
+        ):
+            assert peak(call) < LITTLE
+
+    def test_give_arrays_of_numpys(self, own):
+        p = make_problem((4, 5, 6), residual=True, activation="relu")
+        x, dy, residual, weight, bias = map(own, (p.x, p.dy, p.residual, p.weight, p.bias))
+        y, stats = bnfast.batch_norm_forward(
+            x, weight, bias, residual=residual, activation=p.activation
+        )
+        g = bnfast.batch_norm_backward(
+            dy, x, stats, weight, bias, residual=residual, activation=p.activation
+        )
+        want, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, **p.options)
+        want_g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
+        for a, b in zip((y, *g), (want, *want_g), strict=True):
+            assert type(a) is np.ndarray
+            assert bits(a) == bits(b)
+
+    def test_in_layers(self, own):
+        p = make_problem((4, 5, 6), residual=True, activation="relu")
+        layer, other = (bnfast.BatchNorm(5, activation="relu") for _ in range(2))
+        got, want = layer(own(p.x), own(p.residual)), other(p.x, p.residual)
+        assert type(got) is np.ndarray
+        assert bits(got) == bits(want)
+        for a, b in zip(layer.backward(own(p.dy)), other.backward(p.dy), strict=True):
+            assert bits(a) == bits(b)
+        assert bits(layer.freeze()(own(p.x))) == bits(other.freeze()(p.x))
+        assert bits(layer.eval()(own(p.x))) == bits(other.eval()(p.x))
+
+    def test_are_not_written_to(self, own):
+        """Outputs and running statistics are arrays of NumPy's: what others make of a write to
+        theirs is not ours to know."""
+        p = make_problem((4, 5, 6))
+        out = own(p.x.copy())
+        with pytest.raises(TypeError, match=r"^out is .*expected a NumPy array"):
+            bnfast.scale_shift(p.x, p.weight, p.bias, out=out)
+        mean, var = p.bias, p.weight**2
+        for running in ((own(mean), var), (mean, own(var))):
+            with pytest.raises(TypeError, match=r"^running_.* is .*expected a NumPy array"):
+                bnfast.batch_norm(p.x, *running, training=True)
+
+
+def test_a_tensor_with_a_gradient_is_named():
+    """It must be detached by hand: nothing here would be recorded."""
+    torch = pytest.importorskip("torch")
+    x = torch.ones(3, 4, requires_grad=True)
+    with pytest.raises(TypeError, match=r"(?s)^x is .*of type Tensor.*grad"):
+        bnfast.moments(x)
