@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+EDITABLE ?= --editable
 ARGS ?=
 BENCH_VENV ?= .venv-bench
 TORCH ?= torch==2.13.0
@@ -20,7 +21,7 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean
+.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -37,6 +38,20 @@ test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	    echo "bnfast: test-neon needs a cross compiler and an emulator (Debian, Ubuntu: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)" >&2; \
 	    exit 1; }
 	$(PY) -m pytest tests/test_kernel_program.py $(ARGS)
+
+sanitize:  ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p .sanitize
+	@BNFAST_SANITIZE=address,undefined $(MAKE) --no-print-directory VENV=.sanitize/venv \
+	    EDITABLE= sanitize-test
+
+# Python itself is not instrumented, so the runtimes come before it; what it never frees is not
+# ours; and a MemoryError must stay one.
+sanitize-test: $(VENV)/.bnfast-test
+	cd $(dir $(VENV)) && \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONMALLOC=malloc \
+	    $(abspath $(PY)) -m pytest -c ../pyproject.toml --rootdir=.. ../tests -m "not slow" $(ARGS)
 
 lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy
 	$(PY) -m ruff check .
@@ -79,7 +94,7 @@ sdist: $(VENV)/.bnfast-dev  ## the sdist alone
 	$(PY) -m build --sdist $(ARGS)
 
 clean:  ## everything made here but the virtual environment
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist .sanitize *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f bnfast/*.so bnfast/_core.c $(INSTALLED)
 	find bnfast tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -119,7 +134,7 @@ $(CREATED):
 	@touch $@
 
 $(INSTALLED): $(COMPILED_FROM) | $(CREATED)
-	$(PY) -m pip install --quiet --editable .
+	$(PY) -m pip install --quiet $(EDITABLE) .
 	@touch $@
 
 # bnfast itself is already installed, so this adds the extra's packages and compiles nothing.

@@ -12,6 +12,17 @@
 
 #include "pages.h"
 
+/* AddressSanitizer is told what of a block nobody may touch, or else it would see pages of ours and
+ * nothing wrong with any of them. */
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+static void hide(char *p, size_t bytes) { ASAN_POISON_MEMORY_REGION(p, bytes); }
+static void reveal(char *p, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(p, bytes); }
+#else
+static void hide(char *p, size_t bytes) { (void)p, (void)bytes; }
+static void reveal(char *p, size_t bytes) { (void)p, (void)bytes; }
+#endif
+
 /* One page in front of the data tells how large the block is, and leaves the data on a page's
  * boundary: never just past where an input begins in its own page, where loads would wait for
  * stores that agree in the address's low 12 bits. */
@@ -53,10 +64,15 @@ static size_t class_size(size_t bytes)
     return (needed + step - 1) / step * step;
 }
 
-static void *data_of(block b)
+/* The data of a block, of which so many bytes are asked for: the rest is out of bounds. */
+static void *data_of(block b, size_t bytes)
 {
+    char *data = b.base + PAGE;
+    reveal(b.base, b.size);
     *(size_t *)b.base = b.size;
-    return b.base + PAGE;
+    hide(b.base + sizeof(size_t), PAGE - sizeof(size_t));
+    hide(data + bytes, b.size - PAGE - bytes);
+    return data;
 }
 
 static block block_of(void *data)
@@ -110,10 +126,16 @@ static block take_size(size_t size)
     return (block){NULL, 0};
 }
 
+static void discard(block b)
+{
+    reveal(b.base, b.size); /* whoever is given these addresses next */
+    munmap(b.base, b.size);
+}
+
 static size_t discard_oldest(void)
 {
     const block oldest = take(0);
-    munmap(oldest.base, oldest.size);
+    discard(oldest);
     return oldest.size;
 }
 
@@ -130,6 +152,7 @@ static void keep(block b)
     shrink_to(pool.bound - b.size);
     if (pool.count == MOST_BLOCKS)
         discard_oldest();
+    hide(b.base, b.size);
     pool.blocks[pool.count++] = b;
     pool.held += b.size;
 }
@@ -157,11 +180,11 @@ void *bnf_pages_acquire(size_t bytes)
     block b = take_size(size);
     unlock();
     if (b.base)
-        return data_of(b);
+        return data_of(b, bytes);
     b = (block){map(size), size};
     if (!b.base && bnf_pages_trim(0) > 0)
         b.base = map(size);
-    return b.base ? data_of(b) : NULL;
+    return b.base ? data_of(b, bytes) : NULL;
 }
 
 void bnf_pages_release(void *data)
@@ -173,20 +196,24 @@ void bnf_pages_release(void *data)
         keep(b);
     unlock();
     if (!kept)
-        munmap(b.base, b.size);
+        discard(b);
 }
 
 void *bnf_pages_resize(void *data, size_t bytes)
 {
-    const size_t size = block_of(data).size, wanted = class_size(bytes);
-    if (wanted == size)
-        return data;
-    void *moved = bnf_pages_acquire(bytes);
+    const block old = block_of(data);
+    const size_t wanted = class_size(bytes);
+    if (wanted == old.size)
+        return data_of(old, bytes);
+    char *moved = bnf_pages_acquire(bytes);
     if (!moved)
         return NULL;
-    memcpy(moved, data, (wanted < size ? wanted : size) - PAGE);
+    const block new = block_of(moved);
+    reveal(old.base, old.size); /* how much of it was asked for is not known any more */
+    reveal(new.base, new.size);
+    memcpy(moved, data, (wanted < old.size ? wanted : old.size) - PAGE);
     bnf_pages_release(data);
-    return moved;
+    return data_of(new, bytes);
 }
 
 void bnf_pages_set_bound(size_t bytes)
