@@ -41,6 +41,9 @@ cdef extern from *:
     const int BNF_OPENMP
     const char *BNF_COMPILER
 
+cdef extern from "omp.h":
+    int omp_get_max_threads() noexcept nogil
+
 cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX
 
@@ -142,6 +145,19 @@ def config():
                    "source": "read from the system" if caches.measured else "assumed"},
         "numpy_abi": NPY_FEATURE_VERSION_STRING.decode(),
     }
+
+
+cdef int openmp_default = omp_get_max_threads()
+
+
+def openmp_limit():
+    """What somebody lowered the OpenMP runtime's number of threads to, as threadpoolctl does;
+    0 if nobody did.  Our teams name their number and would not notice."""
+    cdef int number = omp_get_max_threads()
+    return number if number < openmp_default else 0
+
+
+_threads.openmp_limit = openmp_limit
 
 
 def pool_started():

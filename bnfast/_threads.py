@@ -3,8 +3,9 @@
 The number is, in this order: one in a child forked after threads had started (see `_after_fork`);
 what `num_threads` or `set_num_threads` asked for in this thread; what `set_num_threads` asked for
 in the main thread; `BNFAST_NUM_THREADS`; `OMP_NUM_THREADS`; the cores this process may use by its
-affinity and its cgroup's quota. It is a ceiling: small work runs on fewer, and results are the
-same to the bit for any number.
+affinity and its cgroup's quota; and no more than somebody lowered OpenMP's own number to in this
+thread, as threadpoolctl and `torch.set_num_threads` do. It is a ceiling: small work runs on fewer,
+and results are the same to the bit for any number.
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ def set_num_threads(n: SupportsIndex) -> None:
     -----
     A process forked after its parent had started threads stays on one, whatever is set here: the
     OpenMP runtime's threads do not survive a fork, and waiting for them would never end.
+
+    libgomp ends the process ("Thread creation failed") where the system grants it no more threads,
+    as under a tight ``ulimit -u`` or a container's limit of processes. It starts them at the first
+    large call and no exception can be made of it, so ask for fewer there.
+
+    A call needs 128 KiB of stack at most, in the calling thread and in each of OpenMP's. Where
+    stacks are made smaller than the system's default (`threading.stack_size`, ``OMP_STACKSIZE``),
+    leave them at least 256 KiB.
     """
     global _default, _default_source
     n = _checked(n)
@@ -102,20 +111,25 @@ def num_threads(n: SupportsIndex) -> AbstractContextManager[None]:
 
 def limit() -> int:
     """Return how many threads this call may use: `get_num_threads`, for the extension."""
-    if _one_thread_only:
-        return 1
-    asked = _asked_here.get()
-    return _process_default() if asked is None else asked
+    return describe()[0]
 
 
 def describe() -> tuple[int, str]:
     """Return the number of threads and where it comes from, for people to read."""
     if _one_thread_only:
         return 1, "forked after threads had started"
-    asked = _asked_here.get()
-    if asked is None:
-        return _process_default(), _default_source
-    return asked, "asked for in this thread"
+    number, source = _asked_here.get(), "asked for in this thread"
+    if number is None:
+        number, source = _process_default(), _default_source
+    lowered = openmp_limit()
+    if 0 < lowered < number:
+        return lowered, "limited by way of OpenMP, as by threadpoolctl"
+    return number, source
+
+
+def openmp_limit() -> int:
+    """Return what OpenMP's own number was lowered to; `_core` has its own, which knows."""
+    return 0
 
 
 @contextmanager

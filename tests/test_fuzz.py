@@ -68,7 +68,7 @@ def problems(draw):
     shape = [draw(st.integers(1, longest)) for _ in range(rank)]
     axis = draw(st.integers(-rank, rank - 1))
     if np.prod(shape) == shape[axis]:  # one value a channel
-        shape[axis - 1] += 1
+        shape[(axis - 1) % rank] += 1
     p = make_problem(
         tuple(shape),
         draw(dtypes),

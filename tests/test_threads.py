@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import bnfast
-from bnfast import _config, _threads
+from bnfast import _config, _core, _threads
 
 # Large enough that every driver uses several threads if it may.
 LARGE = (16, 64, 56, 56)
@@ -430,3 +430,155 @@ def test_every_runnable_isa_can_be_pinned():
     for isa in _core.config()["isas_runnable"]:
         done = run_python("import bnfast; bnfast.show_config()", BNFAST_ISA=isa)
         assert f"{isa} (pinned by BNFAST_ISA)" in done.stdout, done.stderr
+
+
+# ---- stacks, interrupts, growth, other interpreters, other pools
+
+
+EVERY_KERNEL = """
+import threading
+import numpy as np, bnfast
+
+def work():
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        for shape in ((64, 4096), (8, 4096, 3, 3), (4, 64, 40, 40), (2, 3, 30000)):
+            x = rng.standard_normal(shape).astype(dtype)
+            y, stats = bnfast.batch_norm_forward(x, activation="relu", residual=x)
+            bnfast.batch_norm_backward(x, x, stats, activation="relu", residual=x)
+            bnfast.batch_norm_backward(x, x, stats)
+            bnfast.scale_shift(x, None, None)
+            bnfast.moments(x)
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("isa", _core.isas())
+def test_the_stack_that_is_said_to_suffice_does(isa):
+    """Half of it, in truth: kernels keep 112 KiB of rounded parameters there."""
+    code = EVERY_KERNEL + (
+        "threading.stack_size(128 * 1024)\n"
+        "thread = threading.Thread(target=work); thread.start(); thread.join()"
+    )
+    done = run_python(code, BNFAST_ISA=isa, BNFAST_NUM_THREADS="2", OMP_STACKSIZE="128k")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no resident memory to read")
+def test_a_hundred_thousand_calls_grow_nothing():
+    code = """
+import os, numpy as np, bnfast
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+x = np.random.default_rng(0).standard_normal((8, 4, 3)).astype(np.float32)
+layer, frozen = bnfast.BatchNorm(4, activation="relu"), bnfast.BatchNorm(4).freeze()
+strided, bad = x[::-1], x[:, :3]
+
+def calls():
+    for _ in range(10_000):
+        layer(x)
+        layer.backward(x)
+        frozen(strided)
+        bnfast.moments(x)
+        try:
+            layer(bad)
+        except ValueError:
+            pass
+
+calls()
+before = resident()
+calls()
+calls()
+assert resident() - before < 1_000_000, resident() - before
+print("done")
+"""
+    assert run_python(code).stdout == "done\n"
+
+
+def test_an_interrupt_is_answered_between_calls():
+    code = """
+import os, signal, threading, numpy as np, bnfast
+x = np.ones((16, 64, 28, 28), np.float32)
+layer = bnfast.BatchNorm(64)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    while True:
+        layer(x)
+except KeyboardInterrupt:
+    # Between calls: the statistics are those of as many batches as were counted.
+    again = bnfast.BatchNorm(64)
+    for _ in range(int(layer.num_batches_tracked)):
+        again(x)
+    # The counter is moved right after the statistics, by one line of Python.
+    last = again.running_var.tobytes() == layer.running_var.tobytes()
+    again(x)
+    print(last or again.running_var.tobytes() == layer.running_var.tobytes())
+"""
+    done = run_python(code)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_two_layers_train_side_by_side():
+    rng = np.random.default_rng(2)
+    batches = [rng.standard_normal(LARGE, dtype=np.float32) for _ in range(3)]
+
+    def train(_):
+        layer = bnfast.BatchNorm2d(64, activation="relu")
+        for x in batches * 2:
+            layer.backward(layer(x))
+        return [a.tobytes() for a in (*layer.state_dict().values(), layer.weight_grad)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(train, range(2), timeout=120)
+    assert first == second == train(0)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="no interpreters with a GIL of their own")
+def test_another_interpreter_is_refused():
+    """NumPy refuses it too: global state is one a process."""
+    code = """
+import _interpreters
+i = _interpreters.create("isolated")
+print(_interpreters.run_string(i, "import bnfast").type.__name__)
+"""
+    done = run_python(code)
+    assert done.stdout == "ImportError\n", done.stdout + done.stderr
+
+
+def test_threadpoolctl_sees_and_limits_the_runtime():
+    pytest.importorskip("threadpoolctl")
+    code = """
+import numpy as np, bnfast, threadpoolctl
+bnfast.set_num_threads(2)
+bnfast.moments(np.ones((16, 64, 56, 56), np.float32))
+pools = [p for p in threadpoolctl.threadpool_info() if p["user_api"] == "openmp"]
+print(len(pools), pools[0]["internal_api"])
+with threadpoolctl.threadpool_limits(1, user_api="openmp"):
+    print(bnfast.get_num_threads())
+    with bnfast.num_threads(2):
+        print(bnfast.get_num_threads(), bnfast._threads.describe()[1])
+print(bnfast.get_num_threads())
+"""
+    done = run_python(code, OMP_NUM_THREADS="2", BNFAST_NUM_THREADS=None)
+    limited = "limited by way of OpenMP, as by threadpoolctl"
+    assert done.stdout == f"1 openmp\n1\n1 {limited}\n2\n", done.stdout + done.stderr
+
+
+def test_openmp_s_own_number_is_no_limit_unless_somebody_lowered_it():
+    code = "import bnfast; bnfast.set_num_threads(7); print(bnfast.get_num_threads())"
+    assert run_python(code, OMP_NUM_THREADS="1").stdout == "7\n"
+
+
+def test_inside_another_s_threads_a_pool_is_not_doubled():
+    """In a pool of as many Python threads as cores each call may be told to use one."""
+
+    def work(i):
+        with bnfast.num_threads(1):
+            x = np.ones(LARGE, np.float32)
+            return bnfast.get_num_threads(), float(bnfast.moments(x).mean[0])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4), timeout=60)) == [(1, 1.0)] * 4
