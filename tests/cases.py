@@ -1,5 +1,6 @@
 """The problems that the tests pose, and the orders their arrays lie in memory."""
 
+import os
 import platform
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ try:
 except ImportError:
     bfloat16 = None
 
+# AddressSanitizer has larger frames and keeps freed memory: what both are cannot be measured there.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 DTYPES = (np.float32, np.float64)
 HALVES = (
     np.float16,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import SANITIZED
 from numpy._core.multiarray import get_handler_name
 
 import bnfast
@@ -181,6 +182,7 @@ def test_many_small_blocks_are_as_bounded_as_few_large_ones():
 
 
 @needs_proc
+@pytest.mark.skipif(SANITIZED, reason="AddressSanitizer's own memory grows too")
 def test_resident_memory_keeps_to_the_bound_and_is_given_back():
     code = """
         def resident():

@@ -325,6 +325,15 @@ def test_nan_and_infinity_stay_in_their_channel():
     assert got.m2[[0, 3]].tolist() == clean.m2[[0, 3]].tolist()
 
 
+@pytest.mark.parametrize("shape", [(9, 3), (9, 3, 5)], ids=["interleaved", "planar"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinity_in_the_first_place_is_the_mean(isa, dtype, shape):
+    """Where the pivot of the sums is taken from: no infinity may be subtracted from itself."""
+    x = make_problem(shape, dtype).x
+    x[0, 1] = np.inf
+    assert bnfast.moments(x).mean[1] == np.inf
+
+
 def test_bound_of_the_oracle_is_small():
     """The oracle's own error hides in SECOND_ORDER: longdouble must be wider."""
     assert np.finfo(np.longdouble).eps / 2 < U * (SECOND_ORDER - 1)
