@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from . import fuse as _fuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -46,6 +47,8 @@ def convert(model: _Model, fuse: bool = False) -> _Model:
     for module in model.modules():
         if type(module) in OURS and _why_not(module) is None:
             module.__class__ = OURS[type(module)]
+    if fuse:
+        _fuse.fuse(model)
     return model
 
 
@@ -63,6 +66,7 @@ def revert(model: _Model) -> _Model:
     """
     theirs = {ours: their for their, ours in OURS.items()}
     for module in model.modules():
+        _fuse.unfuse(module)
         if type(module) in theirs:
             module.__class__ = theirs[type(module)]
     return model
@@ -78,19 +82,27 @@ class Report:
         Names of the layers that run on bnfast.
     left : dict of str to str
         Names of the batch norms that do not, and why.
+    fused : dict of str to str
+        Names of the layers that took over what follows them, and what that is.
+    unfused : dict of str to str
+        Names of layers that could not, and of modules whose forward could not be traced, and why.
     """
 
     converted: tuple[str, ...]
-    left: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str]
+    fused: dict[str, str]
+    unfused: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} batch norms run on bnfast"]
-        lines += [f"{name or 'the model itself'}: left, {why}" for name, why in self.left.items()]
+        lines = [f"{len(self.converted)} batch norms run on bnfast, {len(self.fused)} fused"]
+        lines += [f"{name}: fused with {what}" for name, what in self.fused.items()]
+        lines += [f"{name}: not fused, {why}" for name, why in self.unfused.items()]
+        lines += [f"{name}: left to PyTorch, {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
-    """Say which batch norms of a model run on bnfast, and why others do not.
+    """Say which batch norms of a model run on bnfast, what they are fused with, and why not.
 
     Parameters
     ----------
@@ -99,16 +111,25 @@ def report(model: nn.Module) -> Report:
     Returns
     -------
     Report
+        The model itself goes by the name "(model)". ``print`` shows it a line each.
     """
-    converted, left = [], {}
-    for name, module in model.named_modules():
+    found = Report((), {}, {}, {})
+    converted = []
+    for path, module in model.named_modules():
+        name = path or "(model)"
         if type(module) in OURS.values():
             converted.append(name)
         elif (why := _why_not(module)) is not None:
-            left[name] = why
+            found.left[name] = why
         elif type(module) in OURS:
-            left[name] = "convert has not been called"
-    return Report(tuple(converted), left)
+            found.left[name] = "convert has not been called"
+        if (reason := _fuse.reason_of(module)) is not None:
+            found.unfused[name] = reason
+        for fusion in _fuse.fusions_of(module):
+            inside = f"{path}." if path else ""
+            found.fused.update({inside + layer: what for layer, what in fusion.fused.items()})
+            found.unfused.update({inside + layer: why for layer, why in fusion.kept.items()})
+    return replace(found, converted=tuple(converted))
 
 
 def _why_not(module: nn.Module) -> str | None:
