@@ -21,7 +21,7 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test
+.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test test-torch
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -52,6 +52,9 @@ sanitize-test: $(VENV)/.bnfast-test
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONMALLOC=malloc \
 	    $(abspath $(PY)) -m pytest -c ../pyproject.toml --rootdir=.. ../tests -m "not slow" $(ARGS)
+
+test-torch: $(VENV)/.bnfast-pytorch  ## the PyTorch drop-in; TORCH=, TORCH_INDEX= say which PyTorch and where from
+	$(PY) -m pytest tests/pytorch $(ARGS)
 
 lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy
 	$(PY) -m ruff check .
@@ -85,6 +88,11 @@ $(VENV)/.bnfast-peers: $(INSTALLED)
 	-$(PY) -m pip install --quiet $(ONEDNN)
 	-$(PY) -m pip install --quiet $(ONNX)
 	-$(if $(TORCH),$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
+	@touch $@
+
+$(VENV)/.bnfast-pytorch: pyproject.toml $(INSTALLED)
+	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PY) -m pip install --quiet "bnfast[test-torch]"
 	@touch $@
 
 dist: $(VENV)/.bnfast-dev  ## sdist and wheel into dist/

@@ -154,7 +154,8 @@ def _any_backward(
     args = (dy, x, mean, inv_std, weight, bias, y, through)
     if torch.compiler.is_compiling() or kernels.is_recorded():
         return _operator_backward(*args, activation, needs)
-    if kernels.is_transformed() or not (kernels.is_plain(dy) and kernels.is_plain(x)):
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched
+    if batched or kernels.is_transformed() or not (kernels.is_plain(dy) and kernels.is_plain(x)):
         return _wanted(formula(*args, activation), needs)
     if torch.is_grad_enabled():  # create_graph: the operator has gradients of its own
         return _operator_backward(*args, activation, needs)
@@ -245,6 +246,7 @@ def save_fixed(
 # ---- What layers call
 
 
+@torch.compiler.disable  # what it compiles, it sees as operators
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -286,6 +288,7 @@ def batch_norm(
     return kernels.forward(*args)[0]
 
 
+@torch.compiler.disable  # what it compiles, it sees as operators
 def normalize(
     x: Tensor,
     mean: Tensor,

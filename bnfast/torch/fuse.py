@@ -78,6 +78,9 @@ def fuse(module: nn.Module) -> None:
             base: Any = type(module)
             module.__class__ = _fused_class(base)
             module.__dict__[_TRACES] = fusions
+        else:
+            for path, why in {k: w for fusion in fusions for k, w in fusion.kept.items()}.items():
+                module.get_submodule(path).__dict__[_REASON] = why
     for inner in opaque:
         fuse(inner)
 
@@ -219,6 +222,7 @@ class _Rewriter:
         self.root, self.graph = root, graph
         self.fused: dict[str, str] = {}
         self.kept: dict[str, str] = {}
+        self.norm = ""  # the layer that is being looked at
         self.relied_on: list[str] = []  # modules whose calls are merged into another
 
     def rewrite(self) -> None:
@@ -237,6 +241,7 @@ class _Rewriter:
 
     def merge(self, norm: fx.Node) -> None:
         """Merge what follows a batch norm into its call, or note why not."""
+        self.norm = str(norm.target)
         merged, residual, activation = [norm], None, None
         add = self.follower(norm, self.is_add)
         if add is not None and (residual := self.other_term(add, norm)) is not None:
@@ -255,18 +260,17 @@ class _Rewriter:
         if not found:
             return None
         if len(users) > 1:
-            self.keep(node, "its result is used elsewhere, too")
+            self.keep("its result is used elsewhere, too")
         elif has_hooks(self.module(node) or _NO_MODULE) or has_hooks(
             self.module(found[0]) or _NO_MODULE
         ):
-            self.keep(node, "there are hooks on it or on what follows")
+            self.keep("there are hooks on it or on what follows")
         else:
             return found[0]
         return None
 
-    def keep(self, node: fx.Node, why: str) -> None:
-        name = str(node.target) if node.op == "call_module" else node.name
-        self.kept[name] = why
+    def keep(self, why: str) -> None:
+        self.kept[self.norm] = why
 
     def is_add(self, node: fx.Node) -> bool:
         return node.op in ("call_function", "call_method") and node.target in _ADDS
@@ -279,9 +283,9 @@ class _Rewriter:
             name == "alpha" and value == 1 for name, value in add.kwargs.items()
         )
         if len(others) != 1 or not is_plain:
-            self.keep(norm, "what is added to it is not one tensor, once")
+            self.keep("what is added to it is not one tensor, once")
         elif add.target in _ADDS_IN_PLACE and add.args[0] is not norm and len(others[0].users) > 1:
-            self.keep(norm, "it is added to a tensor in place that is used elsewhere")
+            self.keep("it is added to a tensor in place that is used elsewhere")
         else:
             return others[0]
         return None
@@ -314,7 +318,7 @@ class _Rewriter:
                 between.append(node)
             node = node.next
         if any(self.may_write(node) for node in between):
-            self.keep(norm, "something may be changed in place before what follows it")
+            self.keep("something may be changed in place before what follows it")
             return False
         return True
 

@@ -97,19 +97,27 @@ def _axis(order: Order) -> int:
 
 
 def _tensor(array: Array, x: Tensor, order: Order) -> Tensor:
-    """Return a result as a tensor with the strides of `torch.empty_like(x)`."""
-    if x.dtype is torch.bfloat16:
-        y = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    else:
-        y = torch.from_numpy(array)
+    """Return a result as a tensor with the strides of `torch.empty_like(x)`, and no view.
+
+    Autograd does not let anybody change a view in place that a function returned.
+    """
     if order is not None:
-        y = y.permute(0, -1, *range(1, x.dim() - 1))
-    if y.stride() == x.stride():
-        return y
-    wanted = torch.empty_like(x, device="meta").stride()
-    if all(n < 2 or a == b for n, a, b in zip(x.shape, y.stride(), wanted, strict=True)):
-        return y.as_strided(y.shape, wanted)  # they differ where there is nothing to step over
-    return torch.empty_like(x).copy_(y)
+        array = array.transpose(0, -1, *range(1, x.dim() - 1))
+    y = torch.from_numpy(array.view(np.int16) if x.dtype is torch.bfloat16 else array)
+    wanted = y.stride()
+    if wanted != x.stride():
+        wanted = torch.empty_like(x, device="meta").stride()
+        if not _same_order(x.shape, y.stride(), wanted):
+            return torch.empty_like(x).copy_(y)
+    if wanted != y.stride() or y.dtype is not x.dtype:
+        with torch.no_grad():
+            return x.new_empty(0).set_(y.untyped_storage(), 0, x.shape, wanted)
+    return y
+
+
+def _same_order(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether strides lead to the same places; where there is one value they lead nowhere."""
+    return all(n < 2 or p == q for n, p, q in zip(shape, a, b, strict=True))
 
 
 def _on_torch_threads(call: Callable[..., Any], *args: Any) -> Any:

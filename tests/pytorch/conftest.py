@@ -1,0 +1,28 @@
+"""Tests of `bnfast.torch`: left out where PyTorch is not installed.
+
+The folder is not called `torch`, or `import torch` would find it where PyTorch is missing.
+"""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob = ["*.py"]
+
+
+@pytest.fixture
+def ran(dispatches):
+    """What kernels ran since the last call: {(direction, dtype, layout, variant): times}."""
+
+    def since_last():
+        return {(d, t, y, v): times for (d, t, y, _, v), times in dispatches().items()}
+
+    return since_last
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    import torch
+
+    torch.manual_seed(1502_03167)
