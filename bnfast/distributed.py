@@ -146,13 +146,12 @@ def no_sums(channels: int) -> Vector:
     return sums
 
 
-def summed(ranks: Ranks, mine: Gradients) -> tuple[Vector, Vector]:
+def summed(ranks: Ranks, mine: tuple[Any, Any]) -> tuple[Vector, Vector]:
     """Return the gradients of weight and bias added up in the order of ranks.
 
     One round: the forward before it has made sure of the channels.
     """
-    sums: list[Any] = [[0.0], mine.weight, mine.bias]
-    rows = ranks.gather(np.concatenate(sums))
+    rows = ranks.gather(np.concatenate([[0.0], *mine]))
     _refuse_together(rows[:, 0] == _REFUSED)
     total = rows[0]
     with np.errstate(invalid="ignore", over="ignore"):  # an infinite channel stays its own
@@ -399,7 +398,7 @@ class SyncBatchNorm(BatchNorm):
                 needs=("weight", "bias"),
                 **given,
             )
-        sums = summed(ranks, mine)
+        sums = summed(ranks, (mine.weight, mine.bias))
         wanted = [name for name in needs if name not in ("weight", "bias")]
         through = batch_norm_backward(
             dy,

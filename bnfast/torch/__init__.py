@@ -11,14 +11,17 @@ from .modules import (
     checkpoint_contexts,
     paused_statistics,
 )
+from .sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "Report",
+    "SyncBatchNorm",
     "checkpoint_contexts",
     "convert",
+    "convert_sync_batchnorm",
     "paused_statistics",
     "report",
     "revert",
