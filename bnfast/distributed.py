@@ -472,6 +472,9 @@ def dask_moments(x: Any, axis: int = 1) -> Any:
         dtype=_RECORD,
         meta=np.empty((0,), _RECORD),
     )
+    # What reads a block and what sums it become one task here; older Dasks leave the graph below
+    # a delayed call as it is.
+    (records,) = dask.optimize(records)
     return dask.delayed(_from_records)(records)
 
 
