@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
 ONNX ?= onnx onnxruntime
+MPI4PY ?= mpi4py>=4
 
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
@@ -21,10 +22,10 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test test-torch
+.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test test-torch test-distributed
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo 'Arguments are passed on: make test ARGS="-k fold -x", make demo ARGS="--quick"'
 
 demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
@@ -55,6 +56,9 @@ sanitize-test: $(VENV)/.bnfast-test
 
 test-torch: $(VENV)/.bnfast-pytorch  ## the PyTorch drop-in; TORCH=, TORCH_INDEX= say which PyTorch and where from
 	$(PY) -m pytest tests/pytorch $(ARGS)
+
+test-distributed: $(VENV)/.bnfast-test $(VENV)/.bnfast-engines  ## over torch.distributed, MPI and Dask, on real processes
+	$(PY) -m pytest tests/distributed $(ARGS)
 
 lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy
 	$(PY) -m ruff check .
@@ -93,6 +97,13 @@ $(VENV)/.bnfast-peers: $(INSTALLED)
 $(VENV)/.bnfast-pytorch: pyproject.toml $(INSTALLED)
 	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PY) -m pip install --quiet "bnfast[test-torch]"
+	@touch $@
+
+# What work is spread over processes with. Tests of one that cannot be installed are skipped, and
+# say so; MPI itself comes from the system (Debian, Ubuntu: apt install openmpi-bin libopenmpi-dev).
+$(VENV)/.bnfast-engines: $(VENV)/.bnfast-distributed
+	-$(if $(MPI4PY),$(PY) -m pip install --quiet "$(MPI4PY)")
+	-$(if $(TORCH),$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
 	@touch $@
 
 dist: $(VENV)/.bnfast-dev  ## sdist and wheel into dist/

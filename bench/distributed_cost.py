@@ -261,9 +261,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the points there")
     args = parser.parse_args()
 
-    print(
-        f"{len(os.sched_getaffinity(0))} cores; medians of {args.repeats} calls, of the slowest rank"
-    )
+    cores = len(os.sched_getaffinity(0))
+    print(f"{cores} cores; medians of {args.repeats} calls, of the slowest rank")
     measured = {}
     for transport in args.transports:
         if reason := missing(transport):
