@@ -1,0 +1,56 @@
+"""The code in docs/guide/distributed.md runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "distributed.md"
+MODEL = (
+    "import torch\nmodel = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))\n"
+)
+STEP = "\nmodel(torch.randn(4, 3)).sum().backward()\n"
+# Without it PyTorch itself aborts now and then at exit.
+END = "\ntorch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"
+
+
+def example(mark):
+    """The guide's one example that contains a text."""
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = [block for block in blocks if mark in block]
+    return found
+
+
+def run(tmp_path, code, *launcher):
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    command = [sys.executable, *launcher, program]
+    done = subprocess.run(
+        command, check=False, timeout=120, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "mark", "after"),
+    [
+        ("", "all_reduce(bnfast.moments(x))", "\nassert everyone.count == 200\n"),
+        (MODEL, "convert_sync_batchnorm(model)", STEP),
+    ],
+    ids=["arrays", "model"],
+)
+def test_ranks(tmp_path, before, mark, after):
+    pytest.importorskip("torch")
+    code = before + example(mark) + after + "import torch" + END
+    run(tmp_path, code, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def test_dask(tmp_path):
+    pytest.importorskip("zarr")
+    da = pytest.importorskip("dask.array")
+    x = da.random.default_rng(0).normal(5, 2, (1000, 3), chunks=(100, 3)).astype("float32")
+    x.to_zarr(str(tmp_path / "features.zarr"))
+    after = "\nassert da.from_zarr('normalized.zarr').shape == (1000, 3)\nassert m.count == 1000\n"
+    run(tmp_path, example("dask_moments(x, axis=1)") + after)
