@@ -12,8 +12,8 @@ MODEL = (
     "import torch\nmodel = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))\n"
 )
 STEP = "\nmodel(torch.randn(4, 3)).sum().backward()\n"
-# Without it PyTorch itself aborts now and then at exit.
-END = "\ntorch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n"
+# PyTorch aborts now and then where its threads are taken down; that is not what is tested.
+END = "\nimport os, torch\ntorch.distributed.barrier()\nos._exit(0)\n"
 
 
 def example(mark):
@@ -43,7 +43,7 @@ def run(tmp_path, code, *launcher):
 )
 def test_ranks(tmp_path, before, mark, after):
     pytest.importorskip("torch")
-    code = before + example(mark) + after + "import torch" + END
+    code = before + example(mark) + after + END
     run(tmp_path, code, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
