@@ -1,0 +1,109 @@
+"""Small ONNX models for the tests, run by ONNX Runtime and by ONNX's own evaluator."""
+
+import re
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+NUMBERS = "s, o, m, v"  # scale, B, mean and var of the batch norm most tests need
+
+
+def build(body, opset=17, ir=8, **weights):
+    """Parse a graph in ONNX's text form, BN for BatchNormalization, and give it initializers."""
+    body = re.sub(r"\bBN\b", "BatchNormalization", body)
+    model = onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}]> g {body}')
+    for name, values in weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(values), name))
+    return model
+
+
+def numbers(rng, channels, names=NUMBERS, dtype=np.float32):
+    """Return scale, B, mean and var of a trained batch norm under the given names."""
+    values = (*rng.normal(size=(3, channels)), rng.uniform(0.1, 4, channels))
+    return {n: a.astype(dtype) for n, a in zip(names.split(", "), values, strict=True)}
+
+
+def normal(rng, *shape, dtype=np.float32):
+    return rng.normal(size=shape).astype(dtype)
+
+
+def batch_norms(model):
+    return [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+
+
+def constants(model):
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def run_runtime(model, feeds):
+    """Run a model as it is, without the runtime's own folding."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, feeds)
+
+
+def run_reference(model, feeds):
+    return ReferenceEvaluator(model).run(None, feeds)
+
+
+def magnitudes(model, feeds, run):
+    """Return what the model's outputs are where every product and sum has one sign.
+
+    Weights, biases and inputs are made positive and means negative; variances stay. Every term of
+    the true outputs is at most the term in its place here.
+    """
+    positive = onnx.ModelProto()
+    positive.CopyFrom(model)
+    means = {node.input[3] for node in batch_norms(model)}
+    variances = {node.input[4] for node in batch_norms(model)}
+    for tensor in positive.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if tensor.name in means:
+            values = -np.abs(values)
+        elif tensor.name not in variances:
+            values = np.abs(values)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for node in positive.graph.node:
+        for a in node.attribute:
+            if a.name in ("alpha", "beta"):
+                a.f = abs(a.f)
+            if a.name == "value":
+                a.t.CopyFrom(numpy_helper.from_array(np.abs(numpy_helper.to_array(a.t))))
+            a.floats[:] = [abs(number) for number in a.floats]
+    # Opset 14 and later: the reference evaluator takes older batch norms for training ones.
+    positive.opset_import[0].version = max(positive.opset_import[0].version, 15)
+    return run(positive, {name: np.abs(x) for name, x in feeds.items()})
+
+
+def assert_equivalent(folded, model, feeds, terms, run=run_runtime):
+    """The outputs of two models that are equal in exact arithmetic.
+
+    `terms` is the sum, over the layers on a path through the model, of the products in one of
+    their outputs. A layer of K products and a bias errs by at most gamma(K + 1) times the sum of
+    its terms' sizes (Higham, section 4.2); a batch norm rounds six times, and weights folded
+    twice are rounded twice. In both models a later layer makes of an error at most what it makes
+    of a term of that size, so first-order errors are at most u (terms + 16 layers) of
+    `magnitudes`, for each model; no model here has more than eight layers.
+    """
+    outputs = zip(run(folded, feeds), run(model, feeds), magnitudes(model, feeds, run), strict=True)
+    for got, want, magnitude in outputs:
+        assert got.dtype == want.dtype
+        assert got.shape == want.shape
+        u = float(np.finfo(want.dtype).eps) / 2
+        bound = 2 * u * (terms + 16 * 8) * magnitude.astype(np.float64)
+        error = np.abs(got.astype(np.float64) - want.astype(np.float64))
+        assert np.all(error <= bound), f"{error.max():.3g} beyond {bound[error > bound].min():.3g}"
+
+
+def assert_valid(model):
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
