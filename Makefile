@@ -12,6 +12,7 @@ TORCH_INDEX ?=
 ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
 ONNX ?= onnx onnxruntime
 MPI4PY ?= mpi4py>=4
+FORMATS ?= safetensors keras h5py jax flax
 
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
@@ -22,7 +23,7 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test test-torch test-distributed
+.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test test-torch test-distributed test-onnx
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -59,6 +60,15 @@ test-torch: $(VENV)/.bnfast-pytorch  ## the PyTorch drop-in; TORCH=, TORCH_INDEX
 
 test-distributed: $(VENV)/.bnfast-test $(VENV)/.bnfast-engines  ## over torch.distributed, MPI and Dask, on real processes
 	$(PY) -m pytest tests/distributed $(ARGS)
+
+test-onnx: $(VENV)/.bnfast-test $(VENV)/.bnfast-formats  ## ONNX models; Keras, Flax and safetensors files
+	$(PY) -m pytest tests/formats $(ARGS)
+
+# What cannot be installed is skipped in the tests, with a reason.
+$(VENV)/.bnfast-formats: $(INSTALLED)
+	-$(if $(ONNX),$(PY) -m pip install --quiet $(ONNX))
+	-$(if $(FORMATS),$(PY) -m pip install --quiet $(FORMATS))
+	@touch $@
 
 lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy
 	$(PY) -m ruff check .

@@ -1,6 +1,8 @@
 """Batch norms folded into the neighbours they have in an ONNX graph, and those that must not be."""
 
-import warnings
+import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -262,6 +264,15 @@ def test_constant_nodes_identities_and_transposes():
     assert [node.op_type for node in folded.graph.node] == ["Gemm"]
 
 
+def test_weights_are_transposed_as_the_graph_says():
+    body = """(float[N,3,5] x) => (float[N,2,4] y) {
+        w = Transpose<perm=[1,2,0]>(w0) c = Conv(x, w) y = BN(c, s, o, m, v)
+    }"""
+    model = om.build(body, w0=om.normal(RNG, 2, 2, 3), **om.numbers(RNG, 2))
+    folded = assert_folds(model, {"x": om.normal(RNG, 2, 3, 5)}, 6)
+    assert [node.op_type for node in folded.graph.node] == ["Conv"]
+
+
 def test_constants_used_in_subgraphs_stay():
     body = """(float[N,3] x, bool k) => (float[N,3] y, float[3] z) {
         c = MatMul(x, w) y = BN(c, s, o, m, v)
@@ -387,10 +398,10 @@ def test_a_matmul_over_more_axes_is_left():
     assert_left(model, "MatMul 'c' gives an unknown number of axes")
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (2, 3)])
+@pytest.mark.parametrize("shape", [(3, 1), (3, 3)])
 def test_an_addition_to_each_pixel_is_left(shape):
     body = (
-        "(float[2,3] x) => (float[2,3] y) { c = MatMul(x, w) a = Add(c, b) y = BN(a, s, o, m, v) }"
+        "(float[3,3] x) => (float[3,3] y) { c = MatMul(x, w) a = Add(c, b) y = BN(a, s, o, m, v) }"
     )
     model = om.build(body, w=om.normal(RNG, 3, 3), b=om.normal(RNG, *shape), **om.numbers(RNG, 3))
     assert_left(model, "is added, not one value a channel")
@@ -503,6 +514,20 @@ def test_types(dtype):
         )
 
 
+def test_statistics_keep_their_own_type():
+    """float32 parameters beside float64 statistics: the mean is not rounded on the way."""
+    body = "(double[N,3] x) => (double[N,3] y) { c = MatMul(x, w) y = BN(c, s, o, m, v) }"
+    weights = om.numbers(RNG, 3) | om.numbers(RNG, 3, "s0, o0, m, v", np.float64)
+    weights = {k: weights[k] for k in "somv"} | {"w": np.eye(3)}
+    model = om.build(body, **weights)
+    got = om.constants(fold(model))
+    scale = weights["s"] / np.sqrt(weights["v"] + float(np.float32(1e-5)))
+    # A few roundings of float64, where a mean rounded to float32 would be off by 1e-8.
+    np.testing.assert_allclose(got["w"], np.diag(scale), rtol=1e-15)
+    (bias,) = set(got) - {"w"}
+    np.testing.assert_allclose(got[bias], weights["o"] - weights["m"] * scale, rtol=0, atol=1e-14)
+
+
 # ---- random graphs
 
 
@@ -539,7 +564,7 @@ def random_network(rng):
 @pytest.mark.parametrize("seed", range(60))
 def test_random_graphs(seed):
     rng = np.random.default_rng(seed)
-    model = random_network(rng)
+    model = onnx.shape_inference.infer_shapes(random_network(rng))
     left = len(om.batch_norms(fold(model)))
     assert_folds(model, {"x": om.normal(rng, 2, 4, 6, 6)}, 8 * 36, left=left)
 
@@ -585,7 +610,7 @@ def test_the_report_names_each_one_once(capsys):
     )
 
 
-def test_what_keras_and_older_exporters_write():
+def test_numbers_in_lists():
     """An initializer is read whether its numbers are raw bytes or a list."""
     model = linear()
     for tensor in model.graph.initializer:
@@ -593,5 +618,60 @@ def test_what_keras_and_older_exporters_write():
         tensor.CopyFrom(
             helper.make_tensor(tensor.name, TensorProto.FLOAT, values.shape, values.reshape(-1))
         )
-    with warnings.catch_warnings():
-        assert_folds(model, {"x": om.normal(RNG, 2, 3)}, 3)
+    assert_folds(model, {"x": om.normal(RNG, 2, 3)}, 3)
+
+
+# ---- what an exporter writes
+
+EXPORT = """
+import sys, warnings
+import numpy as np, torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, into, out, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, groups=2), nn.BatchNorm2d(out)
+        self.short = nn.Sequential(nn.Conv2d(into, out, 1, stride), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + self.short(x))
+
+torch.manual_seed(0)
+net = nn.Sequential(
+    Block(3, 8, 1), Block(8, 8, 2), nn.ConvTranspose2d(8, 6, 2, 2), nn.BatchNorm2d(6),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 5), nn.BatchNorm1d(5),
+    nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4),
+)
+x = torch.randn(4, 3, 8, 8)
+for _ in range(3):
+    net(x)
+net.eval()
+warnings.simplefilter("ignore")
+keep = torch.onnx.TrainingMode.PRESERVE  # or the exporter folds
+options = {"dynamo": False, "training": keep, "do_constant_folding": False}
+torch.onnx.export(net, (x,), sys.argv[1], **options)
+np.savez(sys.argv[2], x=x.numpy(), y=net(x).detach().numpy())
+"""
+
+
+def test_a_network_from_pytorch(tmp_path):
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("needs torch")
+    files = [tmp_path / "model.onnx", tmp_path / "expected.npz"]
+    subprocess.run([sys.executable, "-c", EXPORT, *files], check=True, timeout=300)
+    model = onnx.load(files[0])
+    assert len(om.batch_norms(model)) == 10
+    folded = fold(model)
+    om.assert_valid(folded)
+    kinds = {node.op_type for node in folded.graph.node}
+    assert not kinds & {"BatchNormalization", "Identity", "Transpose", "MatMul"}
+    with np.load(files[1]) as expected:
+        (name,) = (value.name for value in model.graph.input)
+        # Longest path: 27 + 36 + 72 + 36 products in the blocks, 8, 16 in the mean, 6 and 5.
+        om.assert_equivalent(folded, model, {name: expected["x"]}, 206)
+        got = om.run_runtime(folded, {name: expected["x"]})[0]
+        size = om.magnitudes(model, {name: expected["x"]}, om.run_runtime)[0]
+        assert np.all(np.abs(got - expected["y"]) <= 2 * 2.0**-24 * (206 + 16 * 11) * size)

@@ -1,8 +1,11 @@
 """The batch norms of a model as layers, and the operator itself, against ONNX's own tests."""
 
+import re
 import subprocess
 import sys
+import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx_models as om  # noqa: E402
-from onnx import numpy_helper  # noqa: E402
+from onnx import helper, numpy_helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
@@ -20,6 +23,35 @@ from bnfast import BatchNorm, conventions  # noqa: E402
 from bnfast.onnx import batch_normalization, read  # noqa: E402
 
 RNG = np.random.default_rng(20150303)
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "onnx.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="not run from a source tree")
+def test_the_guide(tmp_path, monkeypatch, capsys):
+    """The code of docs/guide/onnx.md, in its order, on a model of IR version 3."""
+    monkeypatch.chdir(tmp_path)
+    body = "(float[N,3] x) => (float[N,3] y) { c = MatMul(x, w) y = BN(c, s, o, m, v) }"
+    model = om.build(body, 15, 3, w=om.normal(RNG, 3, 3), **om.numbers(RNG, 3))
+    for tensor in model.graph.initializer:
+        value = helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        model.graph.input.append(value)
+    onnx.save(model, "model.onnx")
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", PAGE.read_text(), re.M | re.S)
+    variables = {}
+    for _, block in blocks[:2]:
+        exec(textwrap.dedent(block), variables)
+    assert "y: left: its scale, 's', is a graph input" in capsys.readouterr().out
+    for _, block in (blocks[0], *blocks[2:]):
+        block = block.replace('onnx.load("model.onnx")', "model")
+        exec(textwrap.dedent(block), variables)
+    assert capsys.readouterr().out == "y: folded into MatMul 'c' before it\n"
+    assert set(variables["layers"]) == {"y"}
+    x = om.normal(RNG, 2, 3)
+    (got,), (want,) = variables["evaluator"].run(None, {"x": x}), om.run_runtime(model, {"x": x})
+    (size,) = om.magnitudes(model, {"x": x}, om.run_runtime)
+    assert np.all(np.abs(got - want) <= 2 * 2.0**-24 * (3 + 16 * 2) * size)
 
 
 # ---- read
@@ -166,8 +198,6 @@ def converted_tests():
 @pytest.mark.parametrize("name", sorted(converted_tests()))
 def test_backend_pytorch_converted(name):
     """Models that PyTorch wrote, of IR 3 and opset 6 or so, with inputs and outputs."""
-    from pathlib import Path
-
     case = converted_tests()[name]
     folder = Path(case.model_dir)
     model = onnx.load(folder / "model.onnx")
