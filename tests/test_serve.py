@@ -1,0 +1,271 @@
+"""The example service: answers, refusals, and that nothing hangs, whoever is killed."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SERVE = Path(__file__).parent.parent / "examples" / "serve.py"
+HOST, TIMEOUT = "127.0.0.1", 30
+
+for needed in ("sklearn", "tqdm"):
+    pytest.importorskip(needed, reason=f"the service needs {needed}: pip install 'bnfast[demo]'")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+@contextmanager
+def service(*command):
+    """Start one, give its process and port, and see it end when it is asked to."""
+    command = command or (SERVE, "--port", "0", "--steps", "60", "--workers", "2")
+    started = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # trains sooner on a busy machine
+    )
+    with started:
+        try:
+            line = started.stdout.readline()
+            assert line.startswith("listening on"), started.stderr.read()
+            yield started, int(line.rpartition(":")[2])
+        finally:
+            if started.poll() is None:
+                started.terminate()
+                try:
+                    started.wait(TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    started.kill()
+                    raise
+
+
+def ask(port, method, path, body=None, **headers):
+    with closing(http.client.HTTPConnection(HOST, port, timeout=TIMEOUT)) as connection:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def answer(port, network, images):
+    status, content = ask(port, "POST", f"/{network}", json.dumps({"images": images.tolist()}))
+    assert status == 200, content
+    return np.array(content["logits"], np.float32)
+
+
+@pytest.fixture(scope="module")
+def port():
+    with service() as (process, port):
+        yield port
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(7).random((40, 64), np.float32)
+
+
+@pytest.mark.parametrize("network", ["frozen", "folded"])
+def test_an_answer_does_not_depend_on_its_batch(port, images, network):
+    whole = answer(port, network, images)
+    assert whole.shape == (40, 10)
+    for part in (images[:1], images[3:20], images[::-1], np.repeat(images[5:6], 33, axis=0)):
+        rows = [np.flatnonzero((images == image).all(axis=1))[0] for image in part]
+        np.testing.assert_array_equal(answer(port, network, part), whole[rows])
+
+
+def test_the_networks_agree(port, images):
+    """Folding rounds other weights: by far less than what tells two images apart."""
+    frozen, folded = (answer(port, network, images) for network in ("frozen", "folded"))
+    assert not np.array_equal(frozen, folded)
+    assert np.abs(frozen - folded).max() < 1e-3 * np.ptp(frozen, axis=0).min()
+
+
+def test_the_root_lists_the_networks(port):
+    status, content = ask(port, "GET", "/")
+    assert status == 200
+    assert content["networks"] == ["folded", "frozen"]
+
+
+def image_of(value):
+    return json.dumps({"images": [[value] * 64]})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "reason"),
+    [
+        ("GET", "/none", None, 404, "no /none"),
+        ("POST", "/none", "{}", 404, "no /none"),
+        ("GET", "/frozen", None, 405, "expected POST"),
+        ("POST", "/frozen", "not json", 400, "not JSON"),
+        ("POST", "/frozen", b"\xff\xfe", 400, "not JSON"),
+        ("POST", "/frozen", "[" * 100_000, 400, "not JSON"),
+        ("POST", "/frozen", "[]", 400, "expected an object"),
+        ("POST", "/frozen", '{"images": []}', 400, "an image or more"),
+        ("POST", "/frozen", '{"images": 3}', 400, "expected an object"),
+        ("POST", "/frozen", '{"images": [[1, 2], [1]]}', 400, "rows of the same length"),
+        ("POST", "/frozen", '{"images": [[1, 2]]}', 400, "expected n rows of 64 numbers"),
+        ("POST", "/frozen", image_of("0"), 400, "expected n rows of 64 numbers"),
+        ("POST", "/frozen", image_of(None), 400, "expected n rows of 64 numbers"),
+        ("POST", "/frozen", image_of(True), 400, "expected n rows of 64 numbers"),
+        ("POST", "/frozen", image_of(10**400), 400, "expected n rows of 64 numbers"),
+        ("POST", "/frozen", image_of(float("nan")), 400, "outside of 0 to 1"),
+        ("POST", "/frozen", image_of(1e300), 400, "outside of 0 to 1"),
+        ("POST", "/frozen", image_of(-0.5), 400, "outside of 0 to 1"),
+        ("POST", "/frozen", json.dumps({"images": [[0] * 64] * 257}), 413, "at most 256"),
+        ("POST", "/frozen", b" " * (1 << 20) + b"1", 413, "at most 1048576"),
+    ],
+)
+def test_bad_requests_are_refused(port, method, path, body, status, reason):
+    got, content = ask(port, method, path, body)
+    assert got == status
+    assert reason in content["error"]
+
+
+def raw(port, sent):
+    """Send bytes, close our side, and return what comes back."""
+    with socket.create_connection((HOST, port), timeout=TIMEOUT) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as file:
+            return file.read()
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("", b"411"),
+        ("Content-Length: -1\r\n", b"400"),
+        ("Content-Length: many\r\n", b"400"),
+        ("Content-Length: 99999999999999999999\r\n", b"413"),
+        ("Content-Length: 100\r\n", b"400"),  # and then the client is gone
+    ],
+)
+def test_lengths_that_are_wrong(port, header, status):
+    got = raw(port, f"POST /frozen HTTP/1.0\r\n{header}\r\n{{".encode())
+    assert got.split()[1] == status
+
+
+def workers_of(port, number, without=()):
+    """The processes that answer, once there are `number` of them."""
+    seen, deadline = set(), time.monotonic() + TIMEOUT
+    while len(seen - set(without)) < number:
+        assert time.monotonic() < deadline, f"only {seen} answered"
+        seen.add(ask(port, "GET", "/")[1]["worker"])
+    return seen
+
+
+def has_ended(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    # A zombie has ended too, where nobody reaps orphans.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def assert_end(pids):
+    deadline = time.monotonic() + TIMEOUT
+    while not all(has_ended(pid) for pid in pids):
+        assert time.monotonic() < deadline, f"of {pids} some still run"
+        time.sleep(0.05)
+
+
+def test_a_killed_worker_is_replaced():
+    with service() as (process, port):
+        workers, victims = workers_of(port, 2), []
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
+            victims.append(min(workers))
+            os.kill(victims[-1], number)
+            workers = workers_of(port, 2, without=victims) - set(victims)
+            assert len(workers) == 2
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+        said = process.stderr.read()
+        assert all(f"worker {pid} is gone; starting another" in said for pid in victims)
+        assert_end([*victims, *workers])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_when_asked_to(number):
+    with service() as (process, port):
+        workers = workers_of(port, 2)
+        process.send_signal(number)
+        assert process.wait(TIMEOUT) == 0
+        assert process.stderr.read() == ""
+        assert_end(workers)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((HOST, port), timeout=TIMEOUT)
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent():
+    with service() as (process, port):
+        workers = workers_of(port, 2)
+        process.kill()
+        process.wait(TIMEOUT)
+        assert_end(workers)
+
+
+@pytest.mark.slow
+def test_silent_clients_keep_nobody_waiting():
+    """Neither other clients nor, for longer than their time to send, the end."""
+    with service() as (process, port):
+        silent = [socket.create_connection((HOST, port), timeout=TIMEOUT) for _ in range(20)]
+        for connection in silent[10:]:
+            connection.sendall(b"POST /frozen HTTP/1.0\r\nContent-Length: 10\r\n\r\n")
+        workers = workers_of(port, 2)
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0
+        assert_end(workers)
+        for connection in silent:
+            connection.close()
+
+
+@pytest.mark.slow
+def test_threads_before_the_fork_do_not_hang_the_workers(images):
+    """The parent has run in parallel, so the workers have OpenMP's record of dead threads."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(SERVE.parent)!r})
+import bnfast, numpy as np, serve
+from bnfast import _core
+with bnfast.num_threads(2):
+    bnfast.moments(np.ones((64, 64, 64, 32), np.float32))
+assert _core.pool_started()
+plain = serve.infer
+def infer(network, images):
+    with bnfast.num_threads(2):
+        bnfast.moments(np.ones((64, 64, 64, 32), np.float32))
+    return plain(network, images)
+serve.infer = infer
+sys.exit(serve.main(["--port", "0", "--steps", "20"]))
+"""
+    with service("-c", code) as (_, port):
+        for _ in range(4):
+            assert answer(port, "frozen", images).shape == (40, 10)
+
+
+@pytest.mark.slow
+def test_the_load_test_prints_its_table():
+    command = [SERVE, "--load", "3", "--requests", "40", "--steps", "60"]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    rows = {line.split()[0]: [float(n) for n in line.split()[1:]] for line in lines[2:4]}
+    for requests, per_second, *percentiles in (rows["frozen"], rows["folded"]):
+        assert requests == 40
+        assert per_second > 0
+        assert percentiles == sorted(percentiles)
+    assert "differ from those of the image alone: 0 of" in done.stdout
+    assert done.stderr == ""
