@@ -232,8 +232,8 @@ def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
         os._exit(status)
 
 
-def serve(listening: socket.socket, networks: dict[str, Network], workers: int) -> None:
-    """Keep `workers` processes answering until SIGTERM or SIGINT."""
+def serve(listening: socket.socket, networks: dict[str, Network], workers: int) -> int:
+    """Keep `workers` processes answering until SIGTERM or SIGINT; return 0 if all then ended."""
     # Losers of the race for a connection must not wait in accept: they could not stop then.
     listening.setblocking(False)
     # Blocked and taken one by one, so that none is lost between a look and a wait.
@@ -249,11 +249,11 @@ def serve(listening: socket.socket, networks: dict[str, Network], workers: int) 
             print(f"worker {pid} is gone; starting another", file=sys.stderr, flush=True)
             time.sleep(0.1)  # a worker that cannot start shall not be started all the time
     listening.close()
-    stop(running)
+    return int(stop(running) > 0)
 
 
-def stop(running: set[int]) -> None:
-    """End all workers: by SIGTERM, and by SIGKILL those that are left after some time."""
+def stop(running: set[int]) -> int:
+    """End all workers by SIGTERM; return how many had to be killed after some time."""
     for pid in running:
         os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + SECONDS_TO_STOP
@@ -263,6 +263,7 @@ def stop(running: set[int]) -> None:
     for pid in running:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+    return len(running)
 
 
 def reaped(running: set[int]) -> list[int]:
@@ -288,16 +289,19 @@ def running_service(networks: dict[str, Network], workers: int) -> Iterator[int]
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
+        status = 1
         try:
-            serve(listening, networks, workers)
+            status = serve(listening, networks, workers)
         finally:
-            os._exit(0)
+            os._exit(status)
     listening.close()
     try:
         yield port
     finally:
         os.kill(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status:
+        raise RuntimeError(f"the service ended with status {status}")
 
 
 def ask(port: int, network: str, images: Floats) -> tuple[float, Floats]:
@@ -382,8 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(load_test(networks, options.workers, options.load, options.requests) > 0)
     listening = listen(options.port)
     print(f"listening on {HOST}:{listening.getsockname()[1]}", flush=True)
-    serve(listening, networks, options.workers)
-    return 0
+    return serve(listening, networks, options.workers)
 
 
 if __name__ == "__main__":
