@@ -5,6 +5,7 @@
  * eighth, or 64 KiB, over its size. */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
@@ -39,11 +40,11 @@ typedef struct {
 
 static struct {
     pthread_mutex_t lock;
-    pthread_once_t forks;
+    atomic_flag watches_forks;
     size_t bound, held;
     int count;
     block blocks[MOST_BLOCKS]; /* the longest idle first */
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .forks = PTHREAD_ONCE_INIT};
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .watches_forks = ATOMIC_FLAG_INIT};
 
 static void lock(void) { pthread_mutex_lock(&pool.lock); }
 static void unlock(void) { pthread_mutex_unlock(&pool.lock); }
@@ -167,7 +168,12 @@ static void after_fork_in_child(void)
     unlock();
 }
 
-static void watch_forks(void) { pthread_atfork(lock, unlock, after_fork_in_child); }
+/* Once. pthread_once would tie what is linked here to glibc 2.34, where it changed its library. */
+static void watch_forks(void)
+{
+    if (!atomic_flag_test_and_set(&pool.watches_forks))
+        pthread_atfork(lock, unlock, after_fork_in_child);
+}
 
 /* ---- What pages.h declares */
 
@@ -218,7 +224,7 @@ void *bnf_pages_resize(void *data, size_t bytes)
 
 void bnf_pages_set_bound(size_t bytes)
 {
-    pthread_once(&pool.forks, watch_forks);
+    watch_forks();
     lock();
     pool.bound = bytes;
     shrink_to(bytes);
