@@ -13,17 +13,24 @@ ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
 ONNX ?= onnx onnxruntime
 MPI4PY ?= mpi4py>=4
 FORMATS ?= safetensors keras h5py jax flax
+# Interpreters to make wheels for; those of 3.10 to 3.14 that are found, if none are named.
+WHEEL_PYTHONS ?=
+WHEELHOUSE ?= wheelhouse
+# The OpenMP runtime that wheels carry: this machine's, if none is named.
+LIBGOMP ?=
 
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.c)
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-neon lint format bench bench-compare bench-suite bench-pytest dist sdist clean sanitize sanitize-test test-torch test-distributed test-onnx
+.PHONY: help demo test test-torch test-distributed test-onnx test-neon sanitize sanitize-test lint \
+    format docs bench bench-compare bench-suite bench-pytest dist sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -70,18 +77,25 @@ $(VENV)/.bnfast-formats: $(INSTALLED)
 	-$(if $(FORMATS),$(PY) -m pip install --quiet $(FORMATS))
 	@touch $@
 
-lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy
+lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy, zizmor
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(CYTHON_SOURCES)
 	$(VENV)/bin/clang-format --dry-run --Werror $(C_SOURCES)
 	$(VENV)/bin/codespell
 	$(PY) -m mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(VENV)/bin/zizmor --offline --quiet .github
 
 format: $(VENV)/.bnfast-dev  ## rewrite Python and C in the project's format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(C_SOURCES)
+
+docs: $(VENV)/.bnfast-docs  ## the documentation, into docs/_build/html
+	$(PY) -m sphinx --fail-on-warning --keep-going --fresh-env docs docs/_build/html $(ARGS)
 
 bench:  ## against NumPy, PyTorch, oneDNN, ONNX Runtime and memory; writes bench/RESULTS.md
 	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-compare
@@ -122,10 +136,16 @@ dist: $(VENV)/.bnfast-dev  ## sdist and wheel into dist/
 sdist: $(VENV)/.bnfast-dev  ## the sdist alone
 	$(PY) -m build --sdist $(ARGS)
 
+wheels: $(VENV)/.bnfast-wheels  ## for every Python found (or WHEEL_PYTHONS), into wheelhouse/
+	$(PY) tools/wheels.py build $(WHEELHOUSE) $(if $(LIBGOMP),--libgomp $(LIBGOMP)) $(WHEEL_PYTHONS)
+
+test-wheels: $(VENV)/.bnfast-wheels  ## the suite, each of these wheels installed by itself
+	$(PY) tools/wheels.py test $(WHEELHOUSE) $(WHEEL_PYTHONS) $(if $(ARGS),-- $(ARGS))
+
 clean:  ## everything made here but the virtual environment
-	rm -rf build dist .sanitize *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist wheelhouse docs/_build .sanitize *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f bnfast/*.so bnfast/_core.c $(INSTALLED)
-	find bnfast tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bnfast tests bench examples tools docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Says what is missing and how to get it, before pip fails with a page of something else.
 # Plain enough to run on any Python, since the wrong version is one of the things it reports.

