@@ -1,0 +1,94 @@
+"""Sphinx' settings: `make docs`, which takes every warning for an error."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import latex2mathml.converter
+from docutils import nodes
+
+import bnfast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import figures  # noqa: E402  # beside this file
+
+project = "bnfast"
+author = "the bnfast developers"
+copyright = author
+version = release = bnfast.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "numpydoc",
+    "sphinx_copybutton",
+]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+# Reports are written to be read in the repository as well.
+suppress_warnings = ["myst.header"]
+
+exclude_patterns = ["_build"]
+default_role = "py:obj"  # a link where there is something to link to, else code
+nitpicky = False
+
+autosummary_generate = True
+autodoc_typehints = "none"  # the docstrings say shapes and dtypes
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+numpydoc_show_class_members = False  # autodoc's :members: does
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+html_theme = "furo"
+html_title = f"bnfast {release}"
+html_static_path = ["_static"]
+html_css_files = ["bnfast.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_copyright = False
+html_math_renderer = "mathml"
+
+# ---- pages that depend on what is here
+
+# Modules with peers of their own have a page where they can be imported.
+OPTIONAL = ("torch", "distributed", "onnx")
+
+
+def importable(name):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(f"no page for {name}: {error}")
+        return False
+    return True
+
+
+exclude_patterns += [f"api/{name}.md" for name in OPTIONAL if not importable(f"bnfast.{name}")]
+
+figures.draw_all(HERE / "_figures")
+
+
+def results(_app, docname, source):
+    """Put reports of bench/ into the pages that name them; `make bench` writes some of them."""
+    if docname == "benchmarks":
+        report = HERE.parent / "bench" / "RESULTS.md"
+        shown = "```{include} ../bench/RESULTS.md\n:relative-images:\n:heading-offset: 1\n```"
+        missing = "No report lies in `bench/` of this copy: `make bench` writes one."
+        source[0] = source[0].replace("@RESULTS@", shown if report.exists() else missing)
+
+
+def formula(translator, node):
+    """Write a formula as MathML, which browsers draw by themselves: no script, no network."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.connect("source-read", results)
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))

@@ -1,0 +1,159 @@
+"""The pictures of "How it works", drawn when the pages are built.
+
+python docs/figures.py [folder]
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+OURS, READ, WRITE, QUIET = "#D55E00", "#0072B2", "#56B4E9", "#dddddd"
+SETTINGS = {
+    "svg.hashsalt": "bnfast",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def traffic():
+    """How often the bytes of x cross to and from memory in a training step.
+
+    NumPy is counted operation by operation: an elementwise one reads and writes an array, a sum
+    reads one. `x.var` is a sum, a difference, a square and a sum; the rest of the forward is
+    (x - mean) * scale + bias. Of a backward the passes are: sum of dy; sum of dy times the
+    normalised x; the gradient.
+    """
+    rows = [
+        ("NumPy, forward", 1 + 4 + 3, 2 + 3),
+        ("one pass a statistic, forward", 3, 1),
+        ("bnfast, forward", 1, 1),
+        ("one pass a sum, backward", 1 + 2 + 2, 1),
+        ("bnfast, backward", 2, 1),
+    ]
+    figure, axis = plt.subplots(figsize=(7.2, 2.6))
+    for y, (name, reads, writes) in enumerate(rows):
+        axis.barh(y, reads, color=READ, label="read" if y == 0 else None)
+        axis.barh(y, writes, left=reads, color=WRITE, label="written" if y == 0 else None)
+        weight = "bold" if name.startswith("bnfast") else "normal"
+        axis.annotate(
+            f"{reads + writes}", (reads + writes, y), (4, 0), textcoords="offset points",
+            va="center", weight=weight,
+        )  # fmt: skip
+    axis.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("arrays of x's size through memory")
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def groups():
+    """A group of channels of an NCHW array: one run an image, and small enough for the cache."""
+    figure, axis = plt.subplots(figsize=(7.2, 3.0))
+    images, channels, first, last = 4, 12, 3, 6
+    for n in range(images):
+        for c in range(channels):
+            colour = OURS if first <= c < last else QUIET
+            axis.add_patch(Rectangle((c, -1.15 * n), 0.92, 0.9, facecolor=colour))
+        axis.text(-0.25, -1.15 * n + 0.45, f"image {n}", ha="right", va="center")
+    axis.text(channels / 2, 1.15, "channels, each a plane of H x W values", ha="center")
+    axis.add_patch(
+        FancyBboxPatch((14.2, -2.65), 3.2, 2.6, boxstyle="round,pad=0.15", facecolor="#fff3ea",
+                       edgecolor=OURS)
+    )  # fmt: skip
+    axis.text(15.8, -1.35, "a group\nin the cache", ha="center", va="center")
+    arrow = {"arrowstyle": "-|>", "mutation_scale": 14, "color": "#444444"}
+    axis.add_patch(FancyArrowPatch((last + 0.1, 0.5), (14.1, -0.6), **arrow))
+    axis.text(12.4, 0.62, "1. read: sums", ha="left", va="center")
+    axis.add_patch(FancyArrowPatch((14.1, -2.3), (last + 0.1, -3.2), **arrow))
+    axis.text(12.4, -3.35, "2. normalise, written", ha="left", va="center")
+    axis.set_xlim(-2.2, 18)
+    axis.set_ylim(-3.9, 1.6)
+    axis.set_axis_off()
+    return figure
+
+
+def digits():
+    """What is left of a variance as the mean moves away, computed here in three ways."""
+    import bnfast
+
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((1 << 14, 1))
+    ratios = np.logspace(0, 7, 29)
+    errors = {"E[x²] - E[x]², float32": [], "E[x²] - E[x]², float64": [], "about a value of x": []}
+    for ratio in ratios:
+        x = (ratio + normal).astype(np.float32)
+        exact = x.astype(np.longdouble).var()
+        wide = x.astype(np.float64)
+        for name, var in zip(
+            errors,
+            (
+                (x * x).mean() - x.mean() ** 2,
+                (wide * wide).mean() - wide.mean() ** 2,
+                bnfast.moments(x).var()[0],
+            ),
+            strict=True,
+        ):
+            errors[name].append(max(abs(float((var - exact) / exact)), 1e-17))
+    figure, axis = plt.subplots(figsize=(7.2, 3.2))
+    for (name, values), colour in zip(errors.items(), ("#000000", "#999999", OURS), strict=True):
+        axis.loglog(ratios, values, color=colour, linewidth=1.8)
+        axis.annotate(
+            name, (ratios[-1], values[-1]), (4, 0), textcoords="offset points",
+            va="center", color=colour, annotation_clip=False,
+        )  # fmt: skip
+    axis.axhline(1, color="#bbbbbb", linewidth=1, linestyle=":")
+    axis.set_xlabel("mean over standard deviation")
+    axis.set_ylabel("relative error of the variance")
+    axis.set_ylim(1e-18, 1e8)
+    return figure
+
+
+def tree():
+    """Blocks and the fixed tree that merges them."""
+    figure, axis = plt.subplots(figsize=(7.2, 2.9))
+    count = 7
+    xs = {(0, i): i for i in range(count)}
+    for i in range(count):
+        axis.add_patch(Rectangle((i - 0.42, -0.32), 0.84, 0.55, facecolor=QUIET))
+        axis.text(i, -0.05, f"block {i}", ha="center", va="center", fontsize=9)
+    level, width = 0, count
+    while width > 1:
+        for i in range((width + 1) // 2):
+            children = [xs[level, j] for j in (2 * i, 2 * i + 1) if j < width]
+            x = xs[level + 1, i] = sum(children) / len(children)
+            y = 0.95 * (level + 1)
+            for child in children:
+                bottom = 0.95 * level + (0.23 if level == 0 else 0.06)
+                axis.plot([child, x], [bottom, y - 0.06], color="#777777", linewidth=1)
+            axis.plot(x, y, "o", color=OURS if len(children) > 1 else "#bbbbbb", markersize=8)
+        level, width = level + 1, (width + 1) // 2
+    axis.text(xs[level, 0] + 0.2, 0.95 * level + 0.08, "(count, mean, M2) of the batch")
+    axis.text(-0.55, 1.1, "each a merge", ha="right", color=OURS)
+    axis.text(-0.55, -0.05, "each by some thread", ha="right", va="center", color="#555555")
+    axis.set_xlim(-2.6, count)
+    axis.set_ylim(-0.45, 0.95 * level + 0.4)
+    axis.set_axis_off()
+    return figure
+
+
+def draw_all(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(SETTINGS):
+        for draw in (traffic, groups, digits, tree):
+            figure = draw()
+            figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
+            plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw_all(Path(sys.argv[1] if len(sys.argv) > 1 else "figures"))

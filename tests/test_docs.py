@@ -1,0 +1,87 @@
+"""Every example of the pages and the README runs, and prints what the page says it does."""
+
+import doctest
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bnfast
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A page, or the rest of one, may need a peer: a MyST comment, which readers do not see.
+REQUIRES = re.compile(r"^% requires: (.+)$", re.MULTILINE)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not run from a source tree")
+
+
+def blocks(text):
+    """Return (language, code, line) of each fenced block."""
+    return [(m[1], m[2], text.count("\n", 0, m.start()) + 1) for m in BLOCK.finditer(text)]
+
+
+def run(page, text):
+    """Run a page's examples in one namespace; return what went wrong."""
+    said = []
+    names = {"__name__": "__main__"}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for language, code, line in blocks(text):
+        if language == "python":
+            exec(compile(code, f"{page}:{line}", "exec"), names)
+            continue
+        test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
+        assert test.examples, f"{page}:{line}: a pycon block without a prompt"
+        test.globs = names  # get_doctest copies: a page's blocks share their names
+        runner.run(test, out=said.append, clear_globs=False)
+    return "".join(said)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_examples(page):
+    text = page.read_text(encoding="utf-8")
+    if not blocks(text):
+        pytest.skip("no examples")
+    for name in re.findall(r"[\w.]+", " ".join(REQUIRES.findall(text))):
+        pytest.importorskip(name)
+    with np.errstate(all="warn"):
+        assert run(page, text) == ""
+
+
+def test_wrong_output_and_errors_are_noticed():
+    page = Path("page.md")
+    assert "Expected:\n    3" in run(page, "```pycon\n>>> 1 + 1\n3\n```\n")
+    assert "ZeroDivisionError" in run(page, "```pycon\n>>> 1 / 0\n```\n")
+    assert run(page, "```pycon\n>>> n = 1\n```\ntext\n```pycon\n>>> n\n1\n```\n") == ""
+
+
+def test_pages_with_examples_are_found():
+    """Or the tests above would pass on a folder of another layout."""
+    found = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))]
+    assert len(found) > 8
+
+
+@pytest.mark.parametrize(
+    ("column", "name"), [(0, "PYTORCH"), (1, "KERAS"), (2, "ONNX"), (3, "FLAX")]
+)
+def test_the_table_of_conventions_is_that_of_the_package(column, name):
+    lines = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8").splitlines()
+    rows = {}
+    for line in lines:
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows[cells[0]] = cells[1:]
+    convention = getattr(bnfast.conventions, name)
+    assert float(rows["default eps"][column]) == convention["eps"]
+    assert float(rows["`momentum` in bnfast"][column]) == convention["momentum"]
+    assert float(rows["`ddof` in bnfast"][column]) == convention["ddof"]
+    assert float(rows["channel axis"][column]) == convention["axis"]
+    # And the rows that use a framework's own words agree with those in ours.
+    of_new, of_old = "`(1-m)·old + m·batch`", "`m·old + (1-m)·batch`"
+    own = float(rows["default `m` or `a`"][column])
+    weight_of_batch = {of_new: own, of_old: 1 - own}[rows["new running value"][column]]
+    assert weight_of_batch == pytest.approx(convention["momentum"], rel=1e-12)
+    divides_by = rows["running variance from the batch's over"][column]
+    assert divides_by == ("m - 1" if convention["ddof"] else "m")
