@@ -18,6 +18,8 @@ from contextvars import ContextVar
 from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
+import numpy as np
+
 from . import _cgroup
 
 if TYPE_CHECKING:
@@ -143,7 +145,8 @@ def _asking(n: int) -> Iterator[None]:
 
 def _checked(n: SupportsIndex) -> int:
     expected = f"expected an integer from 1 to {MAX_THREADS}"
-    if isinstance(n, bool) or not hasattr(n, "__index__"):
+    # NumPy's bool has an index before NumPy 2.3, with a warning.
+    if isinstance(n, bool | np.bool_) or not hasattr(n, "__index__"):
         raise TypeError(f"n is {n!r} of type {type(n).__name__}; {expected}")
     number = index(n)
     if not 1 <= number <= MAX_THREADS:

@@ -69,8 +69,11 @@ def repair(wheel, out, libgomp=None):
         run(sys.executable, "-m", "wheel", "pack", tree, "--dest-dir", temporary / "packed")
         (packed,) = (temporary / "packed").iterdir()
         # "auto": the oldest glibc among what the symbols of both files allow.
-        run(*(sys.executable, "-m", "auditwheel", "repair", "--plat", "auto"),
-            *("--wheel-dir", temporary / "repaired", packed))  # fmt: skip
+        smaller = ("--strip", "--zip-compression-level", 9)
+        where = ("--wheel-dir", temporary / "repaired")
+        run(
+            sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", *smaller, *where, packed
+        )
         (repaired,) = (temporary / "repaired").iterdir()
         problem = problem_of(repaired)
         if problem:

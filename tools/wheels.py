@@ -34,14 +34,17 @@ print(package)
 """
 
 
+def clean():
+    """Return the caller's environment without what would reach into new ones."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+
+
 def run(*command, cwd=None, quiet=True):
     """Run a command; return what it printed, or end with all of it if it fails."""
     command = [str(part) for part in command]
-    # Nothing of the caller's reaches the new environments.
-    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     output = subprocess.PIPE if quiet else None
     done = subprocess.run(
-        command, cwd=cwd, env=environ, stdout=output, stderr=output, text=True, check=False
+        command, cwd=cwd, env=clean(), stdout=output, stderr=output, text=True, check=False
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout or ''}{done.stderr or ''}")
@@ -103,36 +106,44 @@ def build(out, pythons, libgomp):
 
 
 def test(out, pythons, arguments):
-    for tag, python in pythons.items():
-        wheels = list(out.glob(f"bnfast-*-{tag}-{tag}-*.whl"))
-        if len(wheels) != 1:
-            sys.exit(f"{len(wheels)} wheels in {out} for {python} ({tag}): `make wheels` first")
-        with tempfile.TemporaryDirectory() as name:
-            temporary = Path(name)
-            inside = environment(python, temporary / "environment")
-            # The suite and its settings, without the package that lies beside them in the source.
-            shutil.copytree(ROOT / "tests", temporary / "suite" / "tests")
-            shutil.copy(ROOT / "pyproject.toml", temporary / "suite")
-            pip(inside, "install", wheels[0].resolve())
-            print(f"== {wheels[0].name}", flush=True)
-            run(inside, "-c", INSTALLED, cwd=temporary / "suite", quiet=False)
-            pip(inside, "install", *TEST_REQUIRES)
-            run(inside, "-m", "pytest", "-q", *arguments, cwd=temporary / "suite", quiet=False)
+    failed = [tag for tag, python in pythons.items() if not passes(out, tag, python, arguments)]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def passes(out, tag, python, arguments):
+    """Install a Python's wheel into an empty environment; return whether the suite passes there."""
+    wheels = list(out.glob(f"bnfast-*-{tag}-{tag}-*.whl"))
+    if len(wheels) != 1:
+        sys.exit(f"{len(wheels)} wheels in {out} for {python} ({tag}): `make wheels` first")
+    with tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        inside = environment(python, temporary / "environment")
+        # The suite and its settings, without the package that lies beside them in the source.
+        suite = temporary / "suite"
+        shutil.copytree(ROOT / "tests", suite / "tests")
+        shutil.copy(ROOT / "pyproject.toml", suite)
+        pip(inside, "install", wheels[0].resolve())
+        print(f"== {wheels[0].name}", flush=True)
+        run(inside, "-c", INSTALLED, cwd=suite, quiet=False)
+        pip(inside, "install", *TEST_REQUIRES)
+        command = [inside, "-m", "pytest", "-q", *arguments]
+        return subprocess.run(command, cwd=suite, env=clean(), check=False).returncode == 0
 
 
 def main():
-    ours, _, pytest = " ".join(sys.argv[1:]).partition(" -- ")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("step", choices=["build", "test"])
     parser.add_argument("wheelhouse", type=Path)
     parser.add_argument("pythons", nargs="*")
     parser.add_argument("--libgomp", type=Path, help="the file to carry; default: the linked one")
-    options = parser.parse_args(ours.split())
+    options = parser.parse_args(sys.argv[1:split])
     pythons = chosen(options.pythons)
     if options.step == "build":
         build(options.wheelhouse, pythons, options.libgomp)
     else:
-        test(options.wheelhouse, pythons, pytest.split())
+        test(options.wheelhouse, pythons, sys.argv[split + 1 :])
 
 
 if __name__ == "__main__":
