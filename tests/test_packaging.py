@@ -43,8 +43,10 @@ def succeed(*command, cwd):
 def tree(tmp_path_factory):
     """Copy the source tree, without anything built, so that building leaves the original alone."""
     copy = tmp_path_factory.mktemp("tree") / "bnfast"
-    built = ("*.so", "*.o", "*.a", "_core.c", "build", "dist", "*.egg-info", "__pycache__")
-    ignore = shutil.ignore_patterns(*built, ".git", ".venv*", ".*_cache", ".hypothesis")
+    built = ("*.so", "*.o", "*.a", "_core.c", "build", "_build", "_figures", "dist", "wheelhouse")
+    ignore = shutil.ignore_patterns(
+        *built, "*.egg-info", "__pycache__", ".git", ".venv*", ".*_cache", ".hypothesis"
+    )
     shutil.copytree(ROOT, copy, ignore=ignore)
     return copy
 
