@@ -43,6 +43,8 @@ def linked_libgomp(extension):
 
 def carry(libgomp, tree):
     """Put libgomp and its licence into an unpacked wheel."""
+    if (tree / "bnfast" / NAME).exists():
+        sys.exit(f"{tree.name} has its {NAME} already: expected a wheel as setuptools builds it")
     (extension,) = (tree / "bnfast").glob("_core*.so")
     carried = shutil.copy(libgomp or linked_libgomp(extension), tree / "bnfast" / NAME)
     Path(carried).chmod(0o755)
