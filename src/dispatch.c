@@ -13,8 +13,6 @@ static bool runs_always(void) { return true; }
 
 extern const bnf_table bnf_table_sse2, bnf_table_avx2, bnf_table_avx512;
 
-static bool runs_sse2(void) { return true; /* the x86-64 baseline */ }
-
 /* Whether the operating system saves these registers when it switches tasks. */
 static bool saves_state(unsigned wanted)
 {

@@ -13,7 +13,7 @@ import pytest
 from cases import WITHOUT_FMA
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
-import program  # noqa: E402
+import program
 
 ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
