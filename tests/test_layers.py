@@ -6,8 +6,16 @@ import pickle
 import numpy as np
 import pytest
 import reference
-from cases import ACTIVATIONS, DTYPES, EVERY_DTYPE, bits, computed_in, make_problem
-from cases import poisoned_like, read_only
+from cases import (
+    ACTIVATIONS,
+    DTYPES,
+    EVERY_DTYPE,
+    bits,
+    computed_in,
+    make_problem,
+    poisoned_like,
+    read_only,
+)
 from tolerance import assert_within, batch_statistics, constants, forward_bound, running_bound
 
 import bnfast
