@@ -291,8 +291,9 @@ def check_updatable(name: str, value: Any, channels: int) -> None:
     """Refuse anything but a float array of one value per channel that can be written to."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} is {_kind(value)}; expected a NumPy array to update in place")
-    if value.dtype.name not in _KEPT_NAMES or value.dtype.char == "g":
-        raise TypeError(f"{name} has dtype {value.dtype}; expected {_listed(_KEPT_NAMES)}")
+    kind = array(name, value).dtype
+    if kind.name not in _KEPT_NAMES or kind.char == "g":
+        raise TypeError(f"{name} has dtype {kind}; expected {_listed(_KEPT_NAMES)}")
     _check_channels(name, value, channels)
     if not value.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to update in place")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -516,13 +516,14 @@ def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
+    kind: Any = f"{value!r:.60}"
     if value is not None:  # which NumPy takes for float64
         with suppress(TypeError):
-            kind: np.dtype[Any] = np.dtype(value)
+            kind = np.dtype(value)
             if kind in (np.float32, np.float64):
-                return kind
+                return cast("np.dtype[Any]", kind)
     raise TypeError(
-        f"dtype is {value!r:.60}; expected float32, which float16 and bfloat16 data go with too, "
+        f"dtype is {kind}; expected float32, which float16 and bfloat16 data go with too, "
         "or float64"
     )
 
