@@ -25,8 +25,13 @@
 /* Whether the backward's loops take any activation, mask and residual, deciding
  * inside.  Compiled for each, as float32's and float64's are, those of halves
  * would double the library, and a branch that always goes the same way costs
- * little beside their conversions. */
+ * little beside their conversions.  Nor do the sets that only run where there is
+ * no better one get them: a wheel is to stay under 1 MB. */
+#if defined(BNFAST_SIMD_SSE2_H) || defined(BNFAST_SIMD_SCALAR_H)
+#define FEW_LOOPS true
+#else
 #define FEW_LOOPS (sizeof(T) < sizeof(P))
+#endif
 /* Into the table's entries, so that every variant is a loop of its own.  Lanes
  * done one by one hide a variant's branches, and all those loops are megabytes
  * of scalar code: there the compiler decides. */
