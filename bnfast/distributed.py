@@ -139,6 +139,17 @@ def merged(ranks: Ranks, mine: Moments) -> Moments:
     )
 
 
+def merged_batch(ranks: Ranks, mine: Moments) -> Moments:
+    """Return the moments of a training batch, which must have more than one value a channel."""
+    batch = merged(ranks, mine)
+    if batch.count == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got one on all "
+            f"{ranks.size} ranks together"
+        )
+    return batch
+
+
 def no_sums(channels: int) -> Vector:
     """Return the refusal that `summed` understands."""
     sums = np.zeros(1 + 2 * channels)
@@ -324,18 +335,14 @@ class SyncBatchNorm(BatchNorm):
                 self._check_counting()
             seen = _arrays.Canonical(x, self.axis, residual=residual, out=out)
             self._check_state(seen.x.dtype, x, residual, out)
-            mine = Moments(*_core.moments(seen.x, seen.axis))
-        batch = merged(ranks, mine)
-        if batch.count == 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, got one on all "
-                f"{ranks.size} ranks together"
-            )
+            mine = moments(seen.x, axis=seen.axis)
+        batch = merged_batch(ranks, mine)
+        var = batch.var()
         y: Tensor = seen.give(
             _core.normalize(
                 seen.x,
                 batch.mean,
-                batch.var(),
+                var,
                 self.weight,
                 self.bias,
                 self.eps,
@@ -350,7 +357,6 @@ class SyncBatchNorm(BatchNorm):
             return y
         if update_stats:
             self._move_running(batch)
-        var = batch.var()
         with np.errstate(invalid="ignore"):
             stats = BatchStats(batch.mean, var, 1 / np.sqrt(var + self.eps), batch.count)
         self._keep(x, stats, residual, y, out)

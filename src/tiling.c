@@ -81,7 +81,7 @@ static ptrdiff_t most_channels(bnf_shape shape, bnf_plan plan)
                      quotient_up(shape.channels, plan.threads > 1 ? 4 * plan.threads : 1));
     const ptrdiff_t share =
         quotient_up(shape.channels, quotient_up(plan.threads, plan.blocks.count));
-    return least(BNF_MAX_INTERLEAVED, quotient_up(share, LINE) * LINE);
+    return least(least(BNF_MAX_INTERLEAVED, quotient_up(share, LINE) * LINE), shape.channels);
 }
 
 /* Whether all threads have about as many groups to do: four fifths of an even share. */
@@ -130,7 +130,7 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
     const bool planar = plan.layout == BNF_PLANAR;
 
     plan.threads = (int)least(bnf_useful_threads(bytes), most(max_threads, 1));
-    const ptrdiff_t channels = least(most_channels(shape, plan), shape.channels);
+    const ptrdiff_t channels = most_channels(shape, plan);
     const ptrdiff_t held = held_bytes(caches, plan.threads) / channel_bytes;
     const ptrdiff_t group = most(least(held, channels), 1);
     plan.fused = planar && gathers && writes > 0 && held > 0 &&

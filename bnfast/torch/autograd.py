@@ -116,22 +116,25 @@ def save(
 def gradients(ctx: Any, dy: Tensor) -> Gradients:
     """Return the gradients of what `save` kept the inputs of, those that autograd asks for."""
     x, weight, bias, y, mean, inv_std = ctx.saved_tensors
-    needs = tuple(ctx.needs_input_grad[:4])
-    if ctx.activation is None and needs[3]:  # the gradient of a sum is that of its terms
-        found = _any_backward(
-            dy, x, mean, inv_std, weight, bias, y, ctx.through, None, (*needs[:3], False)
-        )
-        found = (*found[:3], dy)
-    else:
-        found = _any_backward(
-            dy, x, mean, inv_std, weight, bias, y, ctx.through, ctx.activation, needs
-        )
-    dx, dweight, dbias, dresidual = found
+    *needs, to_residual = ctx.needs_input_grad[:4]
+    passes = to_residual and ctx.activation is None  # the gradient of a sum is that of its terms
+    dx, dweight, dbias, dresidual = _any_backward(
+        dy,
+        x,
+        mean,
+        inv_std,
+        weight,
+        bias,
+        y,
+        ctx.through,
+        ctx.activation,
+        (*needs, to_residual and not passes),
+    )
     return (
         dx,
         None if dweight is None else dweight.to(ctx.dtypes[0]),
         None if dbias is None else dbias.to(ctx.dtypes[1]),
-        dresidual,
+        dy if passes else dresidual,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnfast import _core, _threads
+from bnfast.moments import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,6 +133,12 @@ def _on_torch_threads(call: Callable[..., Any], *args: Any) -> Any:
 # ---- The kernels
 
 
+def moments(x: Tensor) -> Moments:
+    """Return the moments of each channel."""
+    order = _storage_order(x)
+    return Moments(*_on_torch_threads(_core.moments, _array(x, order), _axis(order)))
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -203,19 +210,24 @@ def backward(
     through: bool,
     activation: Activation,
     needs: tuple[bool, ...],
+    count: int | None = None,
+    sums: tuple[Any, Any] | None = None,
 ) -> Gradients:
     """Return the gradients of x, weight, bias and residual, None where not needed.
 
-    `through` says that mean and inv_std are the batch's, and hence functions of x.
+    `through` says that mean and inv_std are the batch's, and hence functions of x. Where x is a
+    part of a batch, `count` is that batch's and `sums` are its gradients of weight and bias.
     """
     order = _storage_order(x)
+    if count is None:
+        count = x.numel() // x.shape[1] if through else 0
     dx, dweight, dbias, dresidual = _on_torch_threads(
         _core.backward,
         _array(dy, order),
         _array(x, order),
         _array(mean),
         _array(inv_std),
-        x.numel() // x.shape[1] if through else 0,
+        count,
         _array(weight),
         _array(bias),
         _axis(order),
@@ -224,6 +236,7 @@ def backward(
         _array(y, order),
         None,
         needs,
+        sums,
     )
     return (
         None if dx is None else _tensor(dx, x, order),

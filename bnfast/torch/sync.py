@@ -11,8 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bnfast import _arrays, _core
-from bnfast.distributed import Ranks, merged, no_moments, no_sums, ranks_of, summed, taking_part
+from bnfast import _arrays
+from bnfast.distributed import (
+    Ranks,
+    merged_batch,
+    no_moments,
+    no_sums,
+    ranks_of,
+    summed,
+    taking_part,
+)
 from bnfast.moments import Moments
 
 from . import autograd, kernels
@@ -129,13 +137,8 @@ class SyncBatchNorm(BatchNormOnCPU):
         with taking_part(ranks, no_moments()):
             x = x.resolve_neg()
             self._check_call(x, residual, activation)
-            mine = _moments(x)
-        batch = merged(ranks, mine)
-        if batch.count == 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, got one on all "
-                f"{ranks.size} ranks together"
-            )
+            mine = kernels.moments(x)
+        batch = merged_batch(ranks, mine)
         tensors = (x, self.weight, self.bias, residual)
         y: Tensor = _SyncBatchNorm.apply(*tensors, batch, self.eps, activation, ranks)
         if self._moves_statistics():
@@ -259,14 +262,16 @@ class _SyncBatchNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         masked = needs[3] and ctx.activation is not None
         given = (dy.resolve_neg(), x, mean, inv_std, weight, bias, y)
+        activation = ctx.activation
         if needs[0]:
             with taking_part(ctx.ranks, no_sums(len(mean))):
-                parts = kernels.backward(*given, False, ctx.activation, (False, True, True, False))
+                parts = kernels.backward(*given, False, activation, (False, True, True, False))
             sums = summed(ctx.ranks, (parts[1], parts[2]))
-            through = _backward_through(*given, ctx.count, ctx.activation, sums, masked)
-            dx, dresidual = through
+            dx, _, _, dresidual = kernels.backward(
+                *given, True, activation, (True, False, False, masked), ctx.count, sums
+            )
         else:  # nothing of it is the other ranks' business
-            parts = kernels.backward(*given, False, ctx.activation, (False, *needs[1:3], masked))
+            parts = kernels.backward(*given, False, activation, (False, *needs[1:3], masked))
             dx, dresidual = None, parts[3]
         dweight, dbias = (
             part.to(dtype) if needed and part is not None else None
@@ -275,47 +280,3 @@ class _SyncBatchNorm(torch.autograd.Function):
         if needs[3] and not masked:  # the gradient of a sum is that of its terms
             dresidual = dy
         return dx, dweight, dbias, dresidual, None, None, None, None
-
-
-def _moments(x: Tensor) -> Moments:
-    order = kernels._storage_order(x)
-    found = kernels._on_torch_threads(_core.moments, kernels._array(x, order), kernels._axis(order))
-    return Moments(*found)
-
-
-def _backward_through(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    inv_std: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    count: int,
-    activation: Activation,
-    sums: tuple[Any, Any],
-    masked: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of x and, if masked, of the residual, given those of all ranks' sums."""
-    order = kernels._storage_order(x)
-    dx, _, _, dresidual = kernels._on_torch_threads(
-        _core.backward,
-        kernels._array(dy, order),
-        kernels._array(x, order),
-        kernels._array(mean),
-        kernels._array(inv_std),
-        count,
-        kernels._array(weight),
-        kernels._array(bias),
-        kernels._axis(order),
-        None,
-        activation,
-        kernels._array(y, order),
-        None,
-        (True, False, False, masked),
-        sums,
-    )
-    return (
-        kernels._tensor(dx, x, order),
-        None if dresidual is None else kernels._tensor(dresidual, x, order),
-    )
