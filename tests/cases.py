@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tracemalloc
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -220,3 +221,13 @@ SIZES = (
     *((outer, 7) for outer in OUTER_SIZES if outer > 1),
     *BLOCK_EDGES,
 )
+
+
+def peak(function):
+    """Bytes that a call allocates at its worst moment; NumPy reports its own."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

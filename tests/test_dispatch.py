@@ -3,7 +3,6 @@
 A library that falls back in silence passes every test of equality.
 """
 
-import tracemalloc
 from functools import partial
 
 import cases
@@ -16,6 +15,7 @@ from cases import (
     HALVES,
     backward,
     make_problem,
+    peak,
     with_gaps,
 )
 
@@ -160,16 +160,6 @@ def test_counters_start_and_end_at_nothing():
     assert list(counts.values()) == [1]
     counts.clear()
     assert _core.dispatches() != {}, "a copy is handed out"
-
-
-def peak(function):
-    """Bytes that a call allocates at its worst moment; NumPy reports its own."""
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 BIG = (16, 32, 32, 32)  # 2 MB of float32

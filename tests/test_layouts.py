@@ -3,12 +3,11 @@
 Peak memory says what was copied: NumPy reports its own arrays to tracemalloc.
 """
 
-import tracemalloc
 from itertools import permutations
 
 import numpy as np
 import pytest
-from cases import bits, make_problem, poisoned_like, with_gaps, with_memory_order
+from cases import bits, make_problem, peak, poisoned_like, with_gaps, with_memory_order
 
 import bnfast
 
@@ -22,16 +21,6 @@ SHAPES = {
 }
 # Sums of the channels (as many as 4096, in several blocks) and Python's own objects.
 LITTLE = 500_000
-
-
-def peak(function):
-    """Bytes that a call allocates at its worst moment."""
-    tracemalloc.start()
-    try:
-        function()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def some_orders(rank):

@@ -6,17 +6,12 @@ import sys
 import numpy as np
 import numpy_program as program
 import pytest
-import reference
 from cases import bits, make_problem
+from judged import check_gradients, check_outputs, check_running_statistics
 from launch import LAUNCHES, Raised, launch
 from tolerance import (
-    SECOND_ORDER,
     assert_within,
-    backward_bounds,
     batch_statistics,
-    forward_bound,
-    off_the_kinks,
-    running_bound,
     unit,
 )
 
@@ -83,48 +78,15 @@ class TestTrainingSteps:
 
     def test_outputs(self, of, name):
         _, p = program.problem(name)
-        exact = reference.forward(*p.exact())
-        y = np.concatenate([rank["y"] for rank in of])
-        assert_within(y, exact, forward_bound(p, batch_statistics(p.x, 1)), "y")
+        check_outputs(p, of)
 
     def test_gradients(self, of, name):
         _, p = program.problem(name)
-        s = batch_statistics(p.x, 1)
-        ties = p.dy.copy()
-        off_the_kinks(p, s)
-        assert bits(ties) == bits(p.dy), "a tie at a kink: rounding decides the gradient there"
-        exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
-        bounds = backward_bounds(p, s, exact)
-        dx = np.concatenate([rank["dx"] for rank in of])
-        assert_within(dx, exact.x, bounds.x, "x")
-        if p.residual is not None:
-            dresidual = np.concatenate([rank["dresidual"] for rank in of])
-            assert_within(dresidual, exact.residual, bounds.residual, "residual")
-        for grad, want, bound in (
-            ("weight_grad", exact.gamma, bounds.gamma),
-            ("bias_grad", exact.beta, bounds.beta),
-        ):
-            local = [rank[grad].astype(np.longdouble) for rank in of]
-            # Each rank's was rounded to the layer's type on the way.
-            stored = sum(unit(p.x.dtype) * np.abs(part) for part in local)
-            assert_within(sum(local), want, bound + SECOND_ORDER * stored, grad)
+        check_gradients(p, of)
 
     def test_running_statistics(self, of, name):
         _, p = program.problem(name)
-        s = batch_statistics(p.x, 1)
-        state = same_on_all(
-            [{key: rank[key] for key in ("running_mean", "running_var")} for rank in of]
-        )
-        share = np.longdouble(p.m) / (p.m - 1)
-        for key, old, new, error in (
-            ("running_mean", 0, s.mean, s.mean_error),
-            ("running_var", 1, s.var * share, s.var_error * float(share)),
-        ):
-            momentum = np.longdouble(program.MOMENTUM)
-            want = reference.running_average(old, new, momentum)
-            bound = running_bound(old, new, error, program.MOMENTUM, p.x.dtype)
-            assert_within(state[key], want, bound, key)
-        assert all(rank["num_batches_tracked"] == 1 for rank in of)
+        check_running_statistics(p, of, program.MOMENTUM)
 
     def test_a_group_of_one_is_a_plain_layer(self, ranks, name):
         for rank in ranks:

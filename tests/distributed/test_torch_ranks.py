@@ -2,20 +2,10 @@
 
 import numpy as np
 import pytest
-import reference
 from cases import bits
+from judged import check_gradients, check_outputs, check_running_statistics
 from launch import LAUNCHES, Raised, launch
 from numpy_program import MOMENTUM
-from tolerance import (
-    SECOND_ORDER,
-    assert_within,
-    backward_bounds,
-    batch_statistics,
-    forward_bound,
-    off_the_kinks,
-    running_bound,
-    unit,
-)
 
 torch = pytest.importorskip("torch")
 
@@ -52,45 +42,16 @@ class TestTrainingSteps:
 
     def test_outputs(self, of, name):
         _, _, p = program.problem(name)
-        exact = reference.forward(*p.exact())
-        y = np.concatenate([rank["y"] for rank in of])
-        assert_within(y, exact, forward_bound(p, batch_statistics(p.x, 1)), "y")
+        check_outputs(p, of)
         assert all(rank["same format"] for rank in of)
 
     def test_gradients(self, of, name):
         _, _, p = program.problem(name)
-        s = batch_statistics(p.x, 1)
-        given = p.dy.copy()
-        off_the_kinks(p, s)
-        assert bits(given) == bits(p.dy), "a tie at a kink: rounding decides the gradient there"
-        exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
-        bounds = backward_bounds(p, s, exact)
-        assert_within(np.concatenate([rank["dx"] for rank in of]), exact.x, bounds.x, "x")
-        if p.residual is not None:
-            dresidual = np.concatenate([rank["dresidual"] for rank in of])
-            assert_within(dresidual, exact.residual, bounds.residual, "residual")
-        for grad, want, bound in (
-            ("weight_grad", exact.gamma, bounds.gamma),
-            ("bias_grad", exact.beta, bounds.beta),
-        ):
-            local = [rank[grad].astype(np.longdouble) for rank in of]
-            # Each rank's was rounded to the parameter's type.
-            stored = sum(unit(p.x.dtype) * np.abs(part) for part in local)
-            assert_within(sum(local), want, bound + SECOND_ORDER * stored, grad)
+        check_gradients(p, of)
 
     def test_running_statistics(self, of, name):
         _, _, p = program.problem(name)
-        s = batch_statistics(p.x, 1)
-        share = np.longdouble(p.m) / (p.m - 1)
-        for key, old, new, error in (
-            ("running_mean", 0, s.mean, s.mean_error),
-            ("running_var", 1, s.var * share, s.var_error * float(share)),
-        ):
-            assert len({bits(rank[key]) for rank in of}) == 1
-            want = reference.running_average(old, new, np.longdouble(MOMENTUM))
-            bound = running_bound(old, new, error, MOMENTUM, p.x.dtype)
-            assert_within(of[0][key], want, bound, key)
-        assert all(rank["num_batches_tracked"] == 1 for rank in of)
+        check_running_statistics(p, of, MOMENTUM)
 
     def test_ran_on_bnfast(self, of, name):
         """Moments, a pass that normalises, sums and the input's gradient: nothing by PyTorch."""

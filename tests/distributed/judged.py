@@ -1,0 +1,56 @@
+"""What ranks found together, held against one process on the whole batch, in the paper's words."""
+
+import numpy as np
+import reference
+from cases import bits
+from tolerance import (
+    SECOND_ORDER,
+    assert_within,
+    backward_bounds,
+    batch_statistics,
+    forward_bound,
+    off_the_kinks,
+    running_bound,
+    unit,
+)
+
+
+def check_outputs(p, of):
+    exact = reference.forward(*p.exact())
+    y = np.concatenate([rank["y"] for rank in of])
+    assert_within(y, exact, forward_bound(p, batch_statistics(p.x, 1)), "y")
+
+
+def check_gradients(p, of):
+    s = batch_statistics(p.x, 1)
+    given = p.dy.copy()
+    off_the_kinks(p, s)
+    assert bits(given) == bits(p.dy), "a tie at a kink: rounding decides the gradient there"
+    exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+    bounds = backward_bounds(p, s, exact)
+    assert_within(np.concatenate([rank["dx"] for rank in of]), exact.x, bounds.x, "x")
+    if p.residual is not None:
+        dresidual = np.concatenate([rank["dresidual"] for rank in of])
+        assert_within(dresidual, exact.residual, bounds.residual, "residual")
+    for grad, want, bound in (
+        ("weight_grad", exact.gamma, bounds.gamma),
+        ("bias_grad", exact.beta, bounds.beta),
+    ):
+        local = [rank[grad].astype(np.longdouble) for rank in of]
+        # Each rank's was rounded to the parameter's type on the way.
+        stored = sum(unit(p.x.dtype) * np.abs(part) for part in local)
+        assert_within(sum(local), want, bound + SECOND_ORDER * stored, grad)
+
+
+def check_running_statistics(p, of, momentum):
+    s = batch_statistics(p.x, 1)
+    share = np.longdouble(p.m) / (p.m - 1)
+    for key, old, new, error in (
+        ("running_mean", 0, s.mean, s.mean_error),
+        ("running_var", 1, s.var * share, s.var_error * float(share)),
+    ):
+        assert len({bits(rank[key]) for rank in of}) == 1
+        want = reference.running_average(old, new, np.longdouble(momentum))
+        bound = running_bound(old, new, error, momentum, p.x.dtype)
+        assert_within(of[0][key], want, bound, key)
+    assert all(rank["num_batches_tracked"] == 1 for rank in of)
