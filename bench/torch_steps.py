@@ -116,14 +116,21 @@ def shares(step: Callable[[], Any]) -> dict[str, float]:
     }
 
 
-def measure(network: str, step: str, options: argparse.Namespace) -> dict[str, Any]:
+def prepared(
+    network: str, step: str, options: argparse.Namespace
+) -> tuple[dict[str, nn.Module], dict[str, Callable[[], Any]]]:
+    """The variants of a network, and a step of each on the same batch."""
     models = variants(network)
     x = torch.randn(options.batch, 3, options.size, options.size)
     if options.channels_last:
         x = x.to(memory_format=torch.channels_last)
         models = {n: m.to(memory_format=torch.channels_last) for n, m in models.items()}
     labels = torch.randint(0, 1000, (options.batch,))
-    steps = {name: step_of(model, step, x, labels) for name, model in models.items()}
+    return models, {name: step_of(model, step, x, labels) for name, model in models.items()}
+
+
+def measure(network: str, step: str, options: argparse.Namespace) -> dict[str, Any]:
+    models, steps = prepared(network, step, options)
     times = in_turn(steps, options.rounds, options.budget)
     return {
         "network": network, "step": step, "threads": options.threads, "batch": options.batch,
@@ -133,12 +140,8 @@ def measure(network: str, step: str, options: argparse.Namespace) -> dict[str, A
 
 
 def profiled(row: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    models = variants(row["network"])
-    x = torch.randn(options.batch, 3, options.size, options.size)
-    labels = torch.randint(0, 1000, (options.batch,))
     found = {}
-    for name, model in models.items():
-        step = step_of(model, row["step"], x, labels)
+    for name, step in prepared(row["network"], row["step"], options)[1].items():
         step()
         found[name] = shares(step)
     return found
