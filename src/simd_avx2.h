@@ -146,10 +146,6 @@ static inline d8 f8_widen(f8 a)
     return (d8){_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
                 _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
 }
-static inline f8 f8_narrow(d8 a)
-{
-    return _mm256_set_m128(_mm256_cvtpd_ps(a.hi), _mm256_cvtpd_ps(a.lo));
-}
 /* Not f8_widen(f8_load(p)): conversions straight from memory save a shuffle. */
 static inline d8 f8_load_wide(const float *p)
 {

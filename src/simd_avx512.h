@@ -66,7 +66,6 @@ static inline double d8_sum(d8 a)
 }
 
 static inline d8 f8_widen(f8 a) { return _mm512_cvtps_pd(a); }
-static inline f8 f8_narrow(d8 a) { return _mm512_cvtpd_ps(a); }
 static inline d8 f8_load_wide(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 
 static inline f8 f16_load_part(const bnf_f16 *p, ptrdiff_t n, f8 fill)

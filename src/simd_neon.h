@@ -197,11 +197,6 @@ static inline d8 f8_widen(f8 a)
     return (d8){vcvt_f64_f32(vget_low_f32(a.lo)), vcvt_high_f64_f32(a.lo),
                 vcvt_f64_f32(vget_low_f32(a.hi)), vcvt_high_f64_f32(a.hi)};
 }
-static inline f8 f8_narrow(d8 x)
-{
-    return (f8){vcvt_high_f32_f64(vcvt_f32_f64(x.a), x.b),
-                vcvt_high_f32_f64(vcvt_f32_f64(x.c), x.d)};
-}
 static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
 
 /* --- float16 and bfloat16, eight in one register --- */

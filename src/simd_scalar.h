@@ -196,13 +196,6 @@ static inline d8 f8_widen(f8 a)
         r.lane[i] = (double)a.lane[i];
     return r;
 }
-static inline f8 f8_narrow(d8 a)
-{
-    f8 r;
-    for (int i = 0; i < 8; i++)
-        r.lane[i] = (float)a.lane[i];
-    return r;
-}
 static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
 
 /* --- float16 and bfloat16, one by one, by their bits --- */

@@ -171,11 +171,6 @@ static inline d8 f8_widen(f8 a)
     return (d8){_mm_cvtps_pd(a.lo), _mm_cvtps_pd(_mm_movehl_ps(a.lo, a.lo)), _mm_cvtps_pd(a.hi),
                 _mm_cvtps_pd(_mm_movehl_ps(a.hi, a.hi))};
 }
-static inline f8 f8_narrow(d8 x)
-{
-    return (f8){_mm_movelh_ps(_mm_cvtpd_ps(x.a), _mm_cvtpd_ps(x.b)),
-                _mm_movelh_ps(_mm_cvtpd_ps(x.c), _mm_cvtpd_ps(x.d))};
-}
 static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
 
 /* --- float16 and bfloat16, four in the lower halves of 32-bit lanes, by their bits --- */
