@@ -13,6 +13,7 @@ ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
 ONNX ?= onnx onnxruntime
 MPI4PY ?= mpi4py>=4
 FORMATS ?= safetensors keras h5py jax flax
+SIMDE ?= simde-py>=0.8.2
 # Interpreters to make wheels for; those of 3.10 to 3.14 that are found, if none are named.
 WHEEL_PYTHONS ?=
 WHEELHOUSE ?= wheelhouse
@@ -23,30 +24,39 @@ PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
-C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.c)
+C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.[ch])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-torch test-distributed test-onnx test-neon sanitize sanitize-test lint \
-    format docs bench bench-compare bench-suite bench-pytest dist sdist wheels test-wheels clean
+.PHONY: help demo test test-torch test-distributed test-onnx test-neon test-avx512-emulated \
+    sanitize sanitize-test lint format docs bench bench-compare bench-suite bench-pytest dist sdist wheels test-wheels clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo 'Arguments are passed on: make test ARGS="-k fold -x", make demo ARGS="--quick"'
 
 demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
 	$(PY) examples/paper.py $(ARGS)
 
-test: $(VENV)/.bnfast-test  ## the whole test suite
+test: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
 
 test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	@command -v aarch64-linux-gnu-gcc qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu || { \
 	    echo "bnfast: test-neon needs a cross compiler and an emulator (Debian, Ubuntu: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)" >&2; \
 	    exit 1; }
-	$(PY) -m pytest tests/test_kernel_program.py $(ARGS)
+	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py -k "NEON or aarch64" $(ARGS)
+
+test-avx512-emulated: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## AVX-512's kernels on AVX2, their intrinsics emulated by SIMDe
+	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import program; sys.exit(program.find_simde()[1])"
+	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py -k emulated $(ARGS)
+
+# Headers alone. Where they cannot be installed, the tests say what to do, and are skipped.
+$(VENV)/.bnfast-simde: $(INSTALLED)
+	-$(if $(SIMDE),$(PY) -m pip install --quiet "$(SIMDE)")
+	@touch $@
 
 sanitize:  ## the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p .sanitize

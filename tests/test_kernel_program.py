@@ -1,10 +1,11 @@
 """The kernels of each instruction set in a C program of their own, judged from here.
 
-For this processor's sets, and for AArch64's under an emulated processor: qemu-user runs what
-a cross compiler builds, so that NEON is tested on machines that do not have it.
+For this processor's sets; for AArch64's under an emulated processor: qemu-user runs what a
+cross compiler builds, so that NEON is tested on machines that do not have it; and for AVX-512
+with its intrinsics emulated, for the same reason.
 """
 
-import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,23 +15,9 @@ from cases import WITHOUT_FMA
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 import program
+import targets
 
-ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
-CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
-NEON_PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"  # of Debian and Ubuntu
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (program.ROOT / "setup.py").exists(), reason="not a source tree"),
-    pytest.mark.skipif(shutil.which("cc") is None, reason="no cc on this machine"),
-]
-needs_emulator = pytest.mark.skipif(
-    ON_ARM or not (shutil.which(CROSS_COMPILER) and shutil.which(EMULATOR)),
-    reason=f"NEON here needs {CROSS_COMPILER} and {EMULATOR}: apt install {NEON_PACKAGES}",
-)
-needs_valgrind = pytest.mark.skipif(
-    shutil.which("valgrind") is None, reason="no valgrind on this machine"
-)
+pytestmark = targets.needs_sources
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +40,7 @@ def native(tmp_path_factory):
 @pytest.fixture(scope="module")
 def aarch64(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aarch64")
-    return program.build(folder, CROSS_COMPILER, "linux-aarch64")
+    return program.build(folder, targets.CROSS_COMPILER, "linux-aarch64")
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +68,60 @@ def test_sets_agree_to_the_bit(cases, answers):
             assert program.differences(cases, one, other) == []
 
 
-@needs_valgrind
-@pytest.mark.parametrize("isa", ["scalar", "sse2", "avx2", "neon"])  # valgrind knows no AVX-512
+def check_all(cases, found, answers):
+    """Right, and with the bits of this processor's sets that have a fused multiply-add."""
+    for case, got in zip(cases, found, strict=True):
+        program.check(case, got)
+    for other in set(answers) - WITHOUT_FMA:
+        assert program.differences(cases, found, answers[other]) == [], other
+
+
+@targets.needs_valgrind
+@pytest.mark.parametrize("isa", targets.KNOWN_TO_VALGRIND)
 def test_valgrind_sees_no_error(isa, native, case_file, tmp_path):
     if isa not in program.run(native).split():
         pytest.skip(f"no {isa} on this processor")
-    valgrind = ("valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full")
-    program.run(*valgrind, native, isa, case_file, tmp_path / "answer")
+    program.run(*targets.VALGRIND, native, isa, case_file, tmp_path / "answer")
 
 
-def emulated(*options):
-    return (EMULATOR, *options, "-L", "/usr/aarch64-linux-gnu")
+@targets.needs_qemu_x86
+class TestOlderProcessors:
+    """What src/dispatch.c makes of a processor that lacks something, and code that must not need
+    it: an emulated one ends with an illegal instruction as a real one does."""
+
+    @pytest.mark.parametrize(
+        ("processor", "sets"),
+        [
+            ("qemu64", ["scalar", "sse2"]),
+            ("Nehalem", ["scalar", "sse2"]),
+            ("max,-avx2", ["scalar", "sse2"]),
+            ("max,-fma", ["scalar", "sse2"]),
+            ("max,-f16c", ["scalar", "sse2"]),
+            ("max,-xsave", ["scalar", "sse2"]),  # an operating system that saves no wide registers
+            ("max", ["scalar", "sse2", "avx2"]),
+        ],
+    )
+    def test_sets_that_can_run(self, processor, sets, native):
+        assert program.run(targets.QEMU_X86, "-cpu", processor, native).split() == sets
+
+    @pytest.mark.parametrize(
+        ("isa", "processor"), [("scalar", "qemu64"), ("sse2", "qemu64"), ("avx2", "max")]
+    )
+    def test_sets_give_the_same_bits(
+        self, isa, processor, cases, case_file, native, answers, tmp_path
+    ):
+        qemu = (targets.QEMU_X86, "-cpu", processor)
+        program.run(*qemu, native, isa, case_file, tmp_path / "answer")
+        found = program.read(cases, tmp_path / "answer")
+        for case, got in zip(cases, found, strict=True):
+            program.check(case, got)
+        assert program.differences(cases, found, answers.get(isa, found)) == []
 
 
-@needs_emulator
+@targets.needs_qemu
 class TestNEON:
     def test_is_what_an_aarch64_build_runs(self, aarch64):
-        assert program.run(*emulated(), aarch64).split() == ["scalar", "neon"]
+        assert program.run(*targets.qemu(), aarch64).split() == ["scalar", "neon"]
 
     # cortex-a57 has the first version of the architecture and no extension of it.
     @pytest.mark.parametrize("processor", ["max", "cortex-a57"])
@@ -105,9 +129,38 @@ class TestNEON:
     def test_is_right_and_has_the_bits_of_other_fma_sets(
         self, isa, processor, cases, case_file, aarch64, answers, tmp_path
     ):
-        program.run(*emulated("-cpu", processor), aarch64, isa, case_file, tmp_path / "answer")
-        found = program.read(cases, tmp_path / "answer")
-        for case, got in zip(cases, found, strict=True):
-            program.check(case, got)
-        for other in set(answers) - WITHOUT_FMA:
-            assert program.differences(cases, found, answers[other]) == [], other
+        qemu = targets.qemu("-cpu", processor)
+        program.run(*qemu, aarch64, isa, case_file, tmp_path / "answer")
+        check_all(cases, program.read(cases, tmp_path / "answer"), answers)
+
+
+@pytest.fixture(scope="module")
+def emulating(tmp_path_factory):
+    """run_cases with AVX-512's kernels on AVX2's instructions."""
+    folder = tmp_path_factory.mktemp("emulating")
+    return program.build(folder, jobs=program.emulated_sources(targets.SIMDE))
+
+
+class TestAVX512Emulated:
+    pytestmark = targets.needs_simde
+    NAME = "avx512 (emulated)"
+
+    def test_is_all_that_this_program_runs(self, emulating):
+        assert program.run(emulating).splitlines() == [self.NAME]
+
+    @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump on this machine")
+    def test_takes_no_instruction_of_avx512(self, emulating):
+        """None with a 512-bit or a mask register, nor a register past the sixteenth."""
+        code = program.run("objdump", "-d", "--no-show-raw-insn", emulating)
+        assert re.search("%ymm", code)
+        assert re.findall(r".*%(?:zmm|k[0-7]|[xy]mm(?:1[6-9]|[23]\d)).*", code) == []
+
+    def test_is_right_and_has_the_bits_of_other_fma_sets(
+        self, cases, case_file, emulating, answers, tmp_path
+    ):
+        program.run(emulating, self.NAME, case_file, tmp_path / "answer")
+        check_all(cases, program.read(cases, tmp_path / "answer"), answers)
+
+    @targets.needs_valgrind
+    def test_valgrind_sees_no_error(self, emulating, case_file, tmp_path):
+        program.run(*targets.VALGRIND, emulating, self.NAME, case_file, tmp_path / "answer")

@@ -310,10 +310,10 @@ class TestInferenceOfSpecialValues:
         assert bits(bnfast.scale_shift(x, -one, zero, activation=("leaky_relu", 1.0))) == bits(-x)
 
     def test_minus_zero(self, isa, dtype, shape):
-        """-0 * 1 + -0 is -0, and leaky_relu of it too."""
+        """-0 * 1 + -0 is -0, and so is any activation of it, as in PyTorch."""
         x = np.full(shape, -0.0, dtype)
         one, minus_zero = np.ones(2, dtype), np.full(2, -0.0, dtype)
-        for activation in (None, "leaky_relu"):
+        for activation in (None, "relu", "relu6", "leaky_relu"):
             y = bnfast.scale_shift(x, one, minus_zero, activation=activation)
             assert bits(y) == bits(x)
 

@@ -6,11 +6,13 @@ one after the other, in the byte order and sizes of every processor that has ker
 """
 
 import os
+import re
 import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import cycle, product
 from pathlib import Path
 from unittest.mock import MagicMock, patch
@@ -71,25 +73,74 @@ def run(*command, **options):
     return done.stdout
 
 
-def build(folder, compiler="cc", platform=None, more=()):
-    """run_cases for a platform; `more` are flags beside setup.py's, such as -g."""
-    jobs = [
+def flags_of(isa, platform=None):
+    """The compiler flags of an instruction set's kernels."""
+    return dict(libraries(platform))[f"bnfast_{isa}"]["cflags"]
+
+
+def emulation_flags(simde):
+    """Those of AVX-512's kernels where SIMDe, in a folder, stands in for it: AVX2's own."""
+    shim = ("-include", HERE / "avx512_emulated.h", f"-isystem{simde}")
+    return [*flags_of("avx2"), *shim, "-Wno-psabi"]  # 64-byte vectors never leave an object
+
+
+def sources(platform=None):
+    """What a program is made of beside its own file: (path, flags) each."""
+    return [
         (ROOT / source, facts["cflags"])
         for _, facts in libraries(platform)
         for source in facts["sources"]
     ]
-    jobs.append((HERE / "run_cases.c", ["-std=c11", "-O2"]))
 
-    def compiled(job):
-        source, flags = job
-        target = folder / f"{source.stem}.o"
-        run(compiler, "-c", *flags, *WARNINGS, *more, f"-I{ROOT / 'src'}", source, "-o", target)
-        return target
 
+def emulated_sources(simde):
+    """The same with AVX-512's table alone, emulated."""
+    kernels = (ROOT / "src/kernels_avx512.c", emulation_flags(simde))
+    driver = [job for job in sources() if not job[0].name.startswith(("kernels_", "dispatch"))]
+    return [*driver, (HERE / "dispatch_emulated.c", ["-std=c11"]), kernels]
+
+
+def compiled(job, folder, compiler="cc", more=()):
+    """The object of (source, flags); `more` are flags beside these, such as -g."""
+    source, flags = job
+    target = folder / f"{source.stem}.o"
+    run(compiler, "-c", *flags, *WARNINGS, *more, f"-I{ROOT / 'src'}", source, "-o", target)
+    return target
+
+
+def build(folder, compiler="cc", platform=None, more=(), jobs=None):
+    """run_cases for a platform, or of other sources than its own."""
+    jobs = [*(jobs or sources(platform)), (HERE / "run_cases.c", ["-std=gnu11", "-O2"])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, jobs))
+        objects = list(pool.map(lambda job: compiled(job, folder, compiler, more), jobs))
     run(compiler, *more, *objects, "-lpthread", "-o", folder / "run_cases")
     return folder / "run_cases"
+
+
+SIMDE_VERSION = (0, 8, 2)  # the first that has what avx512_emulated.h takes from it
+
+
+def find_simde():
+    """(folder to include SIMDe from, None) or (None, what to do about it).
+
+    SIMDE_INCLUDE names one; else it is PyPI's simde-py, or the system's.
+    """
+    named = os.environ.get("SIMDE_INCLUDE")
+    package = find_spec("simde_py")
+    packaged = [Path(package.origin).parent / "simde"] if package else []
+    for folder in [Path(named)] if named else [*packaged, Path("/usr/include")]:
+        header = folder / "simde" / "simde-common.h"
+        if not header.exists():
+            continue
+        text = header.read_text("utf-8")
+        found = re.findall(r"define SIMDE_VERSION_(?:MAJOR|MINOR|MICRO) (\d+)", text)
+        if tuple(map(int, found)) >= SIMDE_VERSION:
+            return folder, None
+    wanted = ".".join(map(str, SIMDE_VERSION))
+    return None, (
+        f"AVX-512's emulation needs SIMDe {wanted} or later: pip install simde-py, "
+        "or name a folder with simde/ in SIMDE_INCLUDE"
+    )
 
 
 # --- Cases -------------------------------------------------------------------------------
@@ -122,7 +173,8 @@ class Case:
         scale = weight * inv_std
         g = reference.backward(p.dy.astype(x.dtype), *p.exact())
         x_factor, constant = -scale * inv_std * g.gamma / p.m, -scale * g.beta / p.m
-        return [a.astype(float) for a in (s.mean, scale, bias, scale, x_factor, constant)]
+        made = [a.astype(float) for a in (s.mean, scale, bias, scale, x_factor, constant)]
+        return with_special_parameters(*made) if self.special else made
 
     def y(self):
         """The exact output, rounded."""
@@ -203,11 +255,21 @@ def make_case(shape, dtype, activation, residual, mask, through, stream, tile=WH
 def with_special_values(a):
     """A copy whose channels hold NaN, an infinity, denormals and so on, one kind a channel."""
     tiny, huge = finfo(a.dtype).smallest_subnormal, float(finfo(a.dtype).max) / 4
-    kinds = (np.nan, tiny, -0.0, np.inf, huge, -tiny, 0.0, -huge, -np.inf)
+    values = (-0.0, 0.0, np.nan, tiny, np.inf, huge, -tiny, -huge, -np.inf)
     a = a.copy()
-    for channel, kind in zip(range(a.shape[1]), cycle(kinds), strict=False):
-        a[::2, channel, ::3] = kind
+    for channel, value in zip(range(a.shape[1]), cycle(values), strict=False):
+        a[::2, channel, ::3] = value
     return a
+
+
+def with_special_parameters(mean, scale, shift, *others):
+    """The same numbers a channel, but those that make -0 of its -0 and 0: nothing is subtracted
+    or added, and 0 is multiplied by a negative number."""
+    minus_zero, zero = slice(0, None, 9), slice(1, None, 9)
+    for channels, sign in ((minus_zero, 1.0), (zero, -1.0)):
+        mean[channels], shift[channels] = 0.0, -0.0
+        scale[channels] = np.copysign(scale[channels], sign)
+    return [mean, scale, shift, *others]
 
 
 def make_cases():

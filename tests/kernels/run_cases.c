@@ -7,17 +7,10 @@
  * format); this program needs nothing but src/, so that it runs under an
  * emulated processor and under valgrind too.  Every array ends where a page
  * without access begins: a kernel that reads or writes past one is killed. */
-#define _GNU_SOURCE
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "bnfast.h"
-
-#define POISON 0xa5 /* in every byte of an output that no kernel wrote */
+#include "pages.h"
 
 typedef struct {
     int64_t type, itemsize, layout, activation, mask, through, residual, stream;
@@ -26,33 +19,15 @@ typedef struct {
     double slope;
 } header;
 
-static void fail(const char *what)
-{
-    perror(what);
-    exit(2);
-}
-
-static size_t mapped(size_t bytes)
-{
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    return (bytes / page + 1) * page;
-}
-
 /* So many bytes of POISON, the last just before a page without access. */
 static char *place(size_t bytes)
 {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), size = mapped(bytes);
-    char *base =
-        mmap(NULL, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED || mprotect(base + size, page, PROT_NONE))
-        fail("memory");
-    return memset(base + size - bytes, POISON, bytes);
+    return map_between_guards(bytes) + room_between_guards(bytes) - bytes;
 }
 
 static void release(const void *placed, size_t bytes)
 {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), size = mapped(bytes);
-    munmap((char *)placed + bytes - size, size + page);
+    unmap_between_guards((char *)placed + bytes - room_between_guards(bytes), bytes);
 }
 
 static void *read_placed(FILE *file, size_t bytes)
