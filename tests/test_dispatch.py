@@ -20,7 +20,7 @@ from cases import (
 )
 
 import bnfast
-from bnfast import _core
+from bnfast import _config, _core
 
 LAYOUTS = {"planar": (6, 5, 4), "interleaved": (24, 5)}
 
@@ -93,6 +93,58 @@ def test_instruction_sets_of_this_machine():
     assert len(set(_core.isas())) == len(_core.isas()) >= 1
     with pytest.raises(ValueError, match="pdp11"):
         _core.set_isa("pdp11")
+
+
+X86 = ("scalar", "sse2", "avx2", "avx512")  # as a build for x86-64 lists them
+
+
+@pytest.mark.parametrize(
+    ("isa", "pinned", "runnable", "why"),
+    [
+        ("avx512", None, X86, "the best that this processor can run"),
+        ("avx2", None, X86[:3], "the best that this processor can run"),
+        ("sse2", None, X86[:2], "the best that this processor can run"),
+        ("neon", None, ("scalar", "neon"), "the best that this processor can run"),
+        ("neon", "", ("scalar", "neon"), "the best that this processor can run"),
+        ("scalar", None, ("scalar",), "plain C: no others were built for this processor"),
+        ("avx512", "avx512", X86, "pinned by BNFAST_ISA"),
+        ("sse2", "sse2", X86, "pinned by BNFAST_ISA"),
+        ("scalar", "scalar", X86, "pinned by BNFAST_ISA"),
+        ("scalar", "scalar", ("scalar",), "pinned by BNFAST_ISA"),
+        ("sse2", None, X86, "set by a test"),
+        ("scalar", "avx2", X86, "set by a test"),
+    ],
+)
+def test_why_a_set_is_in_use(isa, pinned, runnable, why, monkeypatch):
+    monkeypatch.delenv("BNFAST_ISA", raising=False)
+    if pinned is not None:
+        monkeypatch.setenv("BNFAST_ISA", pinned)
+    assert _config._why(isa, runnable) == why
+
+
+class TestShowConfig:
+    """What it says of the kernels is what runs, and not what is best."""
+
+    def kernels(self, capsys):
+        bnfast.show_config()
+        shown = {line[:16].strip(): line[16:] for line in capsys.readouterr().out.splitlines()}
+        assert shown["built"] == ", ".join(_core.config()["isas_built"])
+        assert shown["runnable here"] == ", ".join(_core.isas())
+        return shown["kernels"]
+
+    def test_of_each_set(self, isa, monkeypatch, capsys, dispatches):
+        monkeypatch.delenv("BNFAST_ISA", raising=False)
+        best = "plain C: no others were built for this processor"
+        if len(_core.isas()) > 1:
+            best = "the best that this processor can run"
+        why = best if isa == _core.isas()[-1] else "set by a test"
+        assert self.kernels(capsys) == f"{isa} ({why})"
+        bnfast.moments(np.ones((3, 2)))
+        assert [key[3] for key in dispatches()] == [isa]
+
+    def test_of_a_pinned_one(self, isa, monkeypatch, capsys):
+        monkeypatch.setenv("BNFAST_ISA", isa)
+        assert self.kernels(capsys) == f"{isa} (pinned by BNFAST_ISA)"
 
 
 @pytest.mark.parametrize("call", CALLS)

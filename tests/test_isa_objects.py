@@ -6,40 +6,26 @@ on an older processor either way.
 """
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import MagicMock, patch
 
 import pytest
 
 from bnfast import _core
 
-ROOT = Path(__file__).resolve().parent.parent
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+from program import ROOT, WARNINGS, libraries
 
 
-def stand_ins():
-    """Empty modules for the build tools that setup.py imports and a test
-    environment may lack; which flags it sets does not depend on them."""
-    absent = {"setuptools", "Cython"} - {n for n in ("setuptools", "Cython") if find_spec(n)}
-    modules = {name: MagicMock() for name in absent}
-    return modules | ({"Cython.Build": MagicMock()} if "Cython" in absent else {})
-
-
-def isa_libraries():
-    setup = ROOT / "setup.py"
-    if not setup.exists():
+def isa_libraries(platform=None):
+    if not (ROOT / "setup.py").exists():
         return []
-    with patch.dict(sys.modules, stand_ins()):
-        libraries = runpy.run_path(str(setup), run_name="setup")["LIBRARIES"]
     return [
         (name, facts)
-        for name, facts in libraries
+        for name, facts in libraries(platform)
         if any(re.search(r"kernels_\w+\.c$", source) for source in facts["sources"])
     ]
 
@@ -86,6 +72,24 @@ def compiled(tmp_path_factory):
 @pytest.fixture(params=[name for name, _ in LIBRARIES])
 def objects(request, compiled):
     return compiled[request.param]
+
+
+@pytest.mark.parametrize(
+    ("platform", "isas", "tables"),
+    [
+        ("linux-x86_64", {"scalar", "sse2", "avx2", "avx512"}, ["-DBNF_TABLES_X86_64"]),
+        ("win-amd64", {"scalar", "sse2", "avx2", "avx512"}, ["-DBNF_TABLES_X86_64"]),
+        ("linux-aarch64", {"scalar", "neon"}, ["-DBNF_TABLES_AARCH64"]),
+        ("macosx-11.0-arm64", {"scalar", "neon"}, ["-DBNF_TABLES_AARCH64"]),
+        ("linux-riscv64", {"scalar"}, []),
+        ("linux-i686", {"scalar"}, []),
+    ],
+)
+def test_what_is_built_for_a_processor(platform, isas, tables):
+    """And dispatch.c is told of the same: a table that it misses is a failing link, or none."""
+    assert {name for name, _ in isa_libraries(platform)} == {f"bnfast_{isa}" for isa in isas}
+    (driver,) = [facts for name, facts in libraries(platform) if name == "bnfast_driver"]
+    assert [flag for flag in driver["cflags"] if flag.startswith("-DBNF_TABLES")] == tables
 
 
 def test_one_source_a_library(objects):
