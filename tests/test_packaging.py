@@ -1,6 +1,7 @@
 """From the source tree to another machine: sdist, wheel, clean install, and what is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,56 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
     listed = succeed(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     packages = {line.partition("==")[0].lower() for line in listed.splitlines()}
     assert packages - {"pip", "setuptools", "wheel"} == {"bnfast", "numpy"}
+
+
+@pytest.fixture(scope="module")
+def plain_c(tree, tmp_path_factory):
+    """A folder to import from, built where setup.py knows no processor by its name."""
+    folder = tmp_path_factory.mktemp("plain_c")
+    shutil.copytree(tree, folder / "source")
+    setup = folder / "source" / "setup.py"
+    text = setup.read_text("utf-8")
+    for known in ("x86_64", "aarch64"):
+        assert f'"{known}": {{' in text
+        text = text.replace(f'"{known}": {{', f'"not {known}": {{')
+    setup.write_text(text, "utf-8")
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder)
+    succeed(*command, folder / "source", cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+class TestAProcessorWithoutKernelsOfItsOwn:
+    """One that setup.py has no instruction set for: plain C is built, alone, and works."""
+
+    def run(self, folder, *arguments, **environ):
+        environ = {"PYTHONPATH": str(folder), "BNFAST_ISA": "", **environ}
+        return run(sys.executable, "-W", "error", *arguments, cwd=folder, **environ)
+
+    def test_says_so(self, plain_c):
+        done = self.run(plain_c, "-m", "bnfast")
+        assert done.returncode == 0, done.stderr
+        shown = {line[:16].strip(): line[16:] for line in done.stdout.splitlines()}
+        assert shown["kernels"] == "scalar (plain C: no others were built for this processor)"
+        assert shown["built"] == shown["runnable here"] == "scalar"
+
+    def test_names_what_it_has_where_another_is_pinned(self, plain_c):
+        done = self.run(plain_c, "-c", "import bnfast", BNFAST_ISA="avx2")
+        assert done.returncode == 1
+        message = done.stderr.strip().splitlines()[-1]
+        assert message == "ImportError: BNFAST_ISA is 'avx2'; this processor and build have scalar"
+
+    def test_passes_the_tests_of_the_functions(self, plain_c):
+        names = ("moments", "functional_forward", "functional_backward", "dispatch")
+        tests = [ROOT / "tests" / f"test_{name}.py" for name in names]
+        options = ("-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-p", "no:cacheprovider")
+        command = ("-m", "pytest", "-v", "-m", "not slow", *options, *tests)
+        done = self.run(plain_c, *command)
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert "[scalar" in done.stdout
+        assert not re.search(r"\[(sse2|avx2|avx512|neon)", done.stdout)
 
 
 def test_a_missing_compiler_is_named(sdist, tmp_path):
