@@ -147,15 +147,23 @@ class TestAVX512Emulated:
 
     @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump on this machine")
     def test_takes_no_instruction_of_avx512(self, emulating):
-        """None with a 512-bit or a mask register, nor a register past the sixteenth."""
+        """None with a 512-bit or a mask register, nor a register past the sixteenth; and what
+        AVX-512 masks is done lane by lane, not by AVX2's masked loads."""
         code = program.run("objdump", "-d", "--no-show-raw-insn", emulating)
         assert re.search("%ymm", code)
         assert re.findall(r".*%(?:zmm|k[0-7]|[xy]mm(?:1[6-9]|[23]\d)).*", code) == []
+        assert "maskmov" not in code
 
     def test_is_right_and_has_the_bits_of_other_fma_sets(
         self, cases, case_file, emulating, answers, tmp_path
     ):
         program.run(emulating, self.NAME, case_file, tmp_path / "answer")
+        check_all(cases, program.read(cases, tmp_path / "answer"), answers)
+
+    @targets.needs_qemu_x86
+    def test_runs_on_a_processor_without_it(self, cases, case_file, emulating, answers, tmp_path):
+        qemu = (targets.QEMU_X86, "-cpu", "Haswell")
+        program.run(*qemu, emulating, self.NAME, case_file, tmp_path / "answer")
         check_all(cases, program.read(cases, tmp_path / "answer"), answers)
 
     @targets.needs_valgrind

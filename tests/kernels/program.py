@@ -81,7 +81,8 @@ def flags_of(isa, platform=None):
 def emulation_flags(simde):
     """Those of AVX-512's kernels where SIMDe, in a folder, stands in for it: AVX2's own."""
     shim = ("-include", HERE / "avx512_emulated.h", f"-isystem{simde}")
-    return [*flags_of("avx2"), *shim, "-Wno-psabi"]  # 64-byte vectors never leave an object
+    # The shim's loops over lanes are to stay loops; vectors of 64 bytes never leave an object.
+    return [*flags_of("avx2"), *shim, "-fno-tree-vectorize", "-Wno-psabi"]
 
 
 def sources(platform=None):
