@@ -257,13 +257,13 @@ C_TYPES = {
 }
 
 
-def build(folder, isa, dtype, flags, compiler="cc"):
+def build(folder, isa, dtype, flags, compiler="cc", sources=ROOT / "src", warnings=WARNINGS):
     """run_operations for one instruction set and type."""
     element, lane, vector = C_TYPES[np.dtype(dtype).name]
     names = (f'-DSIMD="simd_{isa}.h"', f"-DT={element}", f"-DP={lane}", f"-Dvec={vector}")
     program = folder / f"run_operations_{isa}_{np.dtype(dtype)}"
     source = HERE / "run_operations.c"
-    flags = [*flags, *WARNINGS, "-std=gnu11", *names, f"-I{ROOT / 'src'}"]
+    flags = [*flags, *warnings, "-std=gnu11", *names, f"-I{sources}"]
     run(compiler, *flags, source, "-o", program)
     return program
 

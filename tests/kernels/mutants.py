@@ -1,0 +1,187 @@
+"""Breaks each operation of the sets in turn: `python tests/kernels/mutants.py [word ...]`.
+
+As tests/mutants.py does with the formulas of the kernels, which say nothing about the operand
+order of a max or a mask that is a lane too long. Every mistake is made in a copy of src/, and
+must be noticed by the requests of operations.py. Words choose: a set's name, a part of a file's.
+A minute or two for all; the exit status says whether all were caught.
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import operations
+import targets
+from cases import bfloat16
+from program import ROOT
+
+
+def can_run(target):
+    tools = [target.compiler, *target.launcher[:1]]
+    return all(map(shutil.which, tools)) and not (target.emulated and targets.SIMDE is None)
+
+
+TARGETS = {
+    parameter.id: parameter.values[0]
+    for parameter in targets.every_target()
+    if can_run(parameter.values[0])
+}
+SCALAR, SSE2, AVX2, AVX512 = "scalar", "sse2", "avx2", "avx512"
+EMULATED, NEON = "avx512 (emulated)", "neon (qemu-aarch64)"
+
+# set, type it is asked on, file, what stands there, what its first occurrence becomes
+MUTANTS = [
+    # the operand that is given back where both are equal, or one is NaN
+    (SCALAR, "float32", "simd_scalar.h", "a.lane[i] > b.lane[i]", "a.lane[i] >= b.lane[i]"),
+    (SCALAR, "float32", "simd_scalar.h", "a.lane[i] < b.lane[i]", "!(a.lane[i] >= b.lane[i])"),
+    (SSE2, "float32", "simd_sse2.h", "_mm_max_ps(a.lo, b.lo)", "_mm_max_ps(b.lo, a.lo)"),
+    (SSE2, "float32", "simd_sse2.h", "_mm_min_ps(a.hi, b.hi)", "_mm_min_ps(b.hi, a.hi)"),
+    (SSE2, "float64", "simd_sse2.h", "_mm_max_pd(x.d, y.d)", "_mm_max_pd(y.d, x.d)"),
+    (SSE2, "float64", "simd_sse2.h", "_mm_min_pd(x.c, y.c)", "_mm_min_pd(y.c, x.c)"),
+    (AVX2, "float32", "simd_m256.h", "_mm256_max_ps(a, b)", "_mm256_max_ps(b, a)"),
+    (AVX2, "float32", "simd_m256.h", "_mm256_min_ps(a, b)", "_mm256_min_ps(b, a)"),
+    (AVX2, "float64", "simd_avx2.h", "_mm256_max_pd(a.lo, b.lo)", "_mm256_max_pd(b.lo, a.lo)"),
+    (AVX2, "float64", "simd_avx2.h", "_mm256_min_pd(a.hi, b.hi)", "_mm256_min_pd(b.hi, a.hi)"),
+    (AVX512, "float64", "simd_avx512.h", "_mm512_max_pd(a, b)", "_mm512_max_pd(b, a)"),
+    (AVX512, "float64", "simd_avx512.h", "_mm512_min_pd(a, b)", "_mm512_min_pd(b, a)"),
+    (EMULATED, "float64", "simd_avx512.h", "_mm512_max_pd(a, b)", "_mm512_max_pd(b, a)"),
+    (EMULATED, "float64", "simd_avx512.h", "_mm512_min_pd(a, b)", "_mm512_min_pd(b, a)"),
+    (
+        NEON, "float32", "simd_neon.h",
+        "vbslq_f32(vcgtq_f32(a.lo, b.lo), a.lo, b.lo)", "vmaxq_f32(a.lo, b.lo)",
+    ),
+    (
+        NEON, "float32", "simd_neon.h",
+        "vbslq_f32(vcgtq_f32(a.hi, b.hi), a.hi, b.hi)", "vmaxnmq_f32(a.hi, b.hi)",
+    ),
+    (
+        NEON, "float32", "simd_neon.h",
+        "vbslq_f32(vcltq_f32(a.lo, b.lo), a.lo, b.lo)", "vminq_f32(a.lo, b.lo)",
+    ),
+    (NEON, "float32", "simd_neon.h", "vcgtq_f32(a.lo, b.lo)", "vcgeq_f32(a.lo, b.lo)"),
+    (NEON, "float64", "simd_neon.h", "vbslq_f64(vcgtq_f64(a, b), a, b)", "vmaxq_f64(a, b)"),
+    (NEON, "float64", "simd_neon.h", "vbslq_f64(vcltq_f64(a, b), a, b)", "vminq_f64(a, b)"),
+    # the kink belongs to one side
+    (SCALAR, "float32", "simd_scalar.h", "a.lane[i] <= b.lane[i]", "a.lane[i] < b.lane[i]"),
+    (SSE2, "float64", "simd_sse2.h", "_mm_cmple_pd", "_mm_cmplt_pd"),
+    (AVX2, "float32", "simd_avx2.h", "_CMP_LE_OQ", "_CMP_LT_OQ"),
+    (AVX2, "float32", "simd_avx2.h", "_CMP_LE_OQ", "_CMP_NGT_UQ"),
+    (EMULATED, "float32", "simd_avx512.h", "_CMP_LE_OQ", "_CMP_LT_OQ"),
+    (NEON, "float32", "simd_neon.h", "vcleq_f32(a.lo, b.lo)", "vcltq_f32(a.lo, b.lo)"),
+    # one rounding, and one order of additions
+    (
+        AVX2, "float64", "simd_avx2.h", "_mm256_fmadd_pd(a.hi, b.hi, c.hi)",
+        "_mm256_add_pd(_mm256_mul_pd(a.hi, b.hi), c.hi)",
+    ),
+    (
+        EMULATED, "float64", "simd_avx512.h", "_mm512_fmadd_pd(a, b, c)",
+        "_mm512_add_pd(_mm512_mul_pd(a, b), c)",
+    ),
+    (
+        NEON, "float32", "simd_neon.h", "vfmaq_f32(c.lo, a.lo, b.lo)",
+        "vaddq_f32(c.lo, vmulq_f32(a.lo, b.lo))",
+    ),
+    (
+        NEON, "float64", "simd_neon.h", "vaddq_f64(vaddq_f64(x.a, x.c), vaddq_f64(x.b, x.d))",
+        "vaddq_f64(vaddq_f64(x.a, x.b), vaddq_f64(x.c, x.d))",
+    ),
+    # parts of eight lanes, and nothing past them
+    (SSE2, "float32", "simd_sse2.h", "for (ptrdiff_t i = 0; i < n; i++)\n        lanes[i] = p[i];",
+     "for (ptrdiff_t i = 0; i <= n; i++)\n        lanes[i] = p[i];"),
+    (AVX2, "float32", "simd_avx2.h", "_mm256_maskload_ps(p, first)", "_mm256_loadu_ps(p)"),
+    (AVX2, "float32", "simd_m256.h", "if (n == 4)", "if (n == 8)"),
+    (AVX2, "bfloat16", "simd_m128i.h", "memcpy(&two, p + (n & 4)", "memcpy(&two, p"),
+    (EMULATED, "float64", "simd_avx512.h", "(1u << n) - 1", "(2u << n) - 1"),
+    (EMULATED, "float32", "simd_avx512.h", "(1u << n) - 1", "(2u << n) - 1"),
+    (EMULATED, "float16", "simd_avx512.h", "(1u << n) - 1", "(2u << n) - 1"),
+    (
+        EMULATED, "float64", "simd_avx512.h",
+        "_mm512_mask_loadu_pd(fill, first_lanes(n), p)", "_mm512_loadu_pd(p)",
+    ),
+    (
+        EMULATED, "float32", "simd_avx512.h",
+        "_mm256_mask_loadu_ps(fill, first_lanes(n), p)", "_mm256_loadu_ps(p)",
+    ),
+    (
+        EMULATED, "float64", "simd_avx512.h",
+        "_mm512_mask_storeu_pd(p, first_lanes(n), a)", "_mm512_storeu_pd(p, a)",
+    ),
+    (NEON, "float32", "simd_neon.h", "vld1q_lane_f32(p + 2, fill, 2)",
+     "vld1q_lane_f32(p + 1, fill, 2)"),
+    (NEON, "float16", "simd_neon.h", "memcpy(lanes, p, (size_t)n * sizeof *p)",
+     "memcpy(lanes, p, 16)"),
+    (NEON, "float16", "simd_neon.h", "memcpy(p, lanes, (size_t)n * sizeof *p)",
+     "memcpy(p, lanes, 16)"),
+    # halves: to nearest, even in the middle; denormals; NaN made quiet, its bits kept
+    (SCALAR, "float16", "simd_scalar.h", "0xfff + (size >> 13 & 1)", "0xfff"),
+    (SCALAR, "float16", "simd_scalar.h", "size < 113u << 23", "size < 112u << 23"),
+    (SCALAR, "bfloat16", "simd_scalar.h", "0x7fff + (bits >> 16 & 1)", "0x7fff"),
+    (SCALAR, "bfloat16", "simd_scalar.h", "bits | 0x400000", "bits"),
+    (SSE2, "float16", "simd_sse2.h", "_mm_add_epi32(odd, _mm_set1_epi32(0xfff - (112 << 23)))",
+     "_mm_set1_epi32(0xfff - (112 << 23))"),
+    (SSE2, "float16", "simd_sse2.h", "_mm_set1_epi32(0x7e00)", "_mm_set1_epi32(0x7c00)"),
+    (SSE2, "float16", "simd_sse2.h", "_mm_set1_epi32(0x3ff)", "_mm_set1_epi32(0x0ff)"),
+    (SSE2, "float16", "simd_sse2.h", "_mm_set1_ps(0x1p-14f)", "_mm_set1_ps(0x1p-15f)"),
+    (SSE2, "float16", "simd_sse2.h", "_mm_set1_epi32(113 << 23)", "_mm_set1_epi32(112 << 23)"),
+    (AVX2, "float16", "simd_m256.h", "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
+    (AVX2, "bfloat16", "simd_avx2.h", "_mm256_set1_epi32(0x40)", "_mm256_set1_epi32(0)"),
+    (AVX2, "bfloat16", "simd_avx2.h", "_mm256_add_epi32(bits, half)",
+     "_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff))"),
+    (EMULATED, "bfloat16", "simd_avx512.h", "_mm256_set1_epi32(0x7fff), odd",
+     "_mm256_set1_epi32(0x7fff), _mm256_setzero_si256()"),
+    (EMULATED, "bfloat16", "simd_avx512.h", "_mm256_set1_epi32(0x400000)", "_mm256_set1_epi32(0)"),
+    (EMULATED, "bfloat16", "simd_avx512.h", "1, 3, 5, 7, 9,", "1, 3, 5, 9, 7,"),
+    (NEON, "bfloat16", "simd_neon.h", "vdupq_n_u32(0x400000)", "vdupq_n_u32(0)"),
+    (NEON, "bfloat16", "simd_neon.h", "vaddq_u32(vdupq_n_u32(0x7fff), odd)",
+     "vdupq_n_u32(0x7fff)"),
+]  # fmt: skip
+
+
+def complaint(target, dtype, folder):
+    """What is noticed of the sources in folder/src, or None. A mistake that does not compile
+    is one of MUTANTS and ends the program."""
+    dtype = bfloat16 if dtype == "bfloat16" else dtype
+    built = operations.build(
+        folder, target.isa, dtype, target.flags(), target.compiler, folder / "src", warnings=()
+    )
+    try:
+        requests = operations.make_requests(dtype, target.fused)
+        operations.check(requests, built, folder, target.launcher)
+    except AssertionError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def survives(name, dtype, file, old, new, folder):
+    path = folder / "src" / file
+    source = path.read_text("utf-8")
+    if old not in source:
+        sys.exit(f"{file} has no {old!r}")
+    path.write_text(source.replace(old, new, 1), "utf-8")
+    noticed = complaint(TARGETS[name], dtype, folder)
+    path.write_text(source, "utf-8")
+    verdict = "caught" if noticed else "SURVIVED"
+    print(f"{verdict}  {name}, {dtype}: {old}  ->  {new}\n    {noticed}", flush=True)
+    return noticed is None
+
+
+def main(words):
+    runnable = [mutant for mutant in MUTANTS if mutant[0] in TARGETS]
+    chosen = [m for m in runnable if not words or any(w in m[0] or w in m[2] for w in words)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copytree(ROOT / "src", folder / "src")
+        for isa, dtype in sorted({mutant[:2] for mutant in chosen}):
+            unbroken = complaint(TARGETS[isa], dtype, folder)
+            if unbroken:
+                sys.exit(f"the tests fail without a mistake: {unbroken}")
+        survivors = sum(survives(*mutant, folder) for mutant in chosen)
+    left_out = len(MUTANTS) - len(chosen)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught, {left_out} left out")
+    return survivors > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
