@@ -166,7 +166,8 @@ def _is_data_type(dtype: np.dtype[Any]) -> bool:
     return dtype.type in (np.float32, np.float64, np.float16) or is_bfloat16(dtype)
 
 
-def _check_type(name: str, a: Array) -> None:
+def check_type(name: str, a: Array) -> None:
+    """Refuse an array of a type that data cannot have."""
     if not _is_data_type(a.dtype):
         raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_DATA_NAMES)}")
 
@@ -177,7 +178,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def _tensor(name: str, value: Any) -> Array:
     a = array(name, value)
-    _check_type(name, a)
+    check_type(name, a)
     if a.ndim < 2:
         raise ValueError(
             f"{name} has shape {a.shape}; expected at least 2 dimensions, one of them channels"
@@ -254,7 +255,7 @@ def _overlaps_itself(a: Array) -> bool:
 def parameter(name: str, value: Any, channels: int, out: Array | None = None) -> Array:
     """Return a per-channel parameter as a plain float32 or float64 array."""
     a = array(name, value)
-    _check_type(name, a)
+    check_type(name, a)
     _check_channels(name, a, channels)
     if out is not None and _share_memory(a, out):
         refuse_overlap(name)
@@ -271,7 +272,7 @@ def constant(name: str, value: Any, channels: int | None = None) -> Array:
     """Return a read-only float64 copy of a per-channel parameter."""
     if channels is None:
         a = array(name, value)
-        _check_type(name, a)
+        check_type(name, a)
         if a.ndim != 1:
             raise ValueError(f"{name} has shape {a.shape}; expected (channels,)")
         channels = len(a)

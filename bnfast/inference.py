@@ -2,7 +2,7 @@
 
 In inference a batch norm is the affine map ``y = (x - mean) * scale + shift`` of each channel, and
 a linear or convolution layer beside it can do its work (section 3.1 of Ioffe and Szegedy, 2015).
-All arithmetic is in float64 and rounded once, to the type of the weight given.
+All arithmetic is in float64 and rounded once, to the type of the weight given, halves too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["fold", "fold_before", "recompute_statistics"]
 
 Array: TypeAlias = "NDArray[np.floating[Any]]"
+Wide: TypeAlias = "NDArray[np.float64]"
 Channels: TypeAlias = "NDArray[np.float64]"  # one value a channel
 Batch = TypeVar("Batch")
 
@@ -45,7 +46,7 @@ def fold(
 
     Parameters
     ----------
-    weight : array_like, float32 or float64
+    weight : array_like of float32, float64, float16 or bfloat16
         The layer's weight: ``(out, in)`` or ``(out, in / groups, ...)``, with ``out_axis=1``
         the ``(in, out / groups, ...)`` of a transposed convolution. With its own `out_axis` and
         ``groups=1`` any other layout, such as Keras' ``(height, width, in, out)`` (-1).
@@ -62,7 +63,8 @@ def fold(
     Returns
     -------
     weight, bias : ndarray
-        New arrays of the dtype of `weight`, whatever that of `bias`.
+        New arrays of the dtype of `weight`, whatever that of `bias`: computed in float64 and
+        rounded once, to nearest even.
 
     Raises
     ------
@@ -79,13 +81,13 @@ def fold(
     layer does before its batch norm: the error is that of the weights' own rounding, not
     bnfast's accuracy guarantee for normalization.
     """
-    weight = _checked_array("weight", weight)
+    weight, dtype = _checked_weight(weight)
     axis = _checked_axis("out_axis", out_axis, weight.ndim)
     groups = _checked_groups(groups, weight)
     mean, scale, shift = _checked_affine(bn)
     new_weight = weight * _along(scale, weight, axis, groups, "output")
     new_bias = (_checked_bias(bias, mean.size) - mean) * scale + shift
-    return new_weight.astype(weight.dtype), new_bias.astype(weight.dtype)
+    return _rounded(new_weight, dtype), _rounded(new_bias, dtype)
 
 
 def fold_before(
@@ -106,7 +108,7 @@ def fold_before(
 
     Parameters
     ----------
-    weight : array_like, float32 or float64
+    weight : array_like of float32, float64, float16 or bfloat16
         The layer's weight: ``(out, in)`` or ``(out, in / groups, ...)``; with ``in_axis=0`` the
         ``(in, out)`` of a linear layer or ``(in, out / groups, ...)`` of a transposed convolution.
     bias : array_like of shape (out,), or None
@@ -125,7 +127,8 @@ def fold_before(
     Returns
     -------
     weight, bias : ndarray
-        New arrays of the dtype of `weight`, whatever that of `bias`.
+        New arrays of the dtype of `weight`, whatever that of `bias`: computed in float64 and
+        rounded once, to nearest even.
 
     Raises
     ------
@@ -138,7 +141,7 @@ def fold_before(
     RuntimeError
         If `bn` has no running statistics.
     """
-    weight = _checked_array("weight", weight)
+    weight, dtype = _checked_weight(weight)
     axis = _arrays.integer("in_axis", in_axis)
     if axis not in (0, 1):
         raise ValueError(f"in_axis is {axis}; expected 1, or 0 for weights of shape (in, out, ...)")
@@ -156,7 +159,7 @@ def fold_before(
         added = through.reshape(groups, rows // groups, columns, -1).sum(axis=(1, 3)).reshape(-1)
     new_weight = weight * _along(scale, weight, axis, groups, "input")
     new_bias = _checked_bias(bias, added.size) + added
-    return new_weight.astype(weight.dtype), new_bias.astype(weight.dtype)
+    return _rounded(new_weight, dtype), _rounded(new_bias, dtype)
 
 
 def recompute_statistics(
@@ -229,20 +232,35 @@ def recompute_statistics(
 # ---- folding
 
 
-def _checked_array(name: str, values: ArrayLike) -> Array:
-    """Return `values` as a native float32 or float64 array of at least two axes."""
-    array = _checked_floats(name, values)
+def _checked_weight(values: ArrayLike) -> tuple[Wide, np.dtype[Any]]:
+    """Return a weight of at least two axes in float64, and the type it had."""
+    array = _checked_floats("weight", values)
     if array.ndim < 2:
-        raise ValueError(f"{name} has shape {array.shape}; expected at least two axes, out and in")
-    return array
+        raise ValueError(f"weight has shape {array.shape}; expected at least two axes, out and in")
+    return array.astype(np.float64), array.dtype.newbyteorder("=")
 
 
 def _checked_floats(name: str, values: ArrayLike) -> Array:
     array = _arrays.array(name, values)
-    native = array.dtype.newbyteorder("=")
-    if native not in (np.dtype(np.float32), np.dtype(np.float64)):
-        raise TypeError(f"{name} has dtype {array.dtype}; expected float32 or float64")
-    return array.astype(native, copy=False)
+    _arrays.check_type(name, array)
+    return array
+
+
+def _rounded(values: Wide, dtype: np.dtype[Any]) -> Array:
+    """Round to nearest even, once.
+
+    `ml_dtypes` makes a bfloat16 of a float64 by way of float32, which would be twice. Rounded to
+    odd on the way there (toward zero, with a last bit that tells whether anything was lost), no
+    number lies on the middle between two bfloat16 unless it did before.
+    """
+    if not _arrays.is_bfloat16(dtype):
+        return values.astype(dtype)
+    with np.errstate(over="ignore"):
+        single = values.astype(np.float32)
+    beyond = np.abs(single) > np.abs(values)
+    odd = np.where(beyond, np.nextafter(single, np.float32(0)), single)
+    odd.view(np.uint32)[...] |= odd != values
+    return odd.astype(dtype)
 
 
 def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
@@ -263,7 +281,7 @@ def _checked_axis(name: str, axis: SupportsIndex, ndim: int) -> int:
     return number % ndim
 
 
-def _checked_groups(groups: SupportsIndex, weight: Array) -> int:
+def _checked_groups(groups: SupportsIndex, weight: Wide) -> int:
     number = _arrays.integer("groups", groups)
     if number < 1 or weight.shape[0] % number:
         raise ValueError(
@@ -290,7 +308,7 @@ def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Channels, Channels
     return mean, scale, shift
 
 
-def _along(values: Channels, weight: Array, axis: int, groups: int, role: str) -> Channels:
+def _along(values: Channels, weight: Wide, axis: int, groups: int, role: str) -> Channels:
     """Lay one value a channel out so that it multiplies `weight` along `axis`.
 
     In PyTorch's layouts axis 0 has all channels of its side and axis 1 those of one group of the

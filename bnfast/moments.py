@@ -203,7 +203,7 @@ def _listed(parts: Any) -> list[Any]:
 
 def _vector(name: str, value: ArrayLike) -> Vector:
     vector = _arrays.array(name, value)
-    if vector.dtype.kind not in "fiu":
+    if vector.dtype.kind not in "fiu" and not _arrays.is_bfloat16(vector.dtype):
         raise TypeError(f"{name} has dtype {vector.dtype}; expected numbers that float64 holds")
     if vector.ndim != 1:
         raise ValueError(f"{name} has shape {vector.shape}; expected (channels,)")

@@ -526,9 +526,9 @@ class TestTensorsOfOthers:
         """As where the two are of one width: its type is another, and no kernel's."""
         dtype = SimpleNamespace(name="float64", char="g", type=np.longdouble)
         with pytest.raises(TypeError, match=mentions("x", "expected", "float64")):
-            _arrays._check_type("x", SimpleNamespace(dtype=dtype))
+            _arrays.check_type("x", SimpleNamespace(dtype=dtype))
         with pytest.raises(TypeError, match=mentions("mean", "expected", "float64")):
-            _arrays._check_type("mean", SimpleNamespace(dtype=dtype))
+            _arrays.check_type("mean", SimpleNamespace(dtype=dtype))
 
 
 @each(*ALL)

@@ -10,11 +10,24 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import reference
-from cases import ACTIVATIONS, at_offset, backwards, bits, make_problem, poisoned_like, with_gaps
+from cases import (
+    ACTIVATIONS,
+    DTYPES,
+    HALVES,
+    at_offset,
+    backwards,
+    bfloat16,
+    bits,
+    make_problem,
+    poisoned_like,
+    with_gaps,
+)
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from numpy.lib.stride_tricks import as_strided
 from tolerance import (
+    SECOND_ORDER,
+    U,
     assert_within,
     backward_bounds,
     batch_statistics,
@@ -22,6 +35,8 @@ from tolerance import (
     forward_bound,
     off_the_kinks,
     running_bound,
+    tiny,
+    unit,
 )
 
 import bnfast
@@ -30,7 +45,10 @@ import bnfast
 MANY = settings(max_examples=10 * settings.default.max_examples)
 
 seeds = st.integers(0, 2**32 - 1)
-dtypes = st.sampled_from([np.float32, np.float64])
+kept_dtypes = st.sampled_from(DTYPES)  # of parameters and running statistics
+dtypes = st.sampled_from([*DTYPES, np.float16, *([] if bfloat16 is None else [bfloat16])])
+# Beside what people choose, the ends of what makes a scale that float32 holds.
+epsilons = st.one_of(st.floats(1e-12, 10), st.sampled_from([1e-30, 1e30]))
 activations = st.one_of(
     st.sampled_from(ACTIVATIONS),
     st.floats(2**-20, 1).map(lambda slope: ("leaky_relu", slope)),
@@ -76,7 +94,7 @@ def problems(draw):
         activation=draw(activations),
         residual=draw(st.booleans()),
         seed=draw(seeds),
-    ).replace(eps=draw(st.floats(1e-12, 10)))
+    ).replace(eps=draw(epsilons))
     arranged = {
         name: draw(arrangements(rank))(getattr(p, name))
         for name in ("x", "dy", "residual")
@@ -96,6 +114,12 @@ def outs(draw, q, *may_be):
     # A copy keeps the order of memory, but not gaps or byte order.
     own = np.array(getattr(q, kind), order="K")
     return own, q.replace(**{kind: own})
+
+
+def rounded(error, want, dtype):
+    """The error of a float64 number once it is rounded to another type."""
+    magnitude = SECOND_ORDER * np.abs(want) + error
+    return error + np.maximum(unit(dtype) * magnitude, tiny(dtype) / 2)
 
 
 def check_result(got, out, q):
@@ -167,12 +191,12 @@ class TestGoodCalls:
         problems(),
         st.floats(0, 1),
         st.sampled_from([0, 1]),
-        dtypes,
+        kept_dtypes,
         st.sampled_from([lambda a: a, with_gaps, at_offset(3)]),
     )
     def test_running_statistics(self, problem, momentum, ddof, dtype, arrange):
         p, q = problem
-        dtype = p.x.dtype if dtype is np.float64 else np.float32
+        dtype = dtype if p.x.dtype == np.float64 else np.float32
         rng = np.random.default_rng(p.channels)
         start = rng.standard_normal(p.channels), rng.uniform(0.1, 4, p.channels)
         mean, var = (arrange(a.astype(dtype)) for a in start)
@@ -227,6 +251,98 @@ class TestGoodCalls:
         assert got.count == p.m
         assert_within(got.mean, s.mean, s.mean_error)
         assert_within(got.m2, p.m * s.var, p.m * s.var_error)
+
+    @given(problems(), st.lists(st.integers(0, 70), max_size=4))
+    def test_moments_of_parts(self, problem, cuts):
+        """Taken in one after the other, or merged; a part may be empty, and of any type."""
+        p, q = problem
+        along = (p.axis + 1) % p.x.ndim
+        parts = np.split(q.x, sorted(cut % (p.x.shape[along] + 1) for cut in cuts), axis=along)
+        running = bnfast.Moments.empty(p.channels)
+        for part in parts:
+            assert running.update(part, axis=q.axis) is running
+        merged = bnfast.Moments.merge_all([bnfast.moments(part, axis=q.axis) for part in parts])
+        s = batch_statistics(p.x, p.axis)
+        for got in (running, merged, sum(bnfast.moments(part, axis=q.axis) for part in parts)):
+            assert got.count == p.m
+            assert_within(got.mean, s.mean, s.mean_error)
+            assert_within(got.var(), s.var, s.var_error)
+
+    @given(problems(), st.data())
+    def test_gradients_of_parts(self, problem, data):
+        """Each part with the sums of all of them."""
+        p, q = problem
+        s = batch_statistics(p.x, p.axis)
+        off_the_kinks(p, s)
+        q = q.replace(dy=data.draw(arrangements(p.x.ndim))(p.dy))
+        exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+        bounds = backward_bounds(p, s, exact)
+        stats = bnfast.batch_norm_forward(p.x, axis=p.axis, eps=p.eps)[1]
+        along = (p.axis + 1) % p.x.ndim
+        cut = data.draw(st.integers(0, p.x.shape[along]))
+        halves = [slice(0, cut), slice(cut, None)]
+        parts = []
+        for half in halves:
+            at = tuple(half if i == along else slice(None) for i in range(p.x.ndim))
+            residual = None if q.residual is None else q.residual[at]
+            parts.append(q.replace(x=q.x[at], dy=q.dy[at], residual=residual))
+        each = [
+            bnfast.batch_norm_backward(
+                part.dy,
+                part.x,
+                stats._replace(count=0),
+                q.weight,
+                q.bias,
+                needs=("weight", "bias"),
+                **part.options,
+            )
+            for part in parts
+        ]
+        sums = sum(g.weight for g in each), sum(g.bias for g in each)
+        assert_within(sums[0], exact.gamma, bounds.gamma)
+        assert_within(sums[1], exact.beta, bounds.beta)
+        for part, half in zip(parts, halves, strict=True):
+            at = tuple(half if i == along else slice(None) for i in range(p.x.ndim))
+            out = poisoned_like(part.x)
+            got = bnfast.batch_norm_backward(
+                part.dy, part.x, stats, q.weight, q.bias, sums=sums, out=out, **part.options
+            )
+            assert got.x is out
+            assert_within(got.x, exact.x[at], bounds.x[at])
+
+    @given(
+        st.lists(st.integers(1, 6), min_size=2, max_size=5),
+        dtypes,
+        dtypes,
+        kept_dtypes,
+        st.booleans(),
+        epsilons,
+        seeds,
+        st.data(),
+    )
+    def test_folding(self, shape, dtype, bias_dtype, kept, is_frozen, eps, seed, data):
+        """The weight times the scale; the bias moved through the map. Rounded once."""
+        rng = np.random.default_rng(seed)
+        axis = data.draw(st.integers(-len(shape), len(shape) - 1))
+        channels = shape[axis]
+        weight = data.draw(arrangements(len(shape)))(rng.standard_normal(shape).astype(dtype))
+        bias = rng.standard_normal(channels).astype(bias_dtype)
+        bn = bnfast.BatchNorm(channels, eps, dtype=kept)
+        bn.running_mean[:], bn.running_var[:] = rng.standard_normal((2, channels)) ** 2
+        bn.weight[:], bn.bias[:] = rng.standard_normal((2, channels))
+        names = ("running_mean", "running_var", "weight", "bias")
+        mean, var, gamma, beta = (getattr(bn, name).astype(np.longdouble) for name in names)
+        given = bn.freeze() if is_frozen else bn
+        got = bnfast.fold(weight, bias, given, out_axis=axis)
+        assert [a.dtype for a in got] == [np.dtype(dtype)] * 2
+        scale = gamma / np.sqrt(var + np.longdouble(eps))
+        want = weight.astype(np.longdouble) * reference.to_shape(scale, weight, axis)
+        # The scale: the sum, its root, the quotient and the product; then one product more.
+        assert_within(got[0], want, rounded(6 * U * np.abs(want), want, dtype))
+        moved = bias.astype(np.longdouble) - mean
+        want = moved * scale + beta
+        terms = (np.abs(bias.astype(np.longdouble)) + np.abs(mean)) * np.abs(scale) + np.abs(beta)
+        assert_within(got[1], want, rounded(8 * U * terms, want, dtype))
 
     @given(problems(), st.data())
     def test_nothing_in(self, problem, data):
@@ -310,15 +426,15 @@ BAD_ARRAYS = {
     "class": lambda a: np.ndarray,
     "generator": lambda a: (row for row in a),
     "ragged": lambda a: [[1.0], [1.0, 2.0]],
-    "strings": lambda a: a.astype(str),
+    "strings": lambda a: np.full(a.shape, "1.5"),
     "objects": lambda a: a.astype(object),
     "integers": lambda a: a.astype(int),
     "unsigned": lambda a: a.astype(np.uint16),
     "booleans": lambda a: a > 0,
     "complex": lambda a: a.astype(complex),
     "wider": lambda a: a.astype(np.longdouble),
-    "dates": lambda a: a.astype("m8[s]"),
-    "records": lambda a: a.astype([("a", a.dtype)]),
+    "dates": lambda a: np.zeros(a.shape, "m8[s]"),
+    "records": lambda a: np.zeros(a.shape, [("a", a.dtype)]),
     "masked": lambda a: np.ma.masked_array(a, a > 0),
     "unreadable": lambda a: Unreadable(),
     "no axes": lambda a: a.reshape(-1)[0],
@@ -331,7 +447,7 @@ BAD_ARRAYS = {
 }
 BAD_TARGETS = {
     "list": lambda a: a.tolist(),
-    "memoryview": memoryview,
+    "memoryview": lambda a: memoryview(a.tobytes()),
     "read-only": read_only_view,
     "broadcast": lambda a: np.broadcast_to(a[:1] * 0, a.shape),
     "no strides": lambda a: as_strided(a, a.shape, (0,) * a.ndim),
@@ -339,7 +455,7 @@ BAD_TARGETS = {
 }
 
 
-def bad_values(call, name):
+def bad_values(call, name, dtype=np.float32):
     """{what is wrong: a function that makes it} for one argument."""
     if name not in TENSORS | VECTORS:
         return BAD_OPTIONS[name]
@@ -350,7 +466,7 @@ def bad_values(call, name):
         bad["a column"] = lambda a: a[:, None]
     if name in REQUIRED:
         bad["None"] = lambda a: None
-    return {kind: (lambda make=make: make(good.copy())) for kind, make in bad.items()}
+    return {kind: (lambda make=make: make(good.astype(dtype))) for kind, make in bad.items()}
 
 
 def constantly(*values):
@@ -434,18 +550,20 @@ SHAPES_OF_ONE = ("one axis more", "shorter", "longer", "nothing", "giant strides
 GOOD_AFTER_ALL = [("moments", "x", kind) for kind in SHAPES_OF_ONE]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, *HALVES])
 @pytest.mark.parametrize("strided", [False, True], ids=["", "strided"])
 @pytest.mark.parametrize(
     ("call", "name", "kind"), [c for c in combinations() if c not in GOOD_AFTER_ALL]
 )
-def test_each_bad_argument(call, name, kind, strided):
+def test_each_bad_argument(call, name, kind, strided, dtype):
     """Hundreds of them, each by itself, by way of the common case and of a conversion."""
     function, given = arguments_of(call)
+    given = {n: a.astype(dtype) if n in TENSORS else a for n, a in given.items()}
     if strided and name != "x":
         given["x"] = given["x"][::-1]
     elif strided:
         given = {n: a[::-1] if n in TENSORS else a for n, a in given.items()}
-    given[name] = bad_values(call, name)[kind]()
+    given[name] = bad_values(call, name, dtype if name in TENSORS else np.float32)[kind]()
     names = {name, "x"} if name in ("x", "axis", "residual", "dy", "y", "out") else {name}
     if name == "x":  # which the others are measured by
         names = {*given}
@@ -510,12 +628,16 @@ class LayerLife(RuleBasedStateMachine):
                 "track_running_stats": st.booleans(),
                 "ddof": st.sampled_from([0, 1]),
                 "activation": activations,
-                "dtype": dtypes,
+                "dtype": kept_dtypes,
             }
-        )
+        ),
+        data=dtypes,
     )
-    def create(self, options):
+    def create(self, options, data):
         self.options = options
+        self.data = (
+            data if options["dtype"] == np.float32 != data != np.float64 else options["dtype"]
+        )
         self.layer = bnfast.BatchNorm(3, 0.01, axis=-1, **options)
         dtype, affine, tracked = (options[n] for n in ("dtype", "affine", "track_running_stats"))
         ones, zeros = np.ones(3, dtype), np.zeros(3, dtype)
@@ -528,7 +650,7 @@ class LayerLife(RuleBasedStateMachine):
 
     def tensors(self, seed, *kinds):
         rng = np.random.default_rng(seed)
-        return [rng.standard_normal((4, 2, 3)).astype(self.options["dtype"]) for _ in kinds]
+        return [rng.standard_normal((4, 2, 3)).astype(self.data) for _ in kinds]
 
     @property
     def parameters(self):

@@ -382,6 +382,14 @@ class TestObjects:
         halves = bnfast.moments(x[:9]).update(x[9:].astype(np.float32))
         assert halves == bnfast.moments(x[:9].astype(np.float32)).update(x[9:])
 
+    @HALF
+    def test_moments_of_halves_given(self, dtype):
+        """A state may be written in halves, as it may in integers."""
+        mean, m2 = np.array([0.5, -3], dtype), np.array([2, 0], dtype)
+        made = bnfast.Moments(3, mean, m2)
+        assert made == bnfast.Moments(3, [0.5, -3], [2, 0])
+        assert made.mean.dtype == made.m2.dtype == np.float64
+
 
 class TestWhatIsNoHalf:
     EXPECTED = "expected float32, float64, float16 or bfloat16"
