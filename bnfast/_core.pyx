@@ -122,6 +122,11 @@ def set_isa(str name):
     raise ValueError(f"instruction set is {name!r}; expected one of {', '.join(isas())}")
 
 
+def set_caches(Py_ssize_t l2, Py_ssize_t l3):
+    """Plan for caches of other sizes from here on, in the whole process: for tests."""
+    caches.l2, caches.l3 = l2, l3
+
+
 cdef choose_isa():
     pinned = os.environ.get("BNFAST_ISA", "")
     if pinned and pinned not in isas():
