@@ -6,7 +6,7 @@ An entry point recognises the common case (C-contiguous arrays of our own types
 and the right shapes) in compiled code, takes pointers, plans tiles and runs
 them; whatever is less common goes to `_arrays`, which converts it or says what
 is wrong with it, and comes back here.  C knows elements, this file knows
-threads: every parallel loop of bnfast is in `run`.
+threads: every parallel loop of bnfast is in `run_in_threads`.
 """
 cimport numpy as cnp
 from cpython.object cimport PyObject
@@ -183,6 +183,7 @@ cdef struct Activation:
 cdef struct Work:
     bnf_shape shape
     bnf_plan plan
+    int most_threads        # that this call was granted, were it alone
     const bnf_kernels *kernels
     long long *counter      # of dispatches like this one
     Py_ssize_t bytes
@@ -292,38 +293,94 @@ cdef void run_group(Work *w, Py_ssize_t group) noexcept nogil:
     spread_tile(w, 0, group)
 
 
-cdef void run(Work *w) noexcept nogil:
-    """All steps over all tiles.  Which thread takes a tile may vary; what it computes may not."""
-    global threads_started
+cdef void run_here(Work *w) noexcept nogil:
+    """All steps over all tiles, one after the other."""
     cdef Py_ssize_t i, groups = w.plan.groups, widths = w.plan.widths
-    cdef Py_ssize_t blocks = w.plan.blocks.count
-    cdef int threads = w.plan.threads
-    if threads > 1:
-        threads_started = True
     if w.plan.fused:
-        for i in prange(groups, schedule="dynamic", num_threads=threads,
-                        use_threads_if=threads > 1):
+        for i in range(groups):
             run_group(w, i)
         return
     if w.gather != NULL:   # a block's tiles side by side, as they lie in memory
-        for i in prange(blocks * groups, schedule="static", num_threads=threads,
-                        use_threads_if=threads > 1):
+        for i in range(w.plan.blocks.count * groups):
             gather_tile(w, i // groups, i % groups)
         for i in range(groups):
             settle_group(w, i)
     if w.spread != NULL:
-        for i in prange(w.plan.spread.count * widths, schedule="static", num_threads=threads,
-                        use_threads_if=threads > 1):
+        for i in range(w.plan.spread.count * widths):
             spread_tile(w, i // widths, i % widths)
 
 
+cdef void run_in_threads(Work *w, int threads) noexcept:
+    """The same.  Which thread takes a tile may vary; what it computes may not.
+
+    The loops stand in a block that is known to have had the GIL.  In a nogil function Cython asks
+    whether there is one to release, and before Python 3.12 the answer is wrong as soon as the
+    process has made another interpreter: it would end there.
+    """
+    global threads_started
+    cdef Py_ssize_t i, groups = w.plan.groups, widths = w.plan.widths
+    cdef Py_ssize_t blocks = w.plan.blocks.count
+    threads_started = True
+    with nogil:
+        if w.plan.fused:
+            for i in prange(groups, schedule="dynamic", num_threads=threads):
+                run_group(w, i)
+        else:
+            if w.gather != NULL:
+                for i in prange(blocks * groups, schedule="static", num_threads=threads):
+                    gather_tile(w, i // groups, i % groups)
+                for i in range(groups):
+                    settle_group(w, i)
+            if w.spread != NULL:
+                for i in prange(w.plan.spread.count * widths, schedule="static",
+                                num_threads=threads):
+                    spread_tile(w, i // widths, i % widths)
+
+
+# The calls that are at work without the GIL, and the threads they have between them.  Whoever
+# changes these holds the GIL.
+cdef int calls_at_work = 0
+cdef int threads_at_work = 0
+
+
+def at_work():
+    """How many calls are running without the GIL, and in how many threads: for tests."""
+    return calls_at_work, threads_at_work
+
+
+def forget_calls():
+    """In a forked child: the calls that other threads of the parent were in are not here."""
+    global calls_at_work, threads_at_work
+    calls_at_work = threads_at_work = 0
+
+
+cdef int share_of(int most) noexcept:
+    """How many of so many threads a call may take beside the calls that are at work.
+
+    Each Python thread has a pool of OpenMP's to itself, so that a pool of them would start the
+    square of what the machine has.  A call takes an even share, and no more than is left: that is
+    one where an outer pool is as large as the machine, and all where a call is alone.
+    """
+    return max(1, min(most // (calls_at_work + 1), most - threads_at_work))
+
+
 cdef run_work(Work *w):
+    global calls_at_work, threads_at_work
+    cdef int threads
     w.counter[0] += 1
     if w.bytes < KEEP_GIL_BYTES:
-        run(w)
+        run_here(w)
+        return
+    threads = min(w.plan.threads, share_of(w.most_threads))   # others may have begun since
+    calls_at_work += 1
+    threads_at_work += threads
+    if threads > 1:
+        run_in_threads(w, threads)
     else:
         with nogil:
-            run(w)
+            run_here(w)
+    calls_at_work -= 1
+    threads_at_work -= threads
 
 
 cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, bint gathers, int reads, int writes,
@@ -331,13 +388,12 @@ cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, bint gathers, int re
     """Choose kernels and tiles; takes no memory and writes nothing."""
     cdef int kind = type_of(x)
     cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
-    cdef int most = 1
     w.shape = shape
     w.count = <double>(shape.outer * shape.inner)
     w.bytes = cnp.PyArray_SIZE(x) * itemsize * (reads + writes)
-    if bnf_useful_threads(w.bytes) > 1:
-        most = _threads.limit()
-    w.plan = bnf_make_plan(shape, itemsize, gathers, reads, writes, caches, most)
+    w.most_threads = _threads.limit() if bnf_useful_threads(w.bytes) > 1 else 1
+    w.plan = bnf_make_plan(shape, itemsize, gathers, reads, writes, caches,
+                           share_of(w.most_threads))
     w.kernels = &active.kernels[kind][<int>w.plan.layout]
     w.counter = &counts[<int>direction][kind][<int>w.plan.layout][active_index][<int>act.code][
         residual]

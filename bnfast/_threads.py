@@ -250,6 +250,8 @@ def _after_fork() -> None:
     """
     global _one_thread_only
     core = sys.modules.get("bnfast._core")
+    if core is not None:
+        core.forget_calls()
     if (core is not None and core.pool_started()) or any(
         name in sys.modules for name in _SHARE_OUR_RUNTIME
     ):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -539,16 +540,79 @@ def test_two_layers_train_side_by_side():
     assert first == second == train(0)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 13), reason="no interpreters with a GIL of their own")
-def test_another_interpreter_is_refused():
-    """NumPy refuses it too: global state is one a process."""
-    code = """
-import _interpreters
-i = _interpreters.create("isolated")
-print(_interpreters.run_string(i, "import bnfast").type.__name__)
+INTERPRETERS = (
+    """
+import sys
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+import warnings
+
+KIND, MODULE = sys.argv[1:]
+COMPUTE = """
+    + repr("""
+try:
+    import numpy as np, bnfast
+except ImportError as error:
+    print("ImportError" if str(error) else "no reason given")
+else:
+    with bnfast.num_threads(2):
+        x = np.arange(2.0**20).reshape(4, 4, 256, 256)
+        print(bnfast.moments(x).mean.tolist() == x.mean((0, 2, 3)).tolist(), end=" ")
+        y = bnfast.batch_norm(x[:1, :, :2, :2], training=True)
+    print(abs(y.mean()) < 1e-15)
+sys.stdout.flush()
+""")
+    + """
+def another():
+    if sys.version_info >= (3, 13):
+        return interpreters.create(KIND)
+    return interpreters.create(isolated=KIND == "isolated")
+
+def there(interpreter, code):
+    failed = interpreters.run_string(interpreter, "import sys" + code)
+    assert failed is None, failed
 """
-    done = run_python(code)
-    assert done.stdout == "ImportError\n", done.stdout + done.stderr
+)
+
+
+def have_interpreters():
+    return any(map(importlib.util.find_spec, ("_interpreters", "_xxsubinterpreters")))
+
+
+@pytest.mark.skipif(not have_interpreters(), reason="Python was built without interpreters")
+@pytest.mark.parametrize("kind", ["isolated", "legacy"])  # whose GIL is their own (3.12), or not
+class TestOtherInterpreters:
+    """One of a process may have bnfast; the others get an ImportError, from NumPy or from us."""
+
+    @staticmethod
+    def run(kind, code):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", INTERPRETERS + code, kind, "bnfast"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    def test_beside_one_that_does_nothing(self, kind):
+        """A process that has ever made one, as mod_wsgi does."""
+        code = 'i = another(); there(i, "\\nimport json"); exec(COMPUTE); interpreters.destroy(i)'
+        assert self.run(kind, code) == ["True True"]
+        assert self.run(kind, f"exec(COMPUTE); {code}") == ["True True"] * 2
+
+    def test_after_the_main_one(self, kind):
+        lines = self.run(kind, "exec(COMPUTE); there(another(), COMPUTE); exec(COMPUTE)")
+        assert lines == ["True True", "ImportError", "True True"]
+
+    def test_before_the_main_one(self, kind):
+        code = "i = another(); there(i, COMPUTE); there(i, COMPUTE); exec(COMPUTE); exec(COMPUTE)"
+        lines = self.run(kind, code)
+        assert set(lines) == {"True True", "ImportError"}
+        assert lines[0] == lines[1] != lines[2] == lines[3]
 
 
 def test_threadpoolctl_sees_and_limits_the_runtime():
@@ -575,7 +639,126 @@ def test_openmp_s_own_number_is_no_limit_unless_somebody_lowered_it():
     assert run_python(code, OMP_NUM_THREADS="1").stdout == "7\n"
 
 
-def test_inside_another_s_threads_a_pool_is_not_doubled():
+# ---- calls at the same time
+
+
+def hammer(n, until, threads=None, shape=LARGE):
+    """Call from n Python threads without a pause until `until` says so of `_core.at_work()`."""
+    x = np.ones(shape, np.float32)
+    done = threading.Event()
+
+    def work(out):
+        while not done.is_set():
+            bnfast.scale_shift(x, None, None, out=out)
+
+    def watch():
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            if until(*_core.at_work()):
+                return True
+            time.sleep(0.001)  # without the GIL: the next look is at other calls
+        return False
+
+    if threads is not None:
+        bnfast.set_num_threads(threads)
+    with ThreadPoolExecutor(n) as pool:
+        futures = [pool.submit(work, np.empty_like(x)) for _ in range(n)]
+        try:
+            return watch()
+        finally:
+            done.set()
+            for future in futures:
+                future.result(timeout=60)
+
+
+def test_nothing_is_at_work_between_calls():
+    hammer(2, lambda calls, threads: calls == 2, threads=2)
+    assert _core.at_work() == (0, 0)
+
+
+def test_a_call_alone_has_all_threads():
+    assert hammer(1, lambda calls, threads: (calls, threads) == (1, 4), threads=4)
+
+
+@pytest.mark.parametrize("n", [2, 8])
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_calls_at_the_same_time_share_the_threads(n, most):
+    """Each has at least its own; beyond these there are never more than one call may have."""
+    seen = []
+
+    def enough(calls, threads):
+        if calls >= 2:
+            seen.append((calls, threads))
+        return len(seen) >= 100
+
+    assert hammer(n, enough, threads=most)
+    assert all(calls <= threads <= most + calls - 1 for calls, threads in seen), max(seen)
+
+
+@needs_fork
+def test_a_child_forked_amid_calls_counts_none_of_them():
+    """Or it would share its threads for ever with calls that are in its parent."""
+    code = """
+import os, threading
+import numpy as np, bnfast
+from bnfast import _core
+
+x = np.ones((16, 64, 56, 56), np.float32)
+done = threading.Event()
+
+def work():
+    out = np.empty_like(x)
+    while not done.is_set():
+        bnfast.scale_shift(x, None, None, out=out)
+
+threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+amid = 0
+for _ in range(50):
+    amid += _core.at_work()[0] > 0
+    pid = os.fork()
+    if pid == 0:
+        os._exit(_core.at_work() != (0, 0))
+    assert os.waitpid(pid, 0)[1] == 0
+done.set()
+for thread in threads:
+    thread.join()
+print(amid > 0, _core.at_work())
+"""
+    done = run_python(code, BNFAST_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    assert done.stdout == "True (0, 0)\n", done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no threads to count")
+def test_inside_a_region_of_openmp_no_other_one_is_started():
+    """By OpenMP's own rule: a region within a region has one thread, unless somebody asks."""
+    code = """
+import ctypes, os
+import numpy as np, bnfast
+
+bnfast.set_num_threads(4)
+x = np.ones((16, 64, 56, 56), np.float32)
+want = bnfast.moments(x)          # libgomp is here
+native, right = [], []
+runtime = ctypes.CDLL("libgomp.so.1")
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def body(_):
+    right.append(bnfast.moments(x) == want)
+    native.append(len(os.listdir("/proc/self/task")))
+
+before = len(os.listdir("/proc/self/task"))
+runtime.GOMP_parallel(body, None, 3, 0)
+print(len(right), all(right), max(native) <= before)
+"""
+    if not any("libgomp" in path for path in _config._openmp_runtimes()):
+        pytest.skip("another runtime than libgomp")
+    done = run_python(code)
+    assert done.stdout == "3 True True\n", done.stdout + done.stderr
+
+
+def test_what_one_thread_may_use_is_no_matter_of_the_others():
     """In a pool of as many Python threads as cores each call may be told to use one."""
 
     def work(i):
