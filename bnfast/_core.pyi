@@ -66,6 +66,8 @@ def forward(
     residual: ArrayLike | None,
     activation: Any,
     out: NDArray[Any] | None,
+    counter: NDArray[np.int64] | None = ...,
+    seen: Any = ...,
 ) -> tuple[NDArray[Any], Stats]: ...
 def backward(
     dy: ArrayLike,

@@ -13,7 +13,7 @@ from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
 from cython.parallel cimport prange
 from libc.math cimport isfinite, sqrt
-from libc.stdint cimport SIZE_MAX, uintptr_t
+from libc.stdint cimport SIZE_MAX, int64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strcpy
 
@@ -914,10 +914,11 @@ cdef class FixedMap:
 # --- Training -----------------------------------------------------------------------------------
 
 def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
-            activation, out):
+            activation, out, counter=None, seen=None):
     """Normalise with the batch: (y, (count, mean, var, inv_std)).
 
-    The running statistics, if given, are moved towards the batch's once y is written.
+    The running statistics and the counter of batches, if given, are moved last, when nothing is
+    left that could be raised.  With seen, the arrays are its, and the result goes back through it.
     """
     cdef Work w
     cdef bnf_shape shape
@@ -927,9 +928,8 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
         if running_mean is not None or running_var is not None:
             _arrays.check_running_apart(running_mean, running_var, out, *seen.given.values())
         _arrays.check_enough_values(seen.shape, axis)
-        found = forward(seen.x, running_mean, running_var, weight, bias, momentum, eps, seen.axis,
-                        ddof, seen.residual, activation, seen.out)
-        return seen.give(found[0]), found[1]
+        return forward(seen.x, running_mean, running_var, weight, bias, momentum, eps, seen.axis,
+                       ddof, seen.residual, activation, seen.out, counter, seen)
     cdef Activation act = read_activation(activation)
     cdef double moved = read_momentum(momentum), correction = _arrays.check_ddof(ddof)
     cdef cnp.ndarray array = <cnp.ndarray>x, y, means = None, vars = None
@@ -955,23 +955,27 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
         read_parameter("bias", bias, shape.channels, 0.0, w.shift, out)
         y = new_like(array) if out is None else <cnp.ndarray>out
         if empty:
-            return y, (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
-        fill_forward(&w, array, residual, y, act)
-        w.forward.mean, w.forward.scale, w.forward.shift = w.slot_a, w.scale, w.shift
-        w.gather, w.settle, w.spread = gather_moments, settle_forward, spread_forward
-        stats = (shape.outer * shape.inner, new_vector(shape.channels),
-                 new_vector(shape.channels), new_vector(shape.channels))
-        run_work(&w)
-        copy_numbers(stats[1], w.slot_a)
-        copy_numbers(stats[2], w.var)
-        copy_numbers(stats[3], w.inv_std)
-        if means is not None:
+            stats = (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
+        else:
+            fill_forward(&w, array, residual, y, act)
+            w.forward.mean, w.forward.scale, w.forward.shift = w.slot_a, w.scale, w.shift
+            w.gather, w.settle, w.spread = gather_moments, settle_forward, spread_forward
+            stats = (shape.outer * shape.inner, new_vector(shape.channels),
+                     new_vector(shape.channels), new_vector(shape.channels))
+            run_work(&w)
+            copy_numbers(stats[1], w.slot_a)
+            copy_numbers(stats[2], w.var)
+            copy_numbers(stats[3], w.inv_std)
+        found = (y if seen is None else seen.give(y), stats)
+        if means is not None and not empty:
             update_running(&w, means, vars, moved, correction)
             if means is not running_mean:
                 running_mean[...] = means
             if vars is not running_var:
                 running_var[...] = vars
-        return y, stats
+        if counter is not None:
+            count_batch(<cnp.ndarray>counter)
+        return found
     finally:
         free(w.memory)
 
@@ -983,6 +987,14 @@ cdef void update_running(Work *w, cnp.ndarray means, cnp.ndarray vars, double mo
         w.var[c] = bnf_variance(w.slot_b[c], w.count, ddof)
     move_average(means, momentum, w.slot_a)
     move_average(vars, momentum, w.var)
+
+
+cdef void count_batch(cnp.ndarray counter) noexcept:
+    """One more, in an int64 that may lie at any address."""
+    cdef int64_t number
+    memcpy(&number, cnp.PyArray_DATA(counter), sizeof(number))
+    number += 1
+    memcpy(cnp.PyArray_DATA(counter), &number, sizeof(number))
 
 
 # --- Backward -----------------------------------------------------------------------------------

@@ -404,12 +404,12 @@ def _write_statistics(layers: Sequence[BatchNorm], totals: Sequence[Moments]) ->
                 f"layers[{i}] saw one value per channel in all batches; "
                 "expected at least two, for a variance"
             )
+    exact = [values for moments in totals for values in (moments.mean, moments.var(ddof=1))]
+    running = [a for layer in layers for a in (layer.running_mean, layer.running_var)]
     with np.errstate(over="ignore"):  # a float32 layer holds what float32 can
-        for layer, moments in zip(layers, totals, strict=True):
-            exact = (moments.mean, moments.var(ddof=1))
-            for running, values in zip((layer.running_mean, layer.running_var), exact, strict=True):
-                if running is not None:
-                    running[...] = values
+        for target, values in zip(running, exact, strict=True):
+            if target is not None:
+                target[...] = values
 
 
 @contextmanager

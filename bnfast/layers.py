@@ -330,14 +330,13 @@ class BatchNorm:
             residual,
             self.activation,
             out,
+            self.num_batches_tracked if updates else None,
         )
         if not self.training:
             return y
         if self._observer is not None:
             self._observer(Moments(count, mean, var * count))
             return y
-        if updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
         self._keep(x, BatchStats(mean, var, inv_std, count), residual, y, out)
         return y
 
@@ -378,9 +377,8 @@ class BatchNorm:
         needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * saved.had_residual
         gradients = self._gradients(dy, saved, needs)
         if self.weight_grad is not None and self.bias_grad is not None and self.affine:
-            with np.errstate(invalid="ignore", over="ignore"):  # what a float32 can hold
-                self.weight_grad += gradients.weight
-                self.bias_grad += gradients.bias
+            sums = _sum(self.weight_grad, gradients.weight), _sum(self.bias_grad, gradients.bias)
+            self.weight_grad[...], self.bias_grad[...] = sums
         return (gradients.x, gradients.residual) if saved.had_residual else gradients.x
 
     def freeze(self) -> FrozenBatchNorm:
@@ -532,6 +530,12 @@ def _fill(value: int, *arrays: Tensor | None) -> None:
     for a in arrays:
         if a is not None:
             a[...] = value
+
+
+def _sum(total: Tensor, new: Any) -> Any:
+    """Return what `total` is to become, in its own type, of which it holds what it can."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return (total + new).astype(total.dtype, copy=False)
 
 
 def _check_keys(found: set[str], own: set[str], prefix: str, layer: str) -> None:

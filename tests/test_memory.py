@@ -387,6 +387,59 @@ def test_memory_that_runs_out():
     assert "MemoryError" in run_python(code, BNFAST_CACHE_BYTES=str(1024 * MiB))
 
 
+def test_no_statistic_moves_where_any_allocation_fails():
+    """Each of Python's allocations fails in turn; what had to be moved is moved last, all together.
+
+    NumPy says some other things than MemoryError there.
+    """
+    pytest.importorskip("_testcapi")
+    code = """
+        import _testcapi
+        bnfast.set_num_threads(1)
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((6, 4, 5)).astype(np.float32)
+        gaps = np.zeros((6, 4, 10), np.float32)[..., ::2]
+        gaps[...] = x
+        mean, var = np.zeros(4, np.float32), np.ones(4, np.float32)
+        apart = np.zeros((2, 8), np.float32)[:, ::2]
+        layer = bnfast.BatchNorm(4, activation="relu")
+        trained = bnfast.BatchNorm(4)
+        trained(x)
+        running = [layer.running_mean, layer.running_var, layer.num_batches_tracked]
+        calls = [
+            (lambda: bnfast.batch_norm(x, mean, var, training=True), [mean, var]),
+            (lambda: bnfast.batch_norm(gaps, mean, var, training=True, residual=gaps), [mean, var]),
+            (lambda: bnfast.batch_norm(gaps, *apart, training=True), [*apart]),
+            (lambda: layer(x), running),
+            (lambda: layer(gaps), running),
+            (lambda: trained.backward(gaps), [trained.weight_grad, trained.bias_grad]),
+        ]
+        for call, targets in calls:
+            call()
+            failed = 0
+            for n in range(300):
+                for a in targets:
+                    a[...] = 7
+                _testcapi.set_nomemory(n, n + 1)
+                try:
+                    call()
+                    continue
+                except Exception as error:
+                    caught = error
+                finally:
+                    _testcapi.remove_mem_hooks()
+                failed += 1
+                moved = {not (a == 7).all() for a in targets}
+                assert len(moved) == 1, (n, caught)
+                # A layer keeps what its backward needs once it has counted the batch.
+                assert moved == {False} or targets is running, (n, caught)
+            assert failed > 3
+            assert _core.at_work() == (0, 0)
+        print("done")
+    """
+    assert run_python(code) == "done\n"
+
+
 # ---- Threads, forks, the end
 
 
