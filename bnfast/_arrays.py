@@ -11,9 +11,12 @@ from __future__ import annotations
 import sys
 from math import isfinite, prod
 from operator import index
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Array = np.ndarray[Any, Any]
 
@@ -22,6 +25,8 @@ LEAKY_SLOPE = 0.01
 _DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
 # What per-channel numbers are kept in; others of the data's types are converted.
 _KEPT_NAMES = ("float32", "float64")
+# The kinds of dtype that options are not read from: bool, complex, durations, dates, texts.
+_NO_NUMBERS = tuple("bcmMSU")
 _DLPACK_CPU = 1
 # Whose float64 numbers can be counted in bytes.
 _MOST_CHANNELS = sys.maxsize // 8
@@ -80,8 +85,9 @@ class Canonical:
         """Return the result in the caller's order of axes, and in the caller's `out` if asked."""
         if self._out_asked is None:
             return self.restore(result)
-        if result is not None and not np.may_share_memory(result, self._out_asked):
-            self._out_asked[...] = self.restore(result)
+        plain = np.asarray(self._out_asked)
+        if result is not None and not np.may_share_memory(result, plain):
+            plain[...] = self.restore(result)
         return self._out_asked
 
     def restore(self, result: Array | None) -> Any:
@@ -128,9 +134,11 @@ def array(name: str, value: Any) -> Array:
         if hasattr(value, "__dlpack__") and not _speaks_numpy(value):
             return _from_dlpack(name, value)
         return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError, AttributeError, BufferError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise TypeError(
-            f"{name} is {_kind(value)}, which NumPy cannot read as an array: {error}"
+            f"{name} is {kind(value)}, which NumPy cannot read as an array: {error}"
         ) from error
 
 
@@ -145,13 +153,21 @@ def _from_dlpack(name: str, value: Any) -> Array:
     return np.from_dlpack(value)
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """Return what an argument is, in the words of an error."""
+    if isinstance(value, np.ndarray):
+        return shown(value)
+    return f"{shown(value)} of type {type(value).__name__}"
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of an argument's repr, which may raise anything and is no matter."""
     if isinstance(value, np.ndarray):
         return f"an array of {value.dtype}"
     try:
-        return f"{value!r:.60} of type {type(value).__name__}"
-    except Exception:  # noqa: BLE001  (a repr may raise anything, and is not what was asked about)
-        return f"of type {type(value).__name__}"
+        return f"{value!r:.60}"
+    except Exception:  # noqa: BLE001
+        return f"an unprintable {type(value).__name__}"
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -206,7 +222,7 @@ def _axis(axis: Any, x: Array) -> int:
 
 def _check_out(out: Any, x: Array, tensors: dict[str, Array], out_may_be: tuple[str, ...]) -> None:
     if not isinstance(out, np.ndarray):
-        raise TypeError(f"out is {_kind(out)}; expected a NumPy array")
+        raise TypeError(f"out is {kind(out)}; expected a NumPy array")
     target = _like("out", out, x)
     if not out.flags.writeable:
         raise ValueError(f"out of shape {out.shape} is read-only; expected a writeable array")
@@ -231,6 +247,7 @@ def _is_same(a: Array, b: Array) -> bool:
 
 
 def _share_memory(a: Array, b: Array) -> bool:
+    a, b = np.asarray(a), np.asarray(b)  # a subclass may have ideas of its own
     try:
         # NumPy's stub knows only two of the numbers it documents.
         return np.shares_memory(a, b, max_work=_MAX_OVERLAP_WORK)  # type: ignore[arg-type]
@@ -291,10 +308,10 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
 def check_updatable(name: str, value: Any, channels: int) -> None:
     """Refuse anything but a float array of one value per channel that can be written to."""
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} is {_kind(value)}; expected a NumPy array to update in place")
-    kind = array(name, value).dtype
-    if kind.name not in _KEPT_NAMES or kind.char == "g":
-        raise TypeError(f"{name} has dtype {kind}; expected {_listed(_KEPT_NAMES)}")
+        raise TypeError(f"{name} is {kind(value)}; expected a NumPy array to update in place")
+    dtype = array(name, value).dtype
+    if dtype.name not in _KEPT_NAMES or dtype.char == "g":
+        raise TypeError(f"{name} has dtype {dtype}; expected {_listed(_KEPT_NAMES)}")
     _check_channels(name, value, channels)
     if not value.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to update in place")
@@ -338,7 +355,7 @@ def _touches(a: Array, other: Any) -> bool:
     if other is None:
         return False
     try:
-        memory = other if isinstance(other, np.ndarray) else array("", other)
+        memory = array("", other)
     except TypeError:
         return False  # where it is read, it is refused by its name
     return _share_memory(a, memory)
@@ -386,9 +403,9 @@ def activation(value: Any) -> tuple[int, float]:
         if not 0 < slope <= 1:
             raise ValueError(f"activation slope is {slope}; expected 0 < slope <= 1")
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        kind = ValueError if isinstance(name, str | tuple) else TypeError
-        raise kind(
-            f"activation is {value!r:.60}; expected None, 'relu', 'relu6', 'leaky_relu' "
+        error = ValueError if isinstance(name, str | tuple) else TypeError
+        raise error(
+            f"activation is {shown(value)}; expected None, 'relu', 'relu6', 'leaky_relu' "
             "or ('leaky_relu', slope)"
         )
     return ACTIVATIONS[name], slope
@@ -396,28 +413,46 @@ def activation(value: Any) -> tuple[int, float]:
 
 def real(name: str, value: Any) -> float:
     """Return an option that must be a finite number."""
-    if isinstance(value, str | bytes | bool | np.bool_) or not hasattr(value, "__float__"):
-        raise _wrong_type(name, value, "a number")
-    if getattr(value, "shape", ()) != ():  # NumPy makes a number of one in brackets, too
-        raise _wrong_type(name, value, "a number")
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _wrong_type(name, value, "a number") from error
+    number: float = _answer(name, value, "a number", _as_real)
     if not isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")
     return number
 
 
-def integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any, expected: str = "an integer") -> int:
     """Return an option that must be an integer."""
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise _wrong_type(name, value, "an integer")
-    try:
-        number = index(value)
-    except TypeError as error:  # an array of several, or of no integers
-        raise _wrong_type(name, value, "an integer") from error
+    number: int = _answer(name, value, expected, _as_integer)
     return number
+
+
+def _as_real(value: Any) -> float:
+    if _is_no_number(value) or not hasattr(value, "__float__"):
+        raise TypeError
+    if getattr(value, "shape", ()) != ():  # NumPy makes a number of one in brackets, too
+        raise TypeError
+    return float(value)
+
+
+def _as_integer(value: Any) -> int:
+    if _is_no_number(value):
+        raise TypeError
+    return index(value)
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether Python or NumPy would make a number of what is a text, a truth or a duration."""
+    kind_of_dtype = getattr(getattr(value, "dtype", None), "kind", "f")
+    return isinstance(value, str | bytes | bool) or kind_of_dtype in _NO_NUMBERS
+
+
+def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]) -> Any:
+    """Return what an option is when asked; one that raises whatever it may is another thing."""
+    try:
+        return question(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
 
 
 def channel_count(name: str, value: Any) -> int:
@@ -430,14 +465,8 @@ def channel_count(name: str, value: Any) -> int:
 
 def truth(name: str, value: Any) -> bool:
     """Return an option that is true or false."""
-    try:
-        return bool(value)
-    except (TypeError, ValueError) as error:
-        raise _wrong_type(name, value, "True or False") from error
-
-
-def _wrong_type(name: str, value: Any, expected: str) -> TypeError:
-    return TypeError(f"{name} is {_kind(value)}; expected {expected}")
+    answer: bool = _answer(name, value, "True or False", bool)
+    return answer
 
 
 def eps(value: Any, training: bool) -> float:

@@ -966,13 +966,15 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
             copy_numbers(stats[1], w.slot_a)
             copy_numbers(stats[2], w.var)
             copy_numbers(stats[3], w.inv_std)
+        plain_mean = means if means is running_mean else np.asarray(running_mean)
+        plain_var = vars if vars is running_var else np.asarray(running_var)
         found = (y if seen is None else seen.give(y), stats)
         if means is not None and not empty:
             update_running(&w, means, vars, moved, correction)
             if means is not running_mean:
-                running_mean[...] = means
+                plain_mean[...] = means
             if vars is not running_var:
-                running_var[...] = vars
+                plain_var[...] = vars
         if counter is not None:
             count_batch(<cnp.ndarray>counter)
         return found

@@ -15,12 +15,9 @@ import sys
 import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
-from operator import index
 from typing import TYPE_CHECKING, SupportsIndex
 
-import numpy as np
-
-from . import _cgroup
+from . import _arrays, _cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -144,13 +141,10 @@ def _asking(n: int) -> Iterator[None]:
 
 
 def _checked(n: SupportsIndex) -> int:
-    expected = f"expected an integer from 1 to {MAX_THREADS}"
-    # NumPy's bool has an index before NumPy 2.3, with a warning.
-    if isinstance(n, bool | np.bool_) or not hasattr(n, "__index__"):
-        raise TypeError(f"n is {n!r} of type {type(n).__name__}; {expected}")
-    number = index(n)
+    expected = f"an integer from 1 to {MAX_THREADS}"
+    number = _arrays.integer("n", n, expected)
     if not 1 <= number <= MAX_THREADS:
-        raise ValueError(f"n is {number}; {expected}")
+        raise ValueError(f"n is {number}; expected {expected}")
     return number
 
 

@@ -346,7 +346,7 @@ def _wanted(
     try:
         names = {needs} if isinstance(needs, str) else set(needs)
     except TypeError:
-        raise TypeError(f"needs is {needs!r:.60}; expected names of gradients") from None
+        raise TypeError(f"needs is {_arrays.shown(needs)}; expected names of gradients") from None
     unknown = names.difference(Gradients._fields)
     if unknown:
         raise ValueError(
@@ -366,7 +366,7 @@ def _wanted(
 def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
     if not isinstance(sums, tuple | list) or len(sums) != 2 or any(s is None for s in sums):
         raise TypeError(
-            f"sums is {sums!r:.60} of type {type(sums).__name__}; expected the gradients of weight "
+            f"sums is {_arrays.kind(sums)}; expected the gradients of weight "
             "and bias, one value per channel each"
         )
     return sums[0], sums[1]
@@ -375,7 +375,7 @@ def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
 def _stats_of(stats: Any) -> BatchStats:
     if not isinstance(stats, BatchStats):
         raise TypeError(
-            f"stats is {stats!r:.60} of type {type(stats).__name__}; expected the BatchStats that "
+            f"stats is {_arrays.kind(stats)}; expected the BatchStats that "
             "batch_norm_forward returned"
         )
     for name in ("mean", "inv_std"):

@@ -153,10 +153,11 @@ def fold_before(
 
     through = weight * _along(at_zero, weight, axis, groups, "input")
     if axis == 1:
-        added = through.reshape(weight.shape[0], -1).sum(axis=1)
+        added = through.sum(axis=tuple(range(1, weight.ndim)))
     else:
-        rows, columns = weight.shape[:2]
-        added = through.reshape(groups, rows // groups, columns, -1).sum(axis=(1, 3)).reshape(-1)
+        rows, *others = weight.shape
+        grouped = through.reshape(groups, rows // groups, *others)
+        added = grouped.sum(axis=(1, *range(3, grouped.ndim))).reshape(-1)
     new_weight = weight * _along(scale, weight, axis, groups, "input")
     new_bias = _checked_bias(bias, added.size) + added
     return _rounded(new_weight, dtype), _rounded(new_bias, dtype)
@@ -208,7 +209,7 @@ def recompute_statistics(
     The variance is the unbiased one (over ``count - 1``), whatever the layer's ``ddof``.
     """
     if not callable(forward):
-        raise TypeError(f"forward is {forward!r}; expected a callable taking a batch")
+        raise TypeError(f"forward is {_arrays.shown(forward)}; expected a callable taking a batch")
     targets = _checked_layers(layers)
     if not targets:
         return
@@ -351,14 +352,16 @@ def _refuse_uneven(at_zero: Channels, *, padded: bool, transposed: bool) -> None
 def _checked_layers(layers: Iterable[BatchNorm]) -> Sequence[BatchNorm]:
     """Return the distinct layers, each one with running statistics that can be written."""
     try:
-        given = list({id(layer): layer for layer in layers}.values())
+        row = iter(layers)
     except TypeError:
         raise TypeError(
             f"layers is of type {type(layers).__name__}; expected an iterable of BatchNorm layers"
         ) from None
-    for i, layer in enumerate(given):
+    given: dict[int, BatchNorm] = {}
+    for i, layer in enumerate(row):
         if not isinstance(layer, BatchNorm):
             raise TypeError(f"layers[{i}] is of type {type(layer).__name__}; expected a BatchNorm")
+        given[id(layer)] = layer
         if layer.running_mean is None or layer.running_var is None:
             raise RuntimeError(
                 f"layers[{i}] has no running statistics to update; "
@@ -371,7 +374,7 @@ def _checked_layers(layers: Iterable[BatchNorm]) -> Sequence[BatchNorm]:
                 f"layers[{i}] is already being observed by another recompute_statistics; "
                 "expected calls one after the other"
             )
-    return given
+    return list(given.values())
 
 
 @contextmanager
@@ -420,7 +423,9 @@ def _reporting(
     if callable(progress):
         yield progress
     elif not isinstance(progress, bool):
-        raise TypeError(f"progress is {progress!r}; expected True, False or a callable")
+        raise TypeError(
+            f"progress is {_arrays.shown(progress)}; expected True, False or a callable"
+        )
     elif not progress:
         yield lambda done: None
     else:

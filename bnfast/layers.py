@@ -510,13 +510,15 @@ class Saved(NamedTuple):
 
 
 def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:
-    return tensor is not None and out is not None and np.may_share_memory(tensor, out)
+    if tensor is None or out is None:
+        return False
+    return np.may_share_memory(tensor, np.asarray(out))
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
-    kind: Any = f"{value!r:.60}"
+    kind: Any = _arrays.shown(value)
     if value is not None:  # which NumPy takes for float64
-        with suppress(TypeError):
+        with suppress(Exception):
             kind = np.dtype(value)
             if kind in (np.float32, np.float64):
                 return cast("np.dtype[Any]", kind)
@@ -554,8 +556,9 @@ def _check_counter(counter: Any) -> None:
     """Refuse a batch counter that cannot be written."""
     name = "num_batches_tracked"
     if not isinstance(counter, np.ndarray) or counter.dtype != np.int64 or counter.shape != ():
-        kind = f"{counter!r:.60} of type {type(counter).__name__}"
-        raise TypeError(f"{name} is {kind}; expected an array of int64 of shape ()")
+        raise TypeError(
+            f"{name} is {_arrays.kind(counter)}; expected an array of int64 of shape ()"
+        )
     if not counter.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to count in")
 
@@ -573,7 +576,7 @@ def _entries(state: Any, prefix: Any) -> dict[str, Any]:
             f"state is of type {type(state).__name__}; expected a mapping of names to arrays"
         )
     if not isinstance(prefix, str):
-        raise TypeError(f"prefix is {prefix!r:.60}; expected a string")
+        raise TypeError(f"prefix is {_arrays.shown(prefix)}; expected a string")
     names = (key for key in state if isinstance(key, str) and key.startswith(prefix))
     return {name[len(prefix) :]: state[name] for name in names}
 

@@ -81,7 +81,7 @@ class Moments:
         """
         row = [_moments_of(f"parts[{i}]", part) for i, part in enumerate(_listed(parts))]
         if not row:
-            raise ValueError("merge_all got no moments; expected at least one")
+            raise ValueError("parts is empty; expected at least one Moments")
         while len(row) > 1:
             pairs = [a.merge(b) for a, b in zip(row[::2], row[1::2], strict=False)]
             row = pairs + row[2 * len(pairs) :]
@@ -188,7 +188,7 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
 
 def _moments_of(name: str, value: Any) -> Moments:
     if not isinstance(value, Moments):
-        raise TypeError(f"{name} is {value!r:.60} of type {type(value).__name__}; expected Moments")
+        raise TypeError(f"{name} is {_arrays.kind(value)}; expected Moments")
     return value
 
 

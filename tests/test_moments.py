@@ -295,7 +295,7 @@ class TestConstructor:
             Moments.merge_all([m, None])
         with pytest.raises(TypeError, match="parts is of type int; expected an iterable"):
             Moments.merge_all(3)
-        with pytest.raises(ValueError, match="no moments; expected at least one"):
+        with pytest.raises(ValueError, match="parts is empty; expected at least one Moments"):
             Moments.merge_all([])
         with pytest.raises(TypeError, match="ddof is '1'"):
             m.var("1")
