@@ -124,8 +124,9 @@ class BatchNorm:
     -----
     Ioffe and Szegedy (2015): Algorithm 1 in training, Algorithm 2's linear map in evaluation.
     Changing `x` or the residual in place between a forward and its backward gives the gradient of
-    the changed array: there is no version counter. The output may be changed as one likes, unless
-    it was written over the residual, whose place it then takes.
+    the changed array, and changing weight or bias that of the changed layer: there is no version
+    counter. The output may be changed as one likes, unless it was written over the residual, whose
+    place it then takes.
     """
 
     _ranks: tuple[int, ...] | None = None  # any

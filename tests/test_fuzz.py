@@ -685,7 +685,9 @@ class LayerLife(RuleBasedStateMachine):
         if place != "residual":
             y[...] = np.nan  # which is the caller's own affair
         if self.training:
-            self.kept = None if place == "x" else (kept_x, kept_r)
+            # The output over the residual takes its place: where it is flat, the forward was.
+            covered = y if place == "residual" and residual is not None else None
+            self.kept = None if place == "x" else (kept_x, kept_r, covered)
 
     def normalized(self, x, residual, update):
         weight, bias = self.parameters
@@ -719,11 +721,11 @@ class LayerLife(RuleBasedStateMachine):
             with pytest.raises(RuntimeError, match="backward"):
                 self.layer.backward(dy)
             return
-        x, residual = self.kept
+        x, residual, y = self.kept
         weight, bias = self.parameters
         stats = bnfast.batch_norm_forward(x, eps=0.01, axis=-1)[1]
         want = bnfast.batch_norm_backward(
-            dy, x, stats, weight, bias, residual=residual, **self.map_options
+            dy, x, stats, weight, bias, residual=residual, y=y, **self.map_options
         )
         got = self.layer.backward(dy)
         dx, dresidual = (got, None) if residual is None else got
