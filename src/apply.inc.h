@@ -28,7 +28,7 @@ INLINE void NAME(apply_planar_as)(const bnf_forward *operands, bnf_tile tile, va
     /* No store can change a copy, so it stays in registers. */
     const bnf_forward own = *operands, *f = &own;
     NAME(affine) rounded;
-    NAME(round_affine)(f->mean, f->scale, f->shift, tile, &rounded);
+    NAME(round_affine)(f->mean, f->scale, f->shift, tile, 1, &rounded);
     const vec slope = set1(f->slope);
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
@@ -51,19 +51,22 @@ INLINE void NAME(apply_strip)(const bnf_forward *f, ptrdiff_t row, ptrdiff_t i, 
 INLINE void NAME(apply_interleaved_as)(const bnf_forward *operands, bnf_tile tile, variant v)
 {
     const bnf_forward own = *operands, *f = &own;
+    ptrdiff_t at_once = rows_at_once(f->shape, tile);
     NAME(affine) rounded;
-    NAME(round_affine)(f->mean, f->scale, f->shift, tile, &rounded);
+    NAME(round_affine)(f->mean, f->scale, f->shift, tile, at_once, &rounded);
     const vec slope = set1(f->slope);
-    const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++) {
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += at_once) {
+        if (o + at_once > tile.outer1)
+            at_once = 1;
+        const ptrdiff_t columns = at_once * (tile.channel1 - tile.channel0);
         const ptrdiff_t row = o * f->shape.channels + tile.channel0;
-        ptrdiff_t odd = f->stream ? NAME(lead)((const T *)f->y + row, channels) : 0, i = 0;
+        ptrdiff_t odd = f->stream ? NAME(lead)((const T *)f->y + row, columns) : 0, i = 0;
         do { /* as in a planar run */
             if (odd)
                 NAME(apply_strip)(f, row, i, odd, &rounded, slope, v);
-            for (i += odd; i + LANES <= channels; i += LANES)
+            for (i += odd; i + LANES <= columns; i += LANES)
                 NAME(apply_strip)(f, row, i, LANES, &rounded, slope, v);
-            odd = channels - i;
+            odd = columns - i;
         } while (odd);
     }
 }

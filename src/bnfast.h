@@ -72,6 +72,22 @@ typedef struct {
     bool stream; /* write dx around the caches */
 } bnf_backward;
 
+/* Interleaved rows of few channels are taken several at a time, as one row that has a
+ * copy of each channel for each of them: by themselves, rows of three would use three
+ * lanes of eight, in loops of one step.  How many follows from the channels alone, since
+ * sums depend on it; a tile that is summed has all of so few channels. */
+#define BNF_FEW_CHANNELS 16
+#define BNF_ROW_OF_COPIES 128
+
+static inline ptrdiff_t bnf_rows_at_once(ptrdiff_t channels)
+{
+    ptrdiff_t rows = 1;
+    if (0 < channels && channels <= BNF_FEW_CHANNELS)
+        while (2 * rows * channels <= BNF_ROW_OF_COPIES)
+            rows *= 2;
+    return rows;
+}
+
 /* Each writes one entry per channel of the tile, indexed by the channel's
  * number in the whole tensor. */
 typedef void bnf_moments_kernel(const void *x, bnf_shape shape, bnf_tile tile, double *mean,

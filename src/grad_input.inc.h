@@ -33,8 +33,8 @@ INLINE void NAME(grad_input_planar_as)(const bnf_backward *operands, bnf_tile ti
     const bnf_backward own = *operands, *b = &own; /* as in apply */
     NAME(affine) affine;
     NAME(slopes) slopes;
-    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &affine);
-    NAME(round_slopes)(b, tile, &slopes);
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, 1, &affine);
+    NAME(round_slopes)(b, tile, 1, &slopes);
     const vec slope = set1(b->slope);
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
@@ -56,21 +56,24 @@ INLINE void NAME(grad_input_strip)(const bnf_backward *b, ptrdiff_t row, ptrdiff
 INLINE void NAME(grad_input_interleaved_as)(const bnf_backward *operands, bnf_tile tile, variant v)
 {
     const bnf_backward own = *operands, *b = &own; /* as in apply */
+    ptrdiff_t at_once = rows_at_once(b->shape, tile);
     NAME(affine) affine;
     NAME(slopes) slopes;
-    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &affine);
-    NAME(round_slopes)(b, tile, &slopes);
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, at_once, &affine);
+    NAME(round_slopes)(b, tile, at_once, &slopes);
     const vec slope = set1(b->slope);
-    const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++) { /* row by row, as in apply */
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += at_once) { /* as in apply */
+        if (o + at_once > tile.outer1)
+            at_once = 1;
+        const ptrdiff_t columns = at_once * (tile.channel1 - tile.channel0);
         const ptrdiff_t row = o * b->shape.channels + tile.channel0;
-        ptrdiff_t odd = b->stream ? NAME(lead)((const T *)b->dx + row, channels) : 0, i = 0;
+        ptrdiff_t odd = b->stream ? NAME(lead)((const T *)b->dx + row, columns) : 0, i = 0;
         do {
             if (odd)
                 NAME(grad_input_strip)(b, row, i, odd, &affine, &slopes, slope, v);
-            for (i += odd; i + LANES <= channels; i += LANES)
+            for (i += odd; i + LANES <= columns; i += LANES)
                 NAME(grad_input_strip)(b, row, i, LANES, &affine, &slopes, slope, v);
-            odd = channels - i;
+            odd = columns - i;
         } while (odd);
     }
 }

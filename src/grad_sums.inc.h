@@ -37,7 +37,7 @@ INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile til
 {
     const bnf_backward own = *operands, *b = &own; /* as in apply */
     NAME(affine) rounded;
-    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &rounded);
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, 1, &rounded);
     const vec slope = set1(b->slope);
     lane_sums sums[BNF_MAX_PLANAR];
     for (ptrdiff_t c = 0; c < tile.channel1 - tile.channel0; c++)
@@ -55,12 +55,12 @@ INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile til
     }
 }
 
-INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t n,
-                                  NAME(affine_vec) a, vec slope, variant v, strip_sums *sums)
+INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t stride,
+                                  ptrdiff_t rows, ptrdiff_t n, NAME(affine_vec) a, vec slope,
+                                  variant v, strip_sums *sums)
 {
     const d8 mean = load(sums->about);
     d8 sum = load(sums->first), dot = load(sums->second);
-    const ptrdiff_t stride = b->shape.channels;
     if (n < LANES) { /* at most one strip of a row, not worth the code of several at once */
         for (ptrdiff_t r = 0; r < rows; r++)
             NAME(grad_sums_step)(b, i + r * stride, n, mean, a, slope, v, &sum, &dot);
@@ -73,36 +73,44 @@ INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t 
     store(sums->second, dot);
 }
 
-INLINE void NAME(grad_sums_rows)(const bnf_backward *b, ptrdiff_t row, ptrdiff_t rows,
-                                 ptrdiff_t channels, const NAME(affine) * rounded, vec slope,
-                                 variant v, strip_sums *sums)
+INLINE void NAME(grad_sums_rows)(const bnf_backward *b, ptrdiff_t row, ptrdiff_t stride,
+                                 ptrdiff_t rows, ptrdiff_t columns, const NAME(affine) * rounded,
+                                 vec slope, variant v, strip_sums *sums)
 {
-    ptrdiff_t c = 0;
-    for (; c + LANES <= channels; c += LANES, sums++)
-        NAME(grad_sums_strip)(b, row + c, rows, LANES, NAME(load_affine)(rounded, c, LANES), slope,
-                              v, sums);
-    if (c < channels)
-        NAME(grad_sums_strip)(b, row + c, rows, channels - c,
-                              NAME(load_affine)(rounded, c, channels - c), slope, v, sums);
+    ptrdiff_t i = 0;
+    for (; i + LANES <= columns; i += LANES, sums++)
+        NAME(grad_sums_strip)(b, row + i, stride, rows, LANES, NAME(load_affine)(rounded, i, LANES),
+                              slope, v, sums);
+    if (i < columns)
+        NAME(grad_sums_strip)(b, row + i, stride, rows, columns - i,
+                              NAME(load_affine)(rounded, i, columns - i), slope, v, sums);
 }
 
 INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_tile tile, double *sum,
                                            double *dot, variant v)
 {
     const bnf_backward own = *operands, *b = &own; /* as in apply */
+    ptrdiff_t at_once = rows_at_once(b->shape, tile);
+    const ptrdiff_t channels = tile.channel1 - tile.channel0, columns = at_once * channels;
     NAME(affine) rounded;
-    NAME(round_affine)(b->mean, b->scale, b->shift, tile, &rounded);
+    NAME(round_affine)(b->mean, b->scale, b->shift, tile, at_once, &rounded);
     const vec slope = set1(b->slope);
-    const ptrdiff_t stride = b->shape.channels, channels = tile.channel1 - tile.channel0;
+    const ptrdiff_t stride = b->shape.channels;
     strip_sums sums[BNF_MAX_STRIPS] = {0};
     for (ptrdiff_t c = 0; c < channels; c++)
         sums[c / LANES].about[c % LANES] = b->mean[tile.channel0 + c];
+    copy_about(sums, columns, channels);
     ptrdiff_t o = tile.outer0;
-    for (; o + ROWS <= tile.outer1; o += ROWS)
-        NAME(grad_sums_rows)(b, o * stride + tile.channel0, ROWS, channels, &rounded, slope, v,
-                             sums);
-    for (; o < tile.outer1; o++)
-        NAME(grad_sums_rows)(b, o * stride + tile.channel0, 1, channels, &rounded, slope, v, sums);
+    for (; o + ROWS * at_once <= tile.outer1; o += ROWS * at_once)
+        NAME(grad_sums_rows)(b, o * stride + tile.channel0, at_once * stride, ROWS, columns,
+                             &rounded, slope, v, sums);
+    for (; o < tile.outer1; o += at_once) {
+        if (o + at_once > tile.outer1)
+            at_once = 1; /* and then into the first copies' sums */
+        NAME(grad_sums_rows)(b, o * stride + tile.channel0, at_once * stride, 1, at_once * channels,
+                             &rounded, slope, v, sums);
+    }
+    fold_copies(sums, columns, channels);
     for (ptrdiff_t c = 0; c < channels; c++) {
         sum[tile.channel0 + c] = sums[c / LANES].first[c % LANES];
         dot[tile.channel0 + c] = sums[c / LANES].second[c % LANES];

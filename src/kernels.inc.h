@@ -83,24 +83,26 @@ typedef struct {
 
 static __attribute__((noinline)) void NAME(round_affine)(const double *mean, const double *scale,
                                                          const double *shift, bnf_tile tile,
-                                                         NAME(affine) * to)
+                                                         ptrdiff_t copies, NAME(affine) * to)
 {
-    for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
-        to->high[i] = (P)mean[c];
-        to->low[i] = (P)(mean[c] - (double)to->high[i]);
-        to->scale[i] = (P)scale[c];
-        to->shift[i] = (P)shift[c];
-    }
+    for (ptrdiff_t copy = 0, i = 0; copy < copies; copy++)
+        for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++, i++) {
+            to->high[i] = (P)mean[c];
+            to->low[i] = (P)(mean[c] - (double)to->high[i]);
+            to->scale[i] = (P)scale[c];
+            to->shift[i] = (P)shift[c];
+        }
 }
 
 static __attribute__((noinline)) void NAME(round_slopes)(const bnf_backward *b, bnf_tile tile,
-                                                         NAME(slopes) * to)
+                                                         ptrdiff_t copies, NAME(slopes) * to)
 {
-    for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
-        to->dy_factor[i] = (P)b->dy_factor[c];
-        to->x_factor[i] = (P)b->x_factor[c];
-        to->constant[i] = (P)b->constant[c];
-    }
+    for (ptrdiff_t copy = 0, i = 0; copy < copies; copy++)
+        for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++, i++) {
+            to->dy_factor[i] = (P)b->dy_factor[c];
+            to->x_factor[i] = (P)b->x_factor[c];
+            to->constant[i] = (P)b->constant[c];
+        }
 }
 
 /* Planar: one channel in every lane. */

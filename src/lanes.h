@@ -57,6 +57,13 @@ static inline double finite_or_zero(double a) { return a - a == 0 ? a : 0.0; }
 
 static inline ptrdiff_t at_most(ptrdiff_t limit, ptrdiff_t n) { return n < limit ? n : limit; }
 
+/* How many rows of a tile are taken as one: of some of its channels alone, each by itself. */
+static inline ptrdiff_t rows_at_once(bnf_shape shape, bnf_tile tile)
+{
+    const bool whole = tile.channel1 - tile.channel0 == shape.channels;
+    return whole ? bnf_rows_at_once(shape.channels) : 1;
+}
+
 /* What a loop is compiled for.  A constant where a loop is reached, so that none
  * of it is decided inside (but for FEW_LOOPS in kernels.inc.h). */
 typedef struct {
@@ -86,6 +93,25 @@ typedef struct {
 } strip_sums;
 
 #define BNF_MAX_STRIPS (BNF_MAX_INTERLEAVED / LANES)
+
+/* Columns beyond the channels are copies of them, as many as rows are taken at once. */
+static inline void copy_about(strip_sums *sums, ptrdiff_t columns, ptrdiff_t channels)
+{
+    for (ptrdiff_t i = channels, c = 0; i < columns; i++, c++)
+        sums[i / LANES].about[i % LANES] = sums[c / LANES].about[c % LANES];
+}
+
+/* Leaves the copies' sums empty. */
+static inline void fold_copies(strip_sums *sums, ptrdiff_t columns, ptrdiff_t channels)
+{
+    for (ptrdiff_t i = columns; i-- > channels;) { /* the last copy into the one before it, ... */
+        strip_sums *from = &sums[i / LANES], *to = &sums[(i - channels) / LANES];
+        const ptrdiff_t lane = i % LANES, to_lane = (i - channels) % LANES;
+        to->first[to_lane] += from->first[lane];
+        to->second[to_lane] += from->second[lane];
+        from->first[lane] = from->second[lane] = 0.0;
+    }
+}
 
 static inline double total(const d8 halves[2]) { return d8_sum(d8_add(halves[0], halves[1])); }
 

@@ -105,34 +105,39 @@ INLINE void NAME(moments_rows)(const T *x, ptrdiff_t stride, ptrdiff_t rows, ptr
         NAME(moments_strip)(x, stride, rows, channels, sums);
 }
 
-/* One sweep over the tile. */
-static void NAME(moments_sweep)(const T *x, ptrdiff_t stride, bnf_tile tile, strip_sums *sums)
+/* One sweep.  The rows left over are a copy of their own, behind the others. */
+static void NAME(moments_sweep)(const T *x, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t at_once,
+                                ptrdiff_t channels, strip_sums *sums)
 {
-    const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    ptrdiff_t o = tile.outer0;
-    for (x += tile.channel0; o + ROWS <= tile.outer1; o += ROWS)
-        NAME(moments_rows)(x + o * stride, stride, ROWS, channels, sums);
-    for (; o < tile.outer1; o++)
-        NAME(moments_rows)(x + o * stride, stride, 1, channels, sums);
+    const ptrdiff_t step = at_once * stride, columns = at_once * channels;
+    for (; rows >= ROWS * at_once; rows -= ROWS * at_once, x += ROWS * step)
+        NAME(moments_rows)(x, step, ROWS, columns, sums);
+    for (; rows >= at_once; rows -= at_once, x += step)
+        NAME(moments_rows)(x, step, 1, columns, sums);
+    for (; rows > 0; rows--, x += stride)
+        NAME(moments_rows)(x, stride, 1, channels, sums + columns / LANES);
 }
 
 /* x (outer, channels) */
 static void NAME(moments_interleaved)(const void *data, bnf_shape shape, bnf_tile tile,
                                       double *mean, double *m2)
 {
-    const double n = (double)(tile.outer1 - tile.outer0);
-    const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    const T *x = data, *first = x + tile.outer0 * shape.channels + tile.channel0;
+    const ptrdiff_t rows = tile.outer1 - tile.outer0, channels = tile.channel1 - tile.channel0;
+    const ptrdiff_t at_once = rows_at_once(shape, tile);
+    const ptrdiff_t columns = channels * (at_once > 1 ? at_once + 1 : 1);
+    const T *x = (const T *)data + tile.outer0 * shape.channels + tile.channel0;
     strip_sums sums[BNF_MAX_STRIPS] = {0};
 
     for (ptrdiff_t i = 0; i < channels; i += LANES)
-        store(sums[i / LANES].about, NAME(pivots)(first + i, at_most(LANES, channels - i)));
+        store(sums[i / LANES].about, NAME(pivots)(x + i, at_most(LANES, channels - i)));
     for (size_t sweep = 0; sweep < SWEEPS; sweep++) {
-        NAME(moments_sweep)(x, shape.channels, tile, sums);
+        copy_about(sums, columns, channels);
+        NAME(moments_sweep)(x, shape.channels, rows, at_once, channels, sums);
+        fold_copies(sums, columns, channels);
         for (ptrdiff_t c = tile.channel0, i = 0; c < tile.channel1; c++, i++) {
             strip_sums *s = &sums[i / LANES];
-            mean[c] = NAME(mean_of)(s->about[i % LANES], s->first[i % LANES], n);
-            m2[c] = NAME(m2_of)(s->first[i % LANES], s->second[i % LANES], n);
+            mean[c] = NAME(mean_of)(s->about[i % LANES], s->first[i % LANES], (double)rows);
+            m2[c] = NAME(m2_of)(s->first[i % LANES], s->second[i % LANES], (double)rows);
             s->about[i % LANES] = finite_or_zero(mean[c]);
             s->first[i % LANES] = s->second[i % LANES] = 0.0;
         }

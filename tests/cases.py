@@ -213,12 +213,19 @@ BLOCK_EDGES = (
     (3, 1, 20_001),
     (129, 513),
 )
+# Around where rows of few channels are taken several at a time, and eight times as many.
+FEW_CHANNELS = tuple(
+    (rows, channels)
+    for channels in (2, 3, 5, 6, 8, 11, 12, 15, 16, 17)
+    for rows in (7, 8, 9, 63, 64, 65, 131, 1031)
+)
 SIZES = (
     *((3, 4, inner) for inner in INNER_SIZES),
     *((5, channels) for channels in CHANNEL_COUNTS),
     *((2, channels, 3) for channels in CHANNEL_COUNTS),
     *((outer, 3, 5) for outer in OUTER_SIZES),
     *((outer, 7) for outer in OUTER_SIZES if outer > 1),
+    *FEW_CHANNELS,
     *BLOCK_EDGES,
 )
 

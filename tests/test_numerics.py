@@ -261,6 +261,20 @@ class TestSpecialValues:
         assert not np.isfinite(dirty.weight[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_special_values_of_few_channels_stay_in_theirs(isa, dtype):
+    """Whichever copy of the channel their row goes to, or the rows left over."""
+    p = make_problem((77, 3), dtype, activation="leaky_relu")
+    clean = training_step(p)
+    for row in (0, 1, 31, 32, 63, 64, 76):
+        x = p.x.copy()
+        x[row, 1] = np.nan
+        y, dx, *others, var = training_step(p.replace(x=x))
+        for was, now in zip(clean, (y, dx, *others, var), strict=True):
+            assert bits(now[..., ::2]) == bits(was[..., ::2])
+        assert all(np.isnan(a[..., 1]).all() for a in (y, dx, var))
+
+
 def training_step(p):
     """Everything with a channel axis that a training step makes."""
     mean, var = np.zeros(p.channels, p.x.dtype), np.ones(p.channels, p.x.dtype)

@@ -123,6 +123,22 @@ def test_rows_of_channels_are_shared_where_there_are_few_blocks_of_them():
     assert len(found["sums"]) == 64 == 2 * len(plan((4096, 256, 1), "a laptop")["sums"])
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("channels", range(2, 17))
+def test_a_sum_has_all_of_few_channels(machine, channels):
+    """Else how many rows are taken at once, and so the bits, would depend on the machine."""
+    for rows in (1, 5, 1000, 100_003, 5_000_011):
+        assert {tile[2:4] for tile in plan((rows, channels, 1), machine)["sums"]} == {(0, channels)}
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("channels", range(2, 17))
+def test_streamed_rows_of_few_channels_start_at_addresses_that_can_be(channels, itemsize):
+    found = plan((20_000_003, channels, 1), "this class of machine", itemsize=itemsize)
+    assert found["stream"]
+    assert all(tile[0] * channels * itemsize % 16 == 0 for tile in found["writes"])
+
+
 def test_does_not_stream_what_the_threads_own_caches_hold():
     assert not plan((1, 64, 3136), "no shared cache", 1, 1)["stream"]
     assert plan((32, 256, 3136), "no shared cache", 1, 1)["stream"]
