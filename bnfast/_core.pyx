@@ -599,6 +599,22 @@ cdef cnp.ndarray new_vector(Py_ssize_t n):
     return cnp.PyArray_EMPTY(1, &size, cnp.NPY_DOUBLE, 0)
 
 
+def over_memory(uintptr_t address, shape, int type_number):
+    """A C-contiguous array over memory that is not NumPy's, whose owner keeps it for as long as
+    the array is used.
+
+    For PyTorch's tensors: their own way to an array costs more than a small batch norm, and
+    takes from their storage for good that it can be resized.
+    """
+    cdef cnp.npy_intp sizes[16]
+    cdef int i, rank = <int>len(shape)
+    if rank > 16:
+        raise ValueError(f"shape has {rank} axes; expected 16 at most")
+    for i in range(rank):
+        sizes[i] = shape[i]
+    return cnp.PyArray_SimpleNewFromData(rank, sizes, type_number, <void *>address)
+
+
 cdef inline double *numbers(object vector) noexcept:
     return <double *>cnp.PyArray_DATA(<cnp.ndarray>vector)
 

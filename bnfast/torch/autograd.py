@@ -192,9 +192,10 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
         activation: Activation,
     ) -> Tensor:
-        y, mean, _, inv_std = kernels.forward(
+        y, (mean, _, inv_std) = kernels.forward(
             x, weight, bias, residual, running, momentum, eps, activation
         )
+        mean, inv_std = torch.from_numpy(mean), torch.from_numpy(inv_std)
         save(ctx, x, weight, bias, residual, y, mean, inv_std, True, activation)
         return y
 

@@ -1,6 +1,8 @@
 """bnfast's kernels over PyTorch tensors: which tensors they take, and how they read them.
 
 Tensors are read and written as NumPy arrays over the same memory; nothing that is dense is copied.
+Between a small call of a layer and its kernel, what Python looks up costs more than the kernel:
+`bench/torch_calls.py` counts it.
 """
 
 from __future__ import annotations
@@ -26,32 +28,46 @@ Activation = str | tuple[str, float] | None
 # Of x, weight, bias and residual; None where nobody asked.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
+# PyTorch's types that the kernels take, and NumPy's name for each.
+_NUMPY_TYPES = {
+    getattr(torch, name): np.dtype(name) for name in _core.TYPE_NAMES if name != "bfloat16"
+}
 try:
     import ml_dtypes
 except ImportError:
-    _BFLOAT16 = None
+    pass
 else:
-    _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+    _NUMPY_TYPES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)
 
-# PyTorch's types that the kernels take; bfloat16 needs NumPy's name for it, ml_dtypes.
-DTYPES = frozenset(
-    getattr(torch, name) for name in _core.TYPE_NAMES if name != "bfloat16" or _BFLOAT16 is not None
-)
+DTYPES = frozenset(_NUMPY_TYPES)
+_TYPE_NUMBERS = {dtype: known.num for dtype, known in _NUMPY_TYPES.items()}
+_CLASSES = (Tensor, torch.nn.Parameter)
 
 
 # ---- Who runs a call
 
 
 def is_plain(x: Any) -> bool:
-    """Whether x is an ordinary dense tensor whose numbers the kernels can read now."""
+    """Whether x is an ordinary dense tensor whose numbers the kernels can read now.
+
+    One without memory, as a symbolic zero or a parameter whose storage was freed, is not.
+    """
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
+        type(x) in _CLASSES
+        and x.is_cpu
         and x.layout is torch.strided
         and x.dtype in DTYPES
         and not x.is_neg()
-        and not x.is_quantized
+        and (x.data_ptr() != 0 or x.numel() == 0)
     )
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether all that are given are plain."""
+    for x in tensors:  # noqa: SIM110, a generator costs as much as the checks
+        if x is not None and not is_plain(x):
+            return False
+    return True
 
 
 def is_transformed() -> bool:
@@ -75,22 +91,37 @@ def is_recorded() -> bool:
 
 
 def _array(x: Tensor | None, order: Order = None) -> Array | None:
-    """Return x's memory as an array, its axes in the given order."""
+    """Return x's memory as an array, its axes in the given order, to be used while x is there."""
     if x is None:
         return None
+    if _lies(x, order):
+        shape = x.shape if order is None else (x.shape[0], *x.shape[2:], x.shape[1])
+        return _core.over_memory(x.data_ptr(), shape, _TYPE_NUMBERS[x.dtype])
     x = x.detach()
     half = x.dtype is torch.bfloat16
-    array = x.view(torch.int16).numpy().view(_BFLOAT16) if half else x.numpy()
+    array = x.view(torch.int16).numpy().view(_NUMPY_TYPES[x.dtype]) if half else x.numpy()
     return array if order is None else array.transpose(order)
+
+
+def _lies(x: Tensor, order: Order) -> bool:
+    """Whether x's memory, its axes in the given order, is one run of values."""
+    if order is None:
+        return x.is_contiguous()
+    known = _CHANNELS_LAST.get(x.dim())
+    if known is not None:
+        return x.is_contiguous(memory_format=known)
+    return x.detach().permute(order).is_contiguous()
+
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def _storage_order(x: Tensor) -> Order:
     """Return channels_last's order of axes if x lies so; all else is `_arrays`' to find out."""
-    if x.dim() > 2 and not x.is_contiguous():
-        order = (0, *range(2, x.dim()), 1)
-        if x.permute(order).is_contiguous():
-            return order
-    return None
+    if x.is_contiguous() or x.dim() < 3:
+        return None
+    order = (0, *range(2, x.dim()), 1)
+    return order if _lies(x, order) else None
 
 
 def _axis(order: Order) -> int:
@@ -105,15 +136,15 @@ def _tensor(array: Array, x: Tensor, order: Order) -> Tensor:
     if order is not None:
         array = array.transpose(0, -1, *range(1, x.dim() - 1))
     y = torch.from_numpy(array.view(np.int16) if x.dtype is torch.bfloat16 else array)
-    wanted = y.stride()
-    if wanted != x.stride():
+    wanted = x.stride()
+    if wanted == y.stride() and y.dtype is x.dtype:
+        return y
+    if wanted != y.stride():
         wanted = torch.empty_like(x, device="meta").stride()
         if not _same_order(x.shape, y.stride(), wanted):
             return torch.empty_like(x).copy_(y)
-    if wanted != y.stride() or y.dtype is not x.dtype:
-        with torch.no_grad():
-            return x.new_empty(0).set_(y.untyped_storage(), 0, x.shape, wanted)
-    return y
+    with torch.no_grad():
+        return x.new_empty(0).set_(y.untyped_storage(), 0, x.shape, wanted)
 
 
 def _same_order(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
@@ -148,11 +179,11 @@ def forward(
     momentum: float,
     eps: float,
     activation: Activation,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Array, Array, Array]]:
     """Return y, and the batch's mean, biased variance and 1 / sqrt(var + eps) in float64."""
     order = _storage_order(x)
     running_mean, running_var = running or (None, None)
-    y, (_, mean, var, inv_std) = _on_torch_threads(
+    y, (_, *stats) = _on_torch_threads(
         _core.forward,
         _array(x, order),
         _array(running_mean),
@@ -167,8 +198,7 @@ def forward(
         activation,
         None,
     )
-    stats = (torch.from_numpy(mean), torch.from_numpy(var), torch.from_numpy(inv_std))
-    return (_tensor(y, x, order), *stats)
+    return _tensor(y, x, order), tuple(stats)
 
 
 def normalize(

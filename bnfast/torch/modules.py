@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     Activation = str | tuple[str, float] | None
+    # weight, bias, running_mean and running_var
+    State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 _paused: ContextVar[bool] = ContextVar("bnfast_statistics_paused", default=False)
 
@@ -87,23 +89,25 @@ class BatchNormOnCPU(_BatchNorm):
         if kernels.is_recorded() or isinstance(input, torch._subclasses.FakeTensor):
             return self._by_operator(input, residual, activation)
         self._check_input_dim(input)
-        tensors = (input, residual, self.weight, self.bias, self.running_mean, self.running_var)
-        if all(t is None or kernels.is_plain(t) for t in tensors) and self._suits(input, residual):
-            return self._by_kernels(input, residual, activation)
+        state = self._state()
+        if kernels.are_plain(input, residual, *state) and self._suits(input, residual, state):
+            return self._by_kernels(input, residual, activation, state)
         return self._by_torch(input, residual, activation)
 
-    def _by_kernels(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    def _by_kernels(
+        self, x: Tensor, residual: Tensor | None, activation: Activation, state: State
+    ) -> Tensor:
         if torch.compiler.is_compiling():  # from here on, its caller having been too much for it
             return self._by_operator(x, residual, activation)
-        affine = (self.weight, self.bias)
-        running = self._running()
-        if running is not None and not self.training:
-            return autograd.normalize(x, *running, *affine, self.eps, residual, activation)
+        weight, bias, *running = state
+        if running[0] is not None and not self.training:
+            return autograd.normalize(x, *running, weight, bias, self.eps, residual, activation)
         moves = self._moves_statistics()
         y = autograd.batch_norm(
             x,
-            *affine,
-            running if moves else None,
+            weight,
+            bias,
+            running if moves and running[0] is not None else None,
             float(self._momentum()) if moves else 0.0,
             self.eps,
             residual,
@@ -116,12 +120,14 @@ class BatchNormOnCPU(_BatchNorm):
     def _by_operator(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
         """Compute the same by operators that can be recorded."""
         self._check_input_dim(x)
-        if not (x.device.type == "cpu" and x.dtype in kernels.DTYPES and self._suits(x, residual)):
+        state = (self.weight, self.bias, self.running_mean, self.running_var)
+        here = all(t is None or t.device.type == "cpu" for t in (x, residual, *state))
+        if not (here and x.dtype in kernels.DTYPES and self._suits(x, residual, state)):
             return self._by_torch(x, residual, activation)
-        tensors = (x, self.weight, self.bias, residual)
+        weight, bias, *running = state
+        tensors = (x, weight, bias, residual)
         options = (self.eps, *autograd.name_and_slope(activation))
-        running = self._running()
-        if running is not None and not self.training:
+        if running[0] is not None and not self.training:
             normalised: Tensor = operators.normalize(*tensors, *running, *options)
             return normalised
         if x.numel() == x.shape[1]:
@@ -142,8 +148,9 @@ class BatchNormOnCPU(_BatchNorm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         batch = (mean, var * m / (m - 1))
-        for old, new in zip(self._running() or (), batch, strict=False):
-            old.copy_((1 - momentum) * old.double() + momentum * new)
+        for old, new in zip((self.running_mean, self.running_var), batch, strict=True):
+            if old is not None:
+                old.copy_((1 - momentum) * old.double() + momentum * new)
 
     def _by_torch(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
         if self.training and _paused.get():
@@ -159,10 +166,18 @@ class BatchNormOnCPU(_BatchNorm):
         path = x.tracer.path_of_module(self)
         return x.tracer.create_proxy("call_module", path, (x,), given)
 
-    def _running(self) -> tuple[Tensor, Tensor] | None:
-        if self.running_mean is None or self.running_var is None:
-            return None
-        return self.running_mean, self.running_var
+    def _state(self) -> State:
+        """Return weight, bias, running_mean and running_var, each looked up once."""
+        try:  # where `nn.Module.__getattr__` would find them, after a search of all classes
+            parameters, buffers = self._parameters, self._buffers
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+            )
+        except KeyError:  # kept elsewhere, as by parametrizations
+            return self.weight, self.bias, self.running_mean, self.running_var
 
     def _moves_statistics(self) -> bool:
         if not (self.training and self.track_running_stats):
@@ -175,26 +190,21 @@ class BatchNormOnCPU(_BatchNorm):
         tracked = self.num_batches_tracked
         return 0.0 if tracked is None else 1 / (tracked.double() + 1)  # the cumulative average
 
-    def _suits(self, x: Tensor, residual: Tensor | None) -> bool:
+    def _suits(self, x: Tensor, residual: Tensor | None, state: State) -> bool:
         """Whether the kernels take this call; what is wrong with another, PyTorch says."""
         channels = x.shape[1:2]
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        for p in state:
+            if p is not None and (p.dtype is not wide or p.shape != channels):
+                return False
         return (
             x.numel() > 0
-            and all(
-                p is None or (p.dtype is wide and p.shape == channels and p.device == x.device)
-                for p in (self.weight, self.bias, self.running_mean, self.running_var)
-            )
-            and (self.running_mean is None) == (self.running_var is None)
-            and (residual is None or _alike(x, residual))
+            and (state[2] is None) == (state[3] is None)
+            and (residual is None or (residual.shape == x.shape and residual.dtype is x.dtype))
             and type(self.eps) is float
             and 0 < self.eps < inf
             and (self.momentum is None or isfinite(self.momentum))
         )
-
-
-def _alike(x: Tensor, other: Tensor) -> bool:
-    return other.shape == x.shape and other.dtype is x.dtype and other.device == x.device
 
 
 class BatchNorm1d(BatchNormOnCPU, nn.BatchNorm1d):
