@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import kernels
-from .kernels import Activation, Gradients
+from .kernels import Activation, Gradients, Running
 
 # ---- The same by PyTorch's operations: what gradients of gradients are made of
 
@@ -187,7 +187,7 @@ class _BatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running: tuple[Tensor, Tensor] | None,
+        running: Running | None,
         momentum: float,
         eps: float,
         activation: Activation,
@@ -255,7 +255,7 @@ def batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
+    running: Running | None,
     momentum: float,
     eps: float,
     residual: Tensor | None = None,
@@ -268,8 +268,8 @@ def batch_norm(
     x : Tensor
         Channels on axis 1; `is_plain`.
     weight, bias : Tensor, shape (channels,), optional
-    running : tuple of two Tensors, optional
-        Mean and variance to be moved towards the batch's by `momentum`.
+    running : tuple of three Tensors or None, optional
+        Mean and variance to be moved towards the batch's by `momentum`, and the number of batches.
     momentum, eps : float
     residual : Tensor, optional
         Added before the activation; shape and dtype of `x`.
@@ -323,4 +323,8 @@ def normalize(
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    given = [t for t in tensors if t is not None]
+    # As in PyTorch, there is no gradient where all were made in inference mode.
+    return any(t.requires_grad for t in given) and not all(t.is_inference() for t in given)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from . import fuse as _fuse
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -117,7 +117,7 @@ def report(model: nn.Module) -> Report:
     converted = []
     for path, module in model.named_modules():
         name = path or "(model)"
-        if type(module) in OURS.values():
+        if isinstance(module, BatchNormOnCPU):
             converted.append(name)
         elif (why := _why_not(module)) is not None:
             found.left[name] = why
@@ -143,7 +143,7 @@ def _why_not(module: nn.Module) -> str | None:
     if kind in OURS:
         patched = "forward" in vars(module)
         return "its forward was replaced on the instance" if patched else None
-    if kind in OURS.values():
+    if isinstance(module, BatchNormOnCPU):  # or a class made of it, as parametrizations do
         return None
     if isinstance(module, _LazyNormBase):
         return f"{kind.__name__} becomes a batch norm at its first forward; convert after that"

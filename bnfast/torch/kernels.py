@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Order = tuple[int, ...] | None
 
 Activation = str | tuple[str, float] | None
+# What a training forward moves: mean, variance and number of batches, as far as a layer has them.
+Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 # Of x, weight, bias and residual; None where nobody asked.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -175,29 +177,36 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    running: tuple[Tensor, Tensor] | None,
+    running: Running | None,
     momentum: float,
     eps: float,
     activation: Activation,
 ) -> tuple[Tensor, tuple[Array, Array, Array]]:
     """Return y, and the batch's mean, biased variance and 1 / sqrt(var + eps) in float64."""
     order = _storage_order(x)
-    running_mean, running_var = running or (None, None)
-    y, (_, *stats) = _on_torch_threads(
-        _core.forward,
-        _array(x, order),
-        _array(running_mean),
-        _array(running_var),
-        _array(weight),
-        _array(bias),
-        momentum,
-        eps,
-        _axis(order),
-        1,
-        _array(residual, order),
-        activation,
-        None,
-    )
+    running_mean, running_var, batches = running or (None, None, None)
+    if batches is not None:
+        batches.add_(1)  # refused where nothing may be changed, hence before all that is
+    try:
+        y, (_, *stats) = _on_torch_threads(
+            _core.forward,
+            _array(x, order),
+            _array(running_mean),
+            _array(running_var),
+            _array(weight),
+            _array(bias),
+            momentum,
+            eps,
+            _axis(order),
+            1,
+            _array(residual, order),
+            activation,
+            None,
+        )
+    except BaseException:
+        if batches is not None:
+            batches.sub_(1)
+        raise
     return _tensor(y, x, order), tuple(stats)
 
 

@@ -103,19 +103,16 @@ class BatchNormOnCPU(_BatchNorm):
         if running[0] is not None and not self.training:
             return autograd.normalize(x, *running, weight, bias, self.eps, residual, activation)
         moves = self._moves_statistics()
-        y = autograd.batch_norm(
+        return autograd.batch_norm(
             x,
             weight,
             bias,
-            running if moves and running[0] is not None else None,
+            (*running, self.num_batches_tracked) if moves else None,
             float(self._momentum()) if moves else 0.0,
             self.eps,
             residual,
             activation,
         )
-        if moves and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        return y
 
     def _by_operator(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
         """Compute the same by operators that can be recorded."""
@@ -197,9 +194,13 @@ class BatchNormOnCPU(_BatchNorm):
         for p in state:
             if p is not None and (p.dtype is not wide or p.shape != channels):
                 return False
+        _, _, running_mean, running_var = state
         return (
             x.numel() > 0
-            and (state[2] is None) == (state[3] is None)
+            and (running_mean is None) == (running_var is None)
+            # PyTorch refuses them a gradient, which nobody would notice the lack of.
+            and not (running_mean is not None and running_mean.requires_grad)
+            and not (running_var is not None and running_var.requires_grad)
             and (residual is None or (residual.shape == x.shape and residual.dtype is x.dtype))
             and type(self.eps) is float
             and 0 < self.eps < inf

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layers import dense
+from layers import by_direction, dense
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +40,7 @@ def test_first_and_second_derivatives(training, activation, residual, ran):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_third_derivatives(training):
+def test_third_derivatives(training, ran):
     layer, (x, weight, bias, _) = layer_and_inputs(training, False)
 
     def second(x, weight, bias):
@@ -49,6 +49,7 @@ def test_third_derivatives(training):
         return torch.autograd.grad(sum(g.square().sum() for g in first), x, create_graph=True)
 
     torch.autograd.gradcheck(second, (x, weight, bias))
+    assert set(by_direction(ran())) == {"forward" if training else "inference", "backward"}
 
 
 @pytest.mark.parametrize("needed", ["x", "weight", "bias", "residual"])
@@ -84,10 +85,12 @@ def test_an_expanded_gradient_is_read(ran):
     assert [d for d, *_ in ran()] == ["forward", "backward"]
 
 
-def test_the_jacobian_by_vmap():
+def test_the_jacobian_by_vmap(ran):
     layer, (x, *_) = layer_and_inputs(True, False)
     rows = torch.autograd.functional.jacobian(layer, x)
+    assert by_direction(ran()) == {"forward": 1, "backward": x.numel()}
     at_once = torch.autograd.functional.jacobian(layer, x, vectorize=True)
+    assert by_direction(ran()) == {"forward": 1}  # a batch of gradients is PyTorch's
     torch.testing.assert_close(at_once, rows)
 
 
@@ -121,12 +124,13 @@ def test_changing_an_output_that_tells_the_mask_is_noticed():
         y.sum().backward()
 
 
-def test_an_output_that_is_not_needed_may_be_changed():
+def test_an_output_that_is_not_needed_may_be_changed(ran):
     layer, (x, *_) = layer_and_inputs(True, False)
     want = torch.autograd.grad(layer(x, None, "relu").sum(), x)
     y = layer(x, None, "relu")
     y.add_(1)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want[0])
+    assert by_direction(ran()) == {"forward": 2, "backward": 2}
 
 
 def test_twice_through_a_graph_is_refused():
@@ -136,19 +140,20 @@ def test_twice_through_a_graph_is_refused():
         y.sum().backward()
 
 
-def test_running_statistics_may_move_before_the_backward():
+def test_running_statistics_may_move_before_the_backward(ran):
     """The gradient is that of the forward, whose statistics were constants."""
     layer, (x, *_) = layer_and_inputs(False, False)
     want = torch.autograd.grad(layer(x).square().sum(), x)[0]
     y = layer(x)
     layer.train()(5 * x)
     assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], want)
+    assert by_direction(ran()) == {"inference": 2, "forward": 1, "backward": 2}
 
 
 # ---- Checkpointing
 
 
-def test_a_checkpointed_batch_is_counted_once():
+def test_a_checkpointed_batch_is_counted_once(ran):
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     plain = bnfast.torch.BatchNorm2d(3)
     layers = [copy.deepcopy(plain) for _ in range(3)]
@@ -159,6 +164,7 @@ def test_a_checkpointed_batch_is_counted_once():
     y = checkpoint(layers[0], x, use_reentrant=False, context_fn=contexts)
     y.square().sum().backward()
     assert torch.equal(x.grad, want)
+    assert by_direction(ran()) == {"forward": 3, "backward": 2}
     for name, value in plain.state_dict().items():
         assert torch.equal(layers[0].state_dict()[name], value)
 
@@ -175,6 +181,7 @@ def test_paused_statistics_do_not_move(ran):
     with bnfast.torch.paused_statistics():
         assert torch.equal(layer(x), want)
         assert layer(x[:0]).shape == (0, 3, 2, 2)  # PyTorch's forward
+    assert by_direction(ran()) == {"forward": 2}
     assert all(torch.equal(a, before[name]) for name, a in layer.state_dict().items())
     layer(dense(x))
     assert layer.num_batches_tracked == 1

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layers import SmallResNet
+from layers import SmallResNet, by_direction
 from torch import nn
 
 import bnfast.torch
@@ -38,7 +38,7 @@ def test_a_batch_norm_alone_and_a_shared_one():
     assert model[0] is model[1][0] is shared
 
 
-def test_what_is_left_is_reported():
+def test_what_is_left_is_reported(ran):
     class Own(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x) + 1
@@ -56,20 +56,23 @@ def test_what_is_left_is_reported():
     assert type(model["own"]) is Own
     x = torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(model["own"](x), nn.BatchNorm2d(3)(x) + 1)
+    assert not ran()
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_convolutions_take_our_layers_in(fused):
+def test_convolutions_take_our_layers_in(fused, ran):
     model = bnfast.torch.convert(SmallResNet(), fuse=fused)
     model(torch.randn(8, 3, 8, 8))
     model.eval()
     conv, norm = model.stem[0], model.stem[1]
     folded = torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
     x = torch.randn(2, 3, 8, 8)
+    ran()
     torch.testing.assert_close(folded(x), norm(conv(x)))
+    assert by_direction(ran()) == {"inference": 1}
 
 
-def test_fx_keeps_our_layers_whole():
+def test_fx_keeps_our_layers_whole(ran):
     model = bnfast.torch.convert(SmallResNet()).eval()
     graph = torch.fx.symbolic_trace(model)
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
@@ -77,10 +80,13 @@ def test_fx_keeps_our_layers_whole():
     assert len(norms) == 6
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(graph(x), model(x))
+    assert by_direction(ran()) == {"inference": 12}
     # It knows classes by identity, so that layers have to be PyTorch's own again for it.
     from torch.fx.experimental.optimization import fuse
 
     torch.testing.assert_close(fuse(copy.deepcopy(model))(x), model(x))
+    assert by_direction(ran()) == {"inference": 12}
     folded = fuse(bnfast.torch.revert(copy.deepcopy(model)))
     assert not kinds(folded)
     torch.testing.assert_close(folded(x), model(x))
+    assert by_direction(ran()) == {"inference": 6}

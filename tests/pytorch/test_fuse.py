@@ -6,18 +6,27 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import SmallResNet, channels_last, dense
+from layers import SmallResNet, by_direction, channels_last, dense
 from torch import nn
 
 import bnfast.torch
+from bnfast import _core
 
 
 def fused(model):
     return bnfast.torch.convert(copy.deepcopy(model), fuse=True)
 
 
-def check_same(model, other, shape=(4, 3, 8, 8), arrange=dense, args=()):
-    """Two programs of one formula, in float64, so that only mistakes are visible."""
+LAYOUTS = {dense: "planar", channels_last: "interleaved"}
+
+
+def check_same(model, other, shape=(4, 3, 8, 8), arrange=dense, args=(), backwards=None):
+    """Two programs of one formula, in float64, so that only mistakes are visible.
+
+    Every layer of the other one runs on bnfast, backward too unless told how many do.
+    """
+    layers = len(bnfast.torch.report(other).converted)
+    backwards = layers if backwards is None else backwards
     x = arrange(torch.randn(shape, dtype=torch.float64))
     for training in (True, False):
         ours, theirs = copy.deepcopy(other).double(), copy.deepcopy(model).double()
@@ -25,8 +34,13 @@ def check_same(model, other, shape=(4, 3, 8, 8), arrange=dense, args=()):
         for m in (ours, theirs):
             torch.manual_seed(3)
             given = x.clone().requires_grad_()
+            _core.reset_dispatches()
             y = m.train(training)(given, *args)
             y.pow(2).sum().backward()
+            ran = {(d, t, y, v): n for (d, t, y, _, v), n in _core.dispatches().items()}
+            want = {"forward" if training else "inference": layers, "backward": backwards}
+            assert by_direction(ran) == {k: n for k, n in want.items() if n and m is ours}
+            assert {layout for _, _, layout, _ in ran} <= {LAYOUTS[arrange]}
             results.append(
                 (
                     y,
@@ -75,6 +89,16 @@ def add_in_place(a, b):
     return a
 
 
+VARIANTS = {
+    None: "plain",
+    "relu": "relu",
+    "relu6": "relu6",
+    "addition": "residual",
+    "addition and relu": "relu+residual",
+    **{f"('leaky_relu', {slope})": "leaky_relu" for slope in (0.01, 0.3, 0.2)},
+}
+
+
 @pytest.mark.parametrize(
     ("tail", "what"),
     [
@@ -102,11 +126,14 @@ def add_in_place(a, b):
         (lambda m, y, x: y + 1, None),
     ],
 )
-def test_every_form(tail, what):
+def test_every_form(tail, what, ran):
     model = Net(tail)
     ours = fused(model)
     assert bnfast.torch.report(ours).fused.get("bn") == what
     check_same(model, ours)
+    ran()
+    ours(torch.randn(4, 3, 8, 8))
+    assert {variant for *_, variant in ran()} == {VARIANTS[what]}
 
 
 def test_refusals_say_why():
@@ -139,7 +166,7 @@ def test_what_a_graph_cannot_hold_is_refused(tail):
     assert not bnfast.torch.report(ours).fused
     assert "last" not in vars(ours)
     if tail is no_grad_tail:
-        check_same(model, ours)
+        check_same(model, ours, backwards=0)
 
 
 def test_modes_that_differ_run_as_they_are():
@@ -164,12 +191,16 @@ def test_later_changes_are_seen(ran):
     ours.stem = nn.Conv2d(3, 8, 3, padding=1)
     want = copy.deepcopy(ours)
     bnfast.torch.revert(want)
+    ran()
     torch.testing.assert_close(ours(x), want(x))
+    assert by_direction(ran()) == {"inference": 5}  # want is PyTorch's
     ours.blocks[0].eval()
     ours.blocks[1].train()
     want.load_state_dict(ours.state_dict())
     want.blocks[1].train()
+    ran()
     torch.testing.assert_close(ours(x), want(x))
+    assert by_direction(ran()) == {"inference": 2, "forward": 3}
 
 
 def test_options_left_at_their_defaults():

@@ -11,7 +11,7 @@ import reference
 import tolerance
 import torch
 from cases import make_problem
-from layers import CLASSES, TENSORS, channels_last, leaf
+from layers import CLASSES, TENSORS, by_direction, channels_last, leaf
 from torch import nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
@@ -92,7 +92,7 @@ def exact_gradients(p, s, training):
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_running_statistics_are_the_papers(dtype, momentum):
+def test_running_statistics_are_the_papers(dtype, momentum, ran):
     layer = CLASSES[4][1](5, momentum=momentum, dtype=getattr(torch, dtype))
     for batch in range(3):
         p = make_problem((4, 5, 3, 6), DTYPES[dtype], seed=batch)
@@ -108,6 +108,7 @@ def test_running_statistics_are_the_papers(dtype, momentum):
             bound = tolerance.running_bound(before, batch_value, error, factor, DTYPES[dtype])
             tolerance.assert_within(after.numpy(), want, bound)
         assert layer.num_batches_tracked == batch + 1
+        assert ran() == {("forward", dtype, "planar", "plain"): 1}
 
 
 # ---- PyTorch's own tests of its batch norms
@@ -144,7 +145,8 @@ def test_pytorchs_own_inputs(info, dtype, training, ran):
         assert repr(ours) == repr(theirs)
         of_batch = training or not theirs.track_running_stats
         directions = {"forward" if of_batch else "inference", "backward"} if x.numel() else set()
-        assert {direction for direction, *_ in ran()} == directions
+        kind = (str(dtype).removeprefix("torch."), "interleaved" if x.dim() == 2 else "planar")
+        assert ran() == {(direction, *kind, "plain"): 1 for direction in directions}
 
 
 @pytest.mark.parametrize("info", NORMS, ids=lambda info: info.name)
@@ -164,7 +166,7 @@ def test_pytorchs_own_errors(info):
 
 @pytest.mark.parametrize("rank", CLASSES)
 @pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 5, 3), (2, 5, 3, 3), (2, 5, 3, 3, 3), (4, 6)])
-def test_shapes_are_refused_as_pytorch_refuses_them(rank, shape):
+def test_shapes_are_refused_as_pytorch_refuses_them(rank, shape, ran):
     theirs, ours = (kind(5) for kind in CLASSES[rank])
     x = torch.randn(shape)
     try:
@@ -172,8 +174,10 @@ def test_shapes_are_refused_as_pytorch_refuses_them(rank, shape):
     except (ValueError, RuntimeError) as error:
         with pytest.raises(type(error), match=re.escape(str(error))):
             ours(x)
+        assert not ran()
     else:
         torch.testing.assert_close(ours(x), theirs(x))
+        assert by_direction(ran()) == {"forward": 1}
 
 
 def test_a_refused_batch_is_not_counted():
@@ -187,12 +191,13 @@ def test_a_refused_batch_is_not_counted():
 # ---- Modules like PyTorch's
 
 
-def test_state_moves_both_ways_and_layers_pickle():
+def test_state_moves_both_ways_and_layers_pickle(ran):
     theirs, ours = nn.BatchNorm2d(3), bnfast.torch.BatchNorm2d(3)
     theirs(torch.randn(4, 3, 2, 2))
     ours.load_state_dict(theirs.state_dict())
     ours(torch.randn(4, 3, 2, 2))
     theirs.load_state_dict(ours.state_dict())
+    assert by_direction(ran()) == {"forward": 1}
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from layers import SmallResNet, channels_last, dense, ours_like
+from layers import SmallResNet, by_direction, channels_last, dense, ours_like
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,16 +66,18 @@ def test_compiled_whole(backend, arrange, training, ran):
         got.backward()
         counts = ran()
         torch.testing.assert_close(got, want)
-        by_direction = {}
-        for (direction, *_), times in counts.items():
-            by_direction[direction] = by_direction.get(direction, 0) + times
-        assert by_direction == {"forward" if training else "inference": 6, "backward": 6}, step
+        forward = "forward" if training else "inference"
+        assert by_direction(counts) == {forward: 6, "backward": 6}, step
+        assert {(dtype, variant) for _, dtype, _, variant in counts} == {("float64", "plain")}
+        if backend == "aot_eager":  # inductor chooses layouts of its own
+            layout = "planar" if arrange is dense else "interleaved"
+            assert {kind for _, _, kind, _ in counts} == {layout}
     for a, b in zip(compiled_model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     torch.testing.assert_close(compiled_model.state_dict(), model.state_dict())
 
 
-def test_compiled_cumulative_average():
+def test_compiled_cumulative_average(ran):
     torch._dynamo.reset()
     model = bnfast.torch.BatchNorm2d(3, momentum=None).double()
     compiled_model = copy.deepcopy(model)
@@ -84,15 +86,17 @@ def test_compiled_cumulative_average():
         x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
         torch.testing.assert_close(compiled(x), model(x))
     torch.testing.assert_close(compiled_model.state_dict(), model.state_dict())
+    assert ran() == {("forward", "float64", "planar", "plain"): 6}
 
 
-def test_compiled_fused_models_compute_the_same():
+def test_compiled_fused_models_compute_the_same(ran):
     torch._dynamo.reset()
     model = SmallResNet().double()
     fused = bnfast.torch.convert(copy.deepcopy(model), fuse=True)
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+    assert ran() == {("forward", "float64", "planar", "plain"): 6}
 
 
 def test_one_value_per_channel_is_refused_when_compiled():
@@ -121,13 +125,15 @@ def test_exported(training, strict, ran):
         torch.testing.assert_close(value, buffers[buffer])
 
 
-def test_exported_for_any_batch():
+def test_exported_for_any_batch(ran):
     model = ours_like(SmallResNet()).eval()
     batch = torch.export.Dim("batch", min=2, max=64)
     x = torch.randn(4, 3, 8, 8)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     more = torch.randn(9, 3, 8, 8)
+    ran()
     assert torch.equal(exported.module()(more), model(more))
+    assert ran() == {("inference", "float32", "planar", "plain"): 12}
 
 
 def test_dispatch_modes_see_the_operator(ran):
@@ -144,15 +150,17 @@ def test_dispatch_modes_see_the_operator(ran):
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     want = copy.deepcopy(layer)
     want(x)
+    ran()
     with Log() as log:
         layer(x).sum().backward()
+    assert by_direction(ran()) == {"forward": 1, "backward": 1}
     assert "bnfast.batch_norm.default" in log.seen
     assert "bnfast.batch_norm_backward.default" in log.seen
     torch.testing.assert_close(layer.state_dict(), want.state_dict())
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_both_ways_move_the_statistics_alike(momentum):
+def test_both_ways_move_the_statistics_alike(momentum, ran):
     """The kernels move them in float64, and so do the operators' few vectors: a product and a sum
     that a compiler may contract differ by 2**-53 of either, which a float32 hardly ever shows."""
     layer = bnfast.torch.BatchNorm2d(64, momentum=momentum)
@@ -161,6 +169,7 @@ def test_both_ways_move_the_statistics_alike(momentum):
         x = torch.randn(4, 64, 5, 5) + 3
         layer(x)
         other._by_operator(x, None, None)
+        assert ran() == {("forward", "float32", "planar", "plain"): 2}
     assert layer.num_batches_tracked == other.num_batches_tracked == 3
     for a, b in ((layer.running_mean, other.running_mean), (layer.running_var, other.running_var)):
         assert torch.equal(a, b)
