@@ -319,8 +319,26 @@ class _Rewriter:
             node = node.next
         if any(self.may_write(node) for node in between):
             self.keep("something may be changed in place before what follows it")
-            return False
-        return True
+        elif any(self.looks_at(node, self.module(norm)) for node in between):
+            self.keep("its statistics are used, or moved again, before what follows it")
+        else:
+            return True
+        return False
+
+    def looks_at(self, node: fx.Node, layer: nn.Module) -> bool:
+        """Whether an operation depends on what a layer's earlier calls made of its statistics."""
+        if self.module(node) is layer:
+            return True
+        pending, seen = [node], {node}
+        while pending:
+            node = pending.pop()
+            if node.op == "get_attr":
+                owner, _, _ = str(node.target).rpartition(".")
+                if self.root.get_submodule(owner) is layer:
+                    return True
+            pending += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(pending)
+        return False
 
     def may_write(self, node: fx.Node) -> bool:
         """Whether an operation may change a tensor that it did not make."""

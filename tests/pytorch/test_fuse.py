@@ -20,14 +20,15 @@ def fused(model):
 LAYOUTS = {dense: "planar", channels_last: "interleaved"}
 
 
-def check_same(model, other, shape=(4, 3, 8, 8), arrange=dense, args=(), backwards=None):
+def check_same(model, other, arrange=dense, args=(), calls=None, backwards=None):
     """Two programs of one formula, in float64, so that only mistakes are visible.
 
-    Every layer of the other one runs on bnfast, backward too unless told how many do.
+    All calls of batch norms in the other one, one a layer unless told, run on bnfast; backwards,
+    too, unless told how many do.
     """
-    layers = len(bnfast.torch.report(other).converted)
-    backwards = layers if backwards is None else backwards
-    x = arrange(torch.randn(shape, dtype=torch.float64))
+    calls = len(bnfast.torch.report(other).converted) if calls is None else calls
+    backwards = calls if backwards is None else backwards
+    x = arrange(torch.randn(4, 3, 8, 8, dtype=torch.float64))
     for training in (True, False):
         ours, theirs = copy.deepcopy(other).double(), copy.deepcopy(model).double()
         results = []
@@ -38,7 +39,7 @@ def check_same(model, other, shape=(4, 3, 8, 8), arrange=dense, args=(), backwar
             y = m.train(training)(given, *args)
             y.pow(2).sum().backward()
             ran = {(d, t, y, v): n for (d, t, y, _, v), n in _core.dispatches().items()}
-            want = {"forward" if training else "inference": layers, "backward": backwards}
+            want = {"forward" if training else "inference": calls, "backward": backwards}
             assert by_direction(ran) == {k: n for k, n in want.items() if n and m is ours}
             assert {layout for _, _, layout, _ in ran} <= {LAYOUTS[arrange]}
             results.append(
@@ -146,6 +147,24 @@ def test_refusals_say_why():
     report = bnfast.torch.report(fused(branching))
     assert "control flow" in report.unfused["(model)"]
     check_same(branching, fused(branching))
+
+
+def copied_between(m, y, x):
+    mean = m.bn.running_mean.clone()
+    return F.relu(y) + mean.view(1, -1, 1, 1)
+
+
+def called_again_between(m, y, x):
+    z = m.bn(3 * x)
+    return F.relu(y) + z.sigmoid()
+
+
+@pytest.mark.parametrize(("tail", "calls"), [(copied_between, 1), (called_again_between, 2)])
+def test_statistics_move_in_the_models_order(tail, calls):
+    model = Net(tail)
+    ours = fused(model)
+    assert "statistics" in bnfast.torch.report(ours).unfused["bn"]
+    check_same(model, ours, calls=calls)
 
 
 def no_grad_tail(m, y, x):
