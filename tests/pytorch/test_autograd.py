@@ -97,31 +97,34 @@ def test_the_jacobian_by_vmap(ran):
 # ---- Misuse
 
 
-def test_changing_the_input_is_noticed():
+def test_changing_the_input_is_noticed(ran):
     layer = bnfast.torch.BatchNorm2d(3)
     x = torch.randn(4, 3, 2, 2, requires_grad=True) * 1
     y = layer(x)
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    assert by_direction(ran()) == {"forward": 1}
 
 
-def test_changing_a_parameter_is_noticed():
+def test_changing_a_parameter_is_noticed(ran):
     layer = bnfast.torch.BatchNorm2d(3)
     y = layer(torch.randn(4, 3, 2, 2, requires_grad=True))
     with torch.no_grad():
         layer.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    assert by_direction(ran()) == {"forward": 1}
 
 
-def test_changing_an_output_that_tells_the_mask_is_noticed():
+def test_changing_an_output_that_tells_the_mask_is_noticed(ran):
     layer = bnfast.torch.BatchNorm2d(3)
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     y = layer(x, torch.ones_like(x), "relu")
     y.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+    assert by_direction(ran()) == {"forward": 1}
 
 
 def test_an_output_that_is_not_needed_may_be_changed(ran):
@@ -133,11 +136,12 @@ def test_an_output_that_is_not_needed_may_be_changed(ran):
     assert by_direction(ran()) == {"forward": 2, "backward": 2}
 
 
-def test_twice_through_a_graph_is_refused():
+def test_twice_through_a_graph_is_refused(ran):
     y = bnfast.torch.BatchNorm2d(3)(torch.randn(4, 3, 2, 2))
     y.sum().backward()
     with pytest.raises(RuntimeError, match="a second time"):
         y.sum().backward()
+    assert by_direction(ran()) == {"forward": 1, "backward": 1}
 
 
 def test_running_statistics_may_move_before_the_backward(ran):
