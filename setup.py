@@ -27,7 +27,15 @@ if "-g" not in os.environ.get("CFLAGS", "").split():
 SANITIZERS = os.environ.get("BNFAST_SANITIZE", "")
 SANITIZE = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
 if SANITIZE:
-    COMMON += [*SANITIZE, "-g", "-fno-omit-frame-pointer"]
+    COMMON += [*SANITIZE, "-O1", "-g", "-fno-omit-frame-pointer"]
+# BNFAST_COVERAGE=1: a build that counts how often each line ran (`make coverage`), counting
+# exactly in threads too.
+COVERAGE = ["--coverage"] if os.environ.get("BNFAST_COVERAGE") == "1" else []
+if COVERAGE:
+    COMMON += [*COVERAGE, "-O1", "-fprofile-update=atomic"]
+# Objects of different builds must not meet: what is newer says nothing about their flags.
+VARIANT = SANITIZERS.replace(",", "-") if SANITIZE else "coverage" if COVERAGE else ""
+BUILD = os.path.join("build", VARIANT) if VARIANT else "build"
 # The compiler's own conventions of other vector widths and nested braces are not ours.
 KERNEL = [*COMMON, "-Wno-missing-braces"]
 
@@ -89,7 +97,7 @@ def extension():
         ],
         depends=[f"src/{file}" for file in os.listdir(os.path.join(ROOT, "src"))],
         extra_compile_args=[*COMMON, "-fopenmp"],
-        extra_link_args=["-fopenmp", *SANITIZE],
+        extra_link_args=["-fopenmp", *SANITIZE, *COVERAGE],
     )
 
 
@@ -124,9 +132,11 @@ class BuildLibraries(build_clib):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=cythonize([extension()]),
+        # Counted are the lines of the .pyx, which no other build's C names.
+        ext_modules=cythonize(
+            [extension()], build_dir=BUILD if COVERAGE else None, emit_linenums=bool(COVERAGE)
+        ),
         libraries=LIBRARIES,
-        # Objects of the two builds must not meet: what is newer says nothing about their flags.
-        options={"build": {"build_base": "build/sanitize"}} if SANITIZE else {},
+        options={"build": {"build_base": BUILD}},
         cmdclass={"build_clib": BuildLibraries},
     )

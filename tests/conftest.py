@@ -8,6 +8,20 @@ import pytest
 
 from bnfast import _core
 
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--matrix", metavar="FILE", help="write to FILE how many tests ran each kernel"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("matrix"):
+        from matrix import Matrix
+
+        config.pluginmanager.register(Matrix(config.getoption("matrix")))
+
+
 # Timing never decides a test, hence no deadline; the same examples every time
 # unless somebody asks for the long search.
 hypothesis.settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)

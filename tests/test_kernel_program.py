@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matrix
 import pytest
 from cases import WITHOUT_FMA
 
@@ -56,9 +57,10 @@ def answers(cases, case_file, native, tmp_path_factory):
 
 def test_every_set_of_this_processor_is_right(cases, answers):
     assert "scalar" in answers
-    for found in answers.values():
+    for isa, found in answers.items():
         for case, got in zip(cases, found, strict=True):
             program.check(case, got)
+        matrix.count(cases, isa)
 
 
 def test_sets_agree_to_the_bit(cases, answers):
@@ -129,6 +131,7 @@ class TestNEON:
         qemu = targets.qemu("-cpu", processor)
         program.run(*qemu, aarch64, isa, case_file, tmp_path / "answer")
         check_all(cases, program.read(cases, tmp_path / "answer"), answers)
+        matrix.count(cases, f"{isa} of AArch64, emulated by qemu-user as -cpu {processor}")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,7 @@ class TestAVX512Emulated:
     ):
         program.run(emulating, self.NAME, case_file, tmp_path / "answer")
         check_all(cases, program.read(cases, tmp_path / "answer"), answers)
+        matrix.count(cases, self.NAME)
 
     @targets.needs_qemu_x86
     def test_runs_on_a_processor_without_it(self, cases, case_file, emulating, answers, tmp_path):
