@@ -1,45 +1,42 @@
-"""How much of each kernel ran: `python tools/kernel_coverage.py FOLDER`, after `make coverage`.
+"""How much of the kernels ran: `python tools/kernel_coverage.py FOLDER`, after `make coverage`.
 
 Kernels are written once and compiled for each data type and instruction set, and a line counts as
-covered where any of these ran it. Here they are told apart: for each of the functions that the
-tables point to, how many of the basic blocks that gcc made of it ran, everything inlined included.
+covered where any of these ran it. Here they are told apart: of the basic blocks that gcc made of a
+type's functions, whatever it inlined into them included, how many ran.
 """
 
 import json
 import subprocess
 import sys
-from itertools import product
+from collections import Counter
 from pathlib import Path
 
-KERNELS = [
-    f"{kernel}_{layout}"
-    for kernel, layout in product(
-        ("moments", "apply", "grad_sums", "grad_input"), ("planar", "interleaved")
-    )
-]
 TYPES = ("f32", "f64", "f16", "bf16")
 
 
-def functions(counts):
-    """{name: (blocks that ran, blocks)} of an object file's counts."""
+def blocks(counts):
+    """(Blocks that ran, blocks) by type, of an object file's counts."""
     command = ["gcov", "--json-format", "--stdout", str(counts)]
     found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return {
-        function["name"]: (function["blocks_executed"], function["blocks"])
-        for file in found["files"]
-        for function in file["functions"]
-    }
+    ran, made = Counter(), Counter()
+    for file in found["files"]:
+        if not file["file"].endswith(".inc.h"):
+            continue
+        for function in file["functions"]:
+            name = function["name"].rpartition("_")[2].partition(".")[0]  # f.part.0 is a part of f
+            ran[name] += function["blocks_executed"]
+            made[name] += function["blocks"]
+    return [(ran[name], made[name]) for name in TYPES]
 
 
 def lines(objects):
-    """Of the report, one section for each instruction set."""
+    yield "Blocks of the kernels that ran"
+    yield f"{'':<10}" + "".join(f"{name:>22}" for name in TYPES)
     for counts in objects:
-        found = functions(counts)
-        yield f"\n{counts.stem.removeprefix('kernels_')}: blocks that ran, of how many"
-        yield f"{'':<24}" + "".join(f"{name:>14}" for name in TYPES)
-        for kernel in KERNELS:
-            cells = (f"{ran} of {all_}" for ran, all_ in (found[f"{kernel}_{t}"] for t in TYPES))
-            yield f"{kernel:<24}" + "".join(f"{cell:>14}" for cell in cells)
+        cells = (f"{ran} of {made} ({ran / made:.1%})" for ran, made in blocks(counts))
+        yield f"{counts.stem.removeprefix('kernels_'):<10}" + "".join(
+            f"{cell:>22}" for cell in cells
+        )
 
 
 def main(folder):
