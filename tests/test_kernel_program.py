@@ -163,6 +163,7 @@ class TestAVX512Emulated:
         program.run(emulating, self.NAME, case_file, tmp_path / "answer")
         check_all(cases, program.read(cases, tmp_path / "answer"), answers)
         matrix.count(cases, self.NAME)
+        matrix.count(cases, self.NAME)
 
     @targets.needs_qemu_x86
     def test_runs_on_a_processor_without_it(self, cases, case_file, emulating, answers, tmp_path):
