@@ -421,6 +421,8 @@ def real(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any, expected: str = "an integer") -> int:
     """Return an option that must be an integer."""
+    if type(value) is int:  # each training call asks for its ddof
+        return value
     number: int = _answer(name, value, expected, _as_integer)
     return number
 

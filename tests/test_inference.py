@@ -478,6 +478,26 @@ def test_nothing_changes_where_progress_fails():
     assert_nothing_changes(KeyError, "1", layer, batches_of((4,)), [layer], progress=progress)
 
 
+def test_no_layer_is_updated_where_memory_runs_out_at_another(monkeypatch):
+    first, second = BatchNorm(3), BatchNorm(3)
+    x = RNG.normal(size=(8, 3)).astype("f4")
+    asked = []
+
+    def var(self, ddof=0):
+        asked.append(ddof)
+        if len(asked) == 2:
+            raise MemoryError
+        return np.full(3, 5.0)
+
+    monkeypatch.setattr(bnfast.Moments, "var", var)
+    with pytest.raises(MemoryError):
+        recompute_statistics(lambda batch: second(first(batch)), [x], [first, second])
+    for layer in (first, second):
+        assert not layer.running_mean.any()
+        assert (layer.running_var == 1).all()
+        assert layer.training
+
+
 def test_bad_arguments_are_named():
     layer, batches = BatchNorm(3), batches_of((4,))
     for arguments, error, message in [
