@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -162,7 +163,9 @@ def _any_backward(
         return _wanted(formula(*args, activation), needs)
     if torch.is_grad_enabled():  # create_graph: the operator has gradients of its own
         return _operator_backward(*args, activation, needs)
-    return kernels.backward(*args, activation, needs)
+    # The layers' own type of parameters, so that no operation of PyTorch's has to round.
+    vectors = np.float64 if x.dtype is torch.float64 else np.float32
+    return kernels.backward(*args, activation, needs, vectors=vectors)
 
 
 def _operator_backward(*args: Any) -> Gradients:
@@ -220,31 +223,14 @@ class _Normalize(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         y = kernels.normalize(x, mean, var, weight, bias, residual, eps, activation)
-        save_fixed(ctx, x, weight, bias, residual, y, mean, var, eps, activation)
+        # Copies: a training forward in between may move the running statistics.
+        mean, inv_std = kernels.constants(mean, var, eps)
+        save(ctx, x, weight, bias, residual, y, mean, inv_std, False, activation)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         return (*gradients(ctx, dy), None, None, None, None)
-
-
-def save_fixed(
-    ctx: Any,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    activation: Activation,
-) -> None:
-    """Keep the same for statistics that are constants."""
-    # Copies: a training forward in between may move the running statistics.
-    mean, var = (running.to(torch.float64, copy=True) for running in (mean, var))
-    inv_std = (var + eps).rsqrt()
-    save(ctx, x, weight, bias, residual, y, mean, inv_std, False, activation)
 
 
 # ---- What layers call

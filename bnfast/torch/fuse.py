@@ -22,6 +22,12 @@ from .modules import BatchNormOnCPU
 from .trace import Guard, UntraceableError, has_hooks, switches, trace
 
 _TRACES, _REASON = "_bnfast_traces", "_bnfast_unfused"
+_GLOBAL_HOOKS = (
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+)
 _MOST_TRACES = 16  # of one module in its modes; a forward that needs more goes its own way
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -182,7 +188,7 @@ def _are_tensors(args: tuple[Any, ...]) -> bool:
 
 
 def _find_run(module: FusedModule, arguments: int) -> Callable[..., Any] | None:
-    if nn.modules.module._has_any_global_hook():
+    if any(getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS):
         return None
     fusions: list[Fusion] = module.__dict__.setdefault(_TRACES, [])
     now = switches()

@@ -96,19 +96,20 @@ def _array(x: Tensor | None, order: Order = None) -> Array | None:
     """Return x's memory as an array, its axes in the given order, to be used while x is there."""
     if x is None:
         return None
-    if _lies(x, order):
-        shape = x.shape if order is None else (x.shape[0], *x.shape[2:], x.shape[1])
-        return _core.over_memory(x.data_ptr(), shape, _TYPE_NUMBERS[x.dtype])
+    if order is None:
+        if x.is_contiguous():
+            return _core.over_memory(x.data_ptr(), x.shape, _TYPE_NUMBERS[x.dtype])
+    elif _is_channels_last(x, order):
+        n, c, *space = x.shape
+        return _core.over_memory(x.data_ptr(), (n, *space, c), _TYPE_NUMBERS[x.dtype])
     x = x.detach()
     half = x.dtype is torch.bfloat16
     array = x.view(torch.int16).numpy().view(_NUMPY_TYPES[x.dtype]) if half else x.numpy()
     return array if order is None else array.transpose(order)
 
 
-def _lies(x: Tensor, order: Order) -> bool:
-    """Whether x's memory, its axes in the given order, is one run of values."""
-    if order is None:
-        return x.is_contiguous()
+def _is_channels_last(x: Tensor, order: tuple[int, ...]) -> bool:
+    """Whether x's memory, its axes in channels_last's order, is one run of values."""
     known = _CHANNELS_LAST.get(x.dim())
     if known is not None:
         return x.is_contiguous(memory_format=known)
@@ -123,7 +124,7 @@ def _storage_order(x: Tensor) -> Order:
     if x.is_contiguous() or x.dim() < 3:
         return None
     order = (0, *range(2, x.dim()), 1)
-    return order if _lies(x, order) else None
+    return order if _is_channels_last(x, order) else None
 
 
 def _axis(order: Order) -> int:
@@ -238,6 +239,14 @@ def normalize(
     return _tensor(y, x, order)
 
 
+def constants(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return copies, in float64, of running statistics as a backward takes them."""
+    copied, variances = (np.array(_array(running), np.float64) for running in (mean, var))
+    with np.errstate(divide="ignore", invalid="ignore"):  # of a negative variance, as PyTorch
+        inv_std = 1 / np.sqrt(variances + eps)
+    return torch.from_numpy(copied), torch.from_numpy(inv_std)
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -251,8 +260,11 @@ def backward(
     needs: tuple[bool, ...],
     count: int | None = None,
     sums: tuple[Any, Any] | None = None,
+    vectors: type[np.floating[Any]] = np.float64,
 ) -> Gradients:
     """Return the gradients of x, weight, bias and residual, None where not needed.
+
+    Those of weight and bias are of the type `vectors`.
 
     `through` says that mean and inv_std are the batch's, and hence functions of x. Where x is a
     part of a batch, `count` is that batch's and `sums` are its gradients of weight and bias.
@@ -279,7 +291,7 @@ def backward(
     )
     return (
         None if dx is None else _tensor(dx, x, order),
-        None if dweight is None else torch.from_numpy(dweight),
-        None if dbias is None else torch.from_numpy(dbias),
+        None if dweight is None else torch.from_numpy(dweight.astype(vectors, copy=False)),
+        None if dbias is None else torch.from_numpy(dbias.astype(vectors, copy=False)),
         None if dresidual is None else _tensor(dresidual, x, order),
     )

@@ -189,10 +189,10 @@ class BatchNormOnCPU(_BatchNorm):
 
     def _suits(self, x: Tensor, residual: Tensor | None, state: State) -> bool:
         """Whether the kernels take this call; what is wrong with another, PyTorch says."""
-        channels = x.shape[1:2]
+        channels = x.shape[1]
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         for p in state:
-            if p is not None and (p.dtype is not wide or p.shape != channels):
+            if p is not None and (p.dtype is not wide or p.dim() != 1 or p.numel() != channels):
                 return False
         _, _, running_mean, running_var = state
         return (

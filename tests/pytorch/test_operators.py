@@ -99,6 +99,7 @@ def test_compiled_fused_models_compute_the_same(ran):
     assert ran() == {("forward", "float64", "planar", "plain"): 6}
 
 
+@pytest.mark.filterwarnings("ignore:Graph break:UserWarning")  # PyTorch 2.6 says so
 def test_one_value_per_channel_is_refused_when_compiled():
     torch._dynamo.reset()
     compiled = torch.compile(bnfast.torch.BatchNorm2d(3), backend="aot_eager")

@@ -74,7 +74,7 @@ def check_step(theirs, ours, ran, training=True):
         loss(y).backward()
         found.append((y, x.grad, [p.grad for p in layer.parameters()], layer.state_dict()))
     assert by_direction(ran()) == {forward_of(training): 1, "backward": 1}
-    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[1], found[0], equal_nan=True)
 
 
 # ---- Replaced and substituted
@@ -97,6 +97,7 @@ REPLACEMENTS = {
     "weight.data": lambda m: setattr(m.weight, "data", torch.arange(3.0)),
     "a weight with gaps": lambda m: setattr(m.weight, "data", torch.arange(12.0)[::4]),
     "a running_var with gaps": lambda m: setattr(m, "running_var", torch.arange(1.0, 13)[::4]),
+    "a negative running_var": lambda m: setattr(m, "running_var", -torch.ones(3)),
     "no weight": lambda m: setattr(m, "weight", None),
     "no bias": lambda m: setattr(m, "bias", None),
     "no running statistics": lambda m: (m.register_buffer("running_mean", None),
