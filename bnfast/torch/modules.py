@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from math import inf, isfinite
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -204,7 +204,7 @@ class BatchNormOnCPU(_BatchNorm):
             and (residual is None or (residual.shape == x.shape and residual.dtype is x.dtype))
             and type(self.eps) is float
             and 0 < self.eps < inf
-            and (self.momentum is None or isfinite(self.momentum))
+            and (self.momentum is None or -inf < self.momentum < inf)
         )
 
 

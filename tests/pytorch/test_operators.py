@@ -50,6 +50,7 @@ def test_opcheck(arrange, activation, residual, dtype):
 
 @TRAINING
 @ARRANGE
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")  # PyTorch 2.6's own
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_whole(backend, arrange, training, ran):
     """Two programs of one formula, in float64, so that only mistakes are visible."""
@@ -74,6 +75,79 @@ def test_compiled_whole(backend, arrange, training, ran):
             assert {kind for _, _, kind, _ in counts} == {layout}
     for a, b in zip(compiled_model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(compiled_model.state_dict(), model.state_dict())
+
+
+@TRAINING
+def test_compiled_for_any_shape(training, ran):
+    """One graph for batches of every size: no second compilation."""
+    torch._dynamo.reset()
+    model = ours_like(SmallResNet()).double().train(training)
+    compiled_model = copy.deepcopy(model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(compiled_model, fullgraph=True, dynamic=True, backend=backend)
+    for size, side in ((4, 8), (7, 6), (2, 10)):
+        x = torch.randn(size, 3, side, side, dtype=torch.float64)
+        ran()
+        want, got = model(x), compiled(x)
+        assert by_direction(ran()) == {"forward" if training else "inference": 12}
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(compiled_model.state_dict(), model.state_dict())
+    assert len(graphs) == 1
+
+
+@TRAINING
+@pytest.mark.parametrize("fuse", [False, True])
+def test_compiled_under_autocast(fuse, training, ran):
+    """Half data beside float32 parameters. The two round alike, as they run the same operations,
+    but for the running statistics, which the operators' vectors move to the last bit or next to."""
+    torch._dynamo.reset()
+    model = bnfast.torch.convert(SmallResNet().train(training), fuse=fuse)
+    compiled_model = copy.deepcopy(model)
+    compiled = torch.compile(compiled_model, fullgraph=True, backend="aot_eager")
+    if fuse:  # compiled, a model is not fused: PyTorch's own ReLU rounds once more
+        bnfast.torch.revert(model)
+        bnfast.torch.convert(model)
+    x = torch.randn(4, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x)
+        ran()
+        got = compiled(x)
+    direction = "forward" if training else "inference"
+    assert ran() == {(direction, "bfloat16", "planar", "plain"): 6}
+    assert got.dtype is want.dtype
+    assert torch.equal(got, want)
+    torch.testing.assert_close(compiled_model.state_dict(), model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo looks at it
+def test_a_graph_that_breaks_runs_on_bnfast(ran):
+    class Breaks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = bnfast.torch.BatchNorm2d(3), bnfast.torch.BatchNorm2d(3)
+            self.second.register_forward_hook(lambda *args: torch._dynamo.graph_break())
+
+        def forward(self, x):
+            y = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(y).relu()
+
+    torch._dynamo.reset()
+    model = Breaks().double()
+    compiled_model = copy.deepcopy(model)
+    compiled = torch.compile(compiled_model, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+        want = model(x)
+        ran()
+        torch.testing.assert_close(compiled(x), want)
+        assert by_direction(ran()) == {"forward": 2}
     torch.testing.assert_close(compiled_model.state_dict(), model.state_dict())
 
 
