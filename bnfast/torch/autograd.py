@@ -223,14 +223,31 @@ class _Normalize(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         y = kernels.normalize(x, mean, var, weight, bias, residual, eps, activation)
-        # Copies: a training forward in between may move the running statistics.
-        mean, inv_std = kernels.constants(mean, var, eps)
-        save(ctx, x, weight, bias, residual, y, mean, inv_std, False, activation)
+        save_fixed(ctx, x, weight, bias, residual, y, mean, var, eps, activation)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         return (*gradients(ctx, dy), None, None, None, None)
+
+
+def save_fixed(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: Activation,
+) -> None:
+    """Keep the same for statistics that are constants."""
+    # Copies: a training forward in between may move the running statistics.
+    mean, var = (running.to(torch.float64, copy=True) for running in (mean, var))
+    inv_std = (var + eps).rsqrt()
+    save(ctx, x, weight, bias, residual, y, mean, inv_std, False, activation)
 
 
 # ---- What layers call

@@ -239,14 +239,6 @@ def normalize(
     return _tensor(y, x, order)
 
 
-def constants(mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return copies, in float64, of running statistics as a backward takes them."""
-    copied, variances = (np.array(_array(running), np.float64) for running in (mean, var))
-    with np.errstate(divide="ignore", invalid="ignore"):  # of a negative variance, as PyTorch
-        inv_std = 1 / np.sqrt(variances + eps)
-    return torch.from_numpy(copied), torch.from_numpy(inv_std)
-
-
 def backward(
     dy: Tensor,
     x: Tensor,

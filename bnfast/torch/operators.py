@@ -107,10 +107,7 @@ def _normalize_fake(x: Tensor, *others: Any, **options: Any) -> Tensor:
 def _normalize_setup(ctx: Any, inputs: Any, output: Any) -> None:
     x, weight, bias, residual, mean, var, eps, activation, slope = inputs
     activation = autograd.with_slope(activation, slope)
-    # Copies: a training forward in between may move the running statistics.
-    mean, var = (running.to(torch.float64, copy=True) for running in (mean, var))
-    inv_std = (var + eps).rsqrt()
-    autograd.save(ctx, x, weight, bias, residual, output, mean, inv_std, False, activation)
+    autograd.save_fixed(ctx, x, weight, bias, residual, output, mean, var, eps, activation)
 
 
 def _normalize_gradients(ctx: Any, dy: Tensor) -> Any:

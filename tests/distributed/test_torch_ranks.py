@@ -19,6 +19,19 @@ from bnfast.torch import SyncBatchNorm, convert_sync_batchnorm  # noqa: E402
 
 TOLD = "rank {} could not take part; its own exception says why"
 PROBLEMS = pytest.mark.parametrize("name", program.PROBLEMS)
+# By scenario and rank: moments, then a pass that normalises; sums, then the input's gradient.
+RAN = {
+    "bfloat16_steps": lambda rank: {"moments": 1, "inference": 1, "backward": 2},
+    "data_parallel": lambda rank: {"moments": 8, "inference": 8, "backward": 16},
+    "a_part_of_the_ranks": lambda rank: (
+        {"moments": 1, "inference": 1} if rank < 2 else {"forward": 1}  # alone in its group
+    ),
+    "compiled": lambda rank: {"moments": 1, "inference": 1},
+    "cumulative_average": lambda rank: {"moments": 3, "inference": 3},
+    "copies": lambda rank: {"moments": 2, "inference": 2},
+    "evaluation": lambda rank: {"inference": rank + 1},
+    "checkpointed": lambda rank: {"moments": 2, "inference": 2, "backward": 2},
+}
 SIZES = [size for transport, size in LAUNCHES if transport == "torch"]
 
 
@@ -30,8 +43,14 @@ def ranks(request, tmp_path_factory):
 
 @pytest.fixture
 def results(ranks, request):
-    """Of the scenario that a test is named after, by rank."""
-    return [rank[request.node.originalname.removeprefix("test_")] for rank in ranks]
+    """Of the scenario that a test is named after, by rank; the kernels it ran are as expected."""
+    name = request.node.originalname.removeprefix("test_")
+    found = [rank[name] for rank in ranks]
+    if name not in RAN:
+        return found
+    for i, (result, ran) in enumerate(found):
+        assert ran == ({} if result is None else RAN[name](i)), (i, ran)
+    return [result for result, _ in found]
 
 
 @PROBLEMS

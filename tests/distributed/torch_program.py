@@ -1,6 +1,7 @@
 """What every rank does with PyTorch's tensors: `bnfast.torch`'s `SyncBatchNorm`."""
 
 import copy
+import functools
 from itertools import pairwise
 
 import numpy as np
@@ -85,6 +86,22 @@ def training_steps(this):
     return found
 
 
+def counted(scenario):
+    """What a scenario gives, and what kernels it ran: {direction: times}."""
+
+    @functools.wraps(scenario)
+    def run(this):
+        _core.reset_dispatches()
+        found = scenario(this)
+        ran = {}
+        for (direction, *_), times in _core.dispatches().items():
+            ran[direction] = ran.get(direction, 0) + times
+        return found, ran
+
+    return run
+
+
+@counted
 def bfloat16_steps(this):
     """Half data beside float32 parameters, where this build has kernels for them."""
     if torch.bfloat16 not in DTYPES:
@@ -151,6 +168,7 @@ def train(model, cut=slice(None), scale=1.0):
     return losses
 
 
+@counted
 def data_parallel(this):
     """DistributedDataParallel around it; gradients are averaged, hence the scale."""
     model = convert_sync_batchnorm(network())
@@ -160,6 +178,7 @@ def data_parallel(this):
     return losses, state
 
 
+@counted
 def a_part_of_the_ranks(this):
     """A group of the first two ranks: the third one's layer is another group's."""
     first = dist.new_group([0, 1])
@@ -222,11 +241,13 @@ def nothing_at_all(this):
     )
 
 
+@counted
 def evaluation(this):
     layer = SyncBatchNorm(3).eval()
     return [layer(torch.ones(2, 3)).tolist() for _ in range(this.rank + 1)]
 
 
+@counted
 def checkpointed(this):
     """A recomputed forward is exchanged again, and counts once where asked to."""
     layer = SyncBatchNorm(3)
@@ -238,6 +259,7 @@ def checkpointed(this):
     return layer.num_batches_tracked.item()
 
 
+@counted
 def compiled(this):
     """Left out of the graphs, and so still over all ranks."""
     torch.manual_seed(0)
@@ -247,6 +269,7 @@ def compiled(this):
     return layer.running_mean.numpy()
 
 
+@counted
 def cumulative_average(this):
     layer = SyncBatchNorm(3, momentum=None)
     for i in range(3):
@@ -254,6 +277,7 @@ def cumulative_average(this):
     return layer.running_mean.numpy(), layer.num_batches_tracked.item()
 
 
+@counted
 def copies(this):
     layer = SyncBatchNorm(3, process_group=this.group_of(list(range(this.size))))
     twin = copy.deepcopy(layer)
