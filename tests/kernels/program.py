@@ -230,6 +230,7 @@ SHAPES = {
     "interleaved": (
         *((11, channels, 1) for channels in (*range(1, 36), 63, 64, 65)),
         *((outer, 13, 1) for outer in (1, 2, 7, 8, 9, 16, 33, 127)),
+        *((133, channels, 1) for channels in (2, 3, 5, 8)),  # several rows at once, some left
     ),
 }
 WHOLE = (slice(None),) * 3
