@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import tracemalloc
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,8 @@ try:
 except ImportError:
     bfloat16 = None
 
-# AddressSanitizer has larger frames and keeps freed memory: what both are cannot be measured there.
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+# Sanitizers have larger frames and keep freed memory: what both are cannot be measured there.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "") or sys.executable.endswith("-tsan")
 DTYPES = (np.float32, np.float64)
 HALVES = (
     np.float16,
