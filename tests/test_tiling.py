@@ -25,6 +25,7 @@ SHAPES = [
     (100_003, 3, 1),
     (4096, 256, 1),
     (128, 5000, 1),
+    (10_000_000, 2, 1),  # more rows than 512 blocks may have
 ]
 MOST_SUMMED = {"planar": 64, "interleaved": 512}
 MOST_WRITTEN = 2048
