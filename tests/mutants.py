@@ -44,7 +44,13 @@ MUTANTS = [
     ),
     ("src/lanes.h", "a - a == 0 ? a : 0.0", "a"),
     ("src/kernels.inc.h", "(sizeof(T) < sizeof(double) ? 1 : 2)", "1"),
-    ("src/moments.inc.h", "for (; o < tile.outer1; o++)", "for (; o + 1 < tile.outer1; o++)"),
+    (
+        "src/moments.inc.h",
+        "for (; rows > 0; rows--, x += stride)",
+        "for (; rows > 1; rows--, x += stride)",
+    ),
+    ("src/lanes.h", "to->second[to_lane] += from->", "to->second[to_lane] = from->"),
+    ("src/lanes.h", "about[i % LANES] = sums[c / LANES].about[c % LANES]", "about[i % LANES] = 0"),
     ("src/moments.h", "mean_a[c] += delta * share;", "mean_a[c] += delta / 2;"),
     ("src/moments.h", "m2_b[c] + delta * delta * weight", "m2_b[c]"),
     ("src/moments.h", "weight = n_a * share;", "weight = n_b * share;"),
@@ -150,8 +156,8 @@ MUTANTS = [
     ),
     (
         "bnfast/inference.py",
-        "through.reshape(groups, rows // groups, columns, -1).sum(axis=(1, 3))",
-        "through.reshape(rows // groups, groups, columns, -1).sum(axis=(0, 3))",
+        "through.reshape(groups, rows // groups, *others)",
+        "through.reshape(rows // groups, groups, *others).swapaxes(0, 1)",
     ),
     ("bnfast/inference.py", "moments.var(ddof=1)", "moments.var(ddof=0)"),
 ]
