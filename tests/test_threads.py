@@ -574,10 +574,13 @@ except ImportError:
 KIND = sys.argv[1]
 COMPUTE = """
     + repr("""
+who = "NumPy"
 try:
-    import numpy as np, bnfast
+    import numpy as np
+    who = "bnfast"
+    import bnfast
 except (ImportError, RuntimeError) as error:  # NumPy has both
-    print("refused" if str(error) else "no reason given")
+    print(f"{who} refused" if str(error) else "no reason given")
 else:
     with bnfast.num_threads(2):
         x = np.arange(2.0**20).reshape(4, 4, 256, 256)
@@ -597,6 +600,9 @@ def there(interpreter, code):
     assert failed is None, failed
 """
 )
+
+
+REFUSALS = {"NumPy refused", "bnfast refused"}
 
 
 def have_interpreters():
@@ -628,13 +634,18 @@ class TestOtherInterpreters:
 
     def test_after_the_main_one(self, kind):
         lines = self.run(kind, "exec(COMPUTE); there(another(), COMPUTE); exec(COMPUTE)")
-        assert lines == ["True True", "refused", "True True"]
+        assert lines[::2] == ["True True"] * 2
+        assert lines[1] in REFUSALS
 
     def test_before_the_main_one(self, kind):
         code = "i = another(); there(i, COMPUTE); there(i, COMPUTE); exec(COMPUTE); exec(COMPUTE)"
         lines = self.run(kind, code)
-        assert set(lines) == {"True True", "refused"}
-        assert lines[0] == lines[1] != lines[2] == lines[3]
+        assert set(lines) <= {"True True", *REFUSALS}
+        # NumPy 2.3 under free-threaded Python refuses the main interpreter too, then.
+        assert "True True" in lines or set(lines) == {"NumPy refused"}
+        assert lines[0] == lines[1]
+        assert lines[2] == lines[3]
+        assert lines.count("True True") <= 2
 
 
 def test_threadpoolctl_sees_and_limits_the_runtime():
