@@ -110,7 +110,9 @@ class TestRefusals:
     @pytest.mark.parametrize("sums", [3, (np.ones(5),), (np.ones(5), None), np.ones((2, 5))])
     def test_of_what_are_not_two_vectors(self, problem, sums):
         p, stats, _ = problem
-        with pytest.raises(TypeError, match=r"(?s)sums is .* of type"):
+        with pytest.raises(
+            TypeError, match=r"(?s)sums is .*; expected the gradients of weight and bias"
+        ):
             backward(p, stats, sums=sums)
 
     def test_of_another_number_of_channels(self, problem):
