@@ -110,15 +110,13 @@ tsan:  ## the parallel tests on a build with ThreadSanitizer, by clang and its O
 	@mkdir -p .tsan
 	@CC=$(CLANG) BNFAST_SANITIZE=thread $(MAKE) --no-print-directory VENV=.tsan/venv EDITABLE= tsan-test
 
-# Of the tests with threads all but one: a signal is not delivered before a thread waits.
-TSAN_TESTS = $(foreach name,reproducible large memory threads,../tests/test_$(name).py) \
-    --deselect ../tests/test_threads.py::test_an_interrupt_is_answered_between_calls
+TSAN_TESTS = reproducible large memory threads
 TSAN_PYTHON = $(VENV)/bin/python-tsan
 tsan-test: $(VENV)/.bnfast-test $(TSAN_PYTHON)
 	cd .tsan && OMP_WAIT_POLICY=passive OMP_TOOL_LIBRARIES="$(ARCHER)" \
 	    TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:halt_on_error=1 \
 	    $(abspath $(TSAN_PYTHON)) -m pytest -c ../pyproject.toml --rootdir=.. -m "not slow" \
-	    $(TSAN_TESTS) $(ARGS)
+	    $(TSAN_TESTS:%=../tests/test_%.py) $(ARGS)
 
 EMBED = from sysconfig import get_config_var as var, get_path; library = var("LIBDIR"); \
     print("-I" + get_path("include"), "-L" + library, "-Wl,-rpath," + library, \

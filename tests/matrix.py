@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections import Counter
 from datetime import date
+from functools import wraps
 from itertools import product
 
 import pytest
@@ -55,7 +56,7 @@ class Matrix:
         self.calls = Counter()
         self.seen = Counter()
         self.reset = _core.reset_dispatches
-        _core.reset_dispatches = self.harvest
+        _core.reset_dispatches = wraps(self.reset)(lambda: self.harvest())
 
     def harvest(self):
         self.seen.update(_core.dispatches())
