@@ -56,7 +56,12 @@ class Matrix:
         self.calls = Counter()
         self.seen = Counter()
         self.reset = _core.reset_dispatches
-        _core.reset_dispatches = wraps(self.reset)(lambda: self.harvest())
+
+        @wraps(self.reset)  # test_stubs.py looks at what the module has
+        def reset_dispatches():
+            self.harvest()
+
+        _core.reset_dispatches = reset_dispatches
 
     def harvest(self):
         self.seen.update(_core.dispatches())
