@@ -93,13 +93,22 @@ class Matrix:
             found = [[self.cells[direction, t, y, i, v] for v in variants] for i, t, y in rows]
             yield from table(rows, variants, found)
             empty += sum(row.count(0) for row in found)
-        for where, cells in programs.items():
-            yield f"\nThe C program, cases of all four kernels on {where}:\n\n"
+        for cells, where in by_cells(programs):
+            yield f"\nThe C program, cases of all four kernels, on {where}:\n\n"
             rows = list(product(_core.TYPE_NAMES, _core.LAYOUT_NAMES))
             found = [[cells[t, y, v] for v in VARIANTS] for t, y in rows]
             yield from table(rows, VARIANTS, found)
             empty += sum(row.count(0) for row in found)
-        yield f"\n{sum(self.calls.values())} calls in all; cells without a test: {empty}.\n"
+        calls = sum(self.calls.values())
+        yield f"\nCalls in all: {calls}. Cells without a test: {empty}.\n"
+
+
+def by_cells(found):
+    """What was counted alike, once: (cells, places)."""
+    places = {}
+    for where, cells in found.items():
+        places.setdefault(frozenset(cells.items()), []).append(where)
+    return [(Counter(dict(cells)), "; ".join(where)) for cells, where in places.items()]
 
 
 def table(rows, columns, cells):

@@ -257,6 +257,18 @@ def test_fold_before_transposed_convolution(groups):
         fold_before(weight, bias, batch_norm(6), in_axis=0, groups=groups)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_fold_before_grouped_linear_of_the_other_layout(groups):
+    """(in, out / groups) without a kernel, so what zero becomes reaches the bias."""
+    weight, bias = RNG.normal(size=(6, 4)), RNG.normal(size=4 * groups)
+    x, bn = RNG.normal(size=(5, 6)), batch_norm(6)
+    kernel, shift = fold_before(weight, bias, bn, in_axis=0, groups=groups)
+    pixels = (slice(None), slice(None), None, None)
+    expected = conv_transposed(bn(x)[pixels], weight[pixels], bias, groups=groups)
+    got = conv_transposed(x[pixels], kernel[pixels], shift, groups=groups)
+    assert_same(got, expected, terms=6, magnitude=10)
+
+
 # ---- what both refuse
 
 
