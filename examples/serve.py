@@ -31,7 +31,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,7 @@ HOST = "127.0.0.1"
 PIXELS = 64
 MOST_IMAGES = 256
 MOST_BYTES = 1 << 20
+MOST_DISCARDED = 1 << 24
 SECONDS_TO_SEND = 10.0  # what a client may be silent for
 SECONDS_TO_STOP = 15.0  # what is left of the workers then is killed
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
@@ -148,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         if not (given.isascii() and given.isdigit()):
             raise BadRequest(400, f"Content-Length is {given!r}; expected a number")
         if len(given) > 9 or int(given) > MOST_BYTES:
+            if len(given) <= 9:
+                self.discard(min(int(given), MOST_DISCARDED))
             raise BadRequest(413, f"{given} bytes; expected at most {MOST_BYTES}")
         try:
             body = self.rfile.read(int(given))
@@ -156,6 +159,12 @@ class Handler(BaseHTTPRequestHandler):
         if len(body) < int(given):
             raise BadRequest(400, f"{len(body)} bytes of a body of {given}")
         return body
+
+    def discard(self, count: int) -> None:
+        """Read what a client is still sending: closed upon, it would never see its answer."""
+        with suppress(TimeoutError):
+            while count > 0 and (got := len(self.rfile.read(min(count, 1 << 16)))):
+                count -= got
 
     def answer(self, status: int, content: dict[str, Any], **headers: str) -> None:
         body = json.dumps(content).encode()
