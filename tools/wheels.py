@@ -119,10 +119,12 @@ def passes(out, tag, python, arguments):
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         inside = environment(python, temporary / "environment")
-        # The suite and its settings, without the package that lies beside them in the source.
+        # The suite and what it reads, without the package that lies beside them in the source.
         suite = temporary / "suite"
-        shutil.copytree(ROOT / "tests", suite / "tests")
-        shutil.copy(ROOT / "pyproject.toml", suite)
+        for folder in ("tests", "docs"):
+            shutil.copytree(ROOT / folder, suite / folder)
+        for file in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / file, suite)
         pip(inside, "install", wheels[0].resolve())
         print(f"== {wheels[0].name}", flush=True)
         run(inside, "-c", INSTALLED, cwd=suite, quiet=False)
