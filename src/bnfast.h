@@ -79,11 +79,11 @@ typedef struct {
 #define BNF_FEW_CHANNELS 16
 #define BNF_ROW_OF_COPIES 128
 
-static inline ptrdiff_t bnf_rows_at_once(ptrdiff_t channels)
+static inline ptrdiff_t bnf_rows_at_once(bnf_shape shape)
 {
     ptrdiff_t rows = 1;
-    if (0 < channels && channels <= BNF_FEW_CHANNELS)
-        while (2 * rows * channels <= BNF_ROW_OF_COPIES)
+    if (shape.inner == 1 && 0 < shape.channels && shape.channels <= BNF_FEW_CHANNELS)
+        while (2 * rows * shape.channels <= BNF_ROW_OF_COPIES)
             rows *= 2;
     return rows;
 }

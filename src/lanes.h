@@ -61,7 +61,7 @@ static inline ptrdiff_t at_most(ptrdiff_t limit, ptrdiff_t n) { return n < limit
 static inline ptrdiff_t rows_at_once(bnf_shape shape, bnf_tile tile)
 {
     const bool whole = tile.channel1 - tile.channel0 == shape.channels;
-    return whole ? bnf_rows_at_once(shape.channels) : 1;
+    return whole ? bnf_rows_at_once(shape) : 1;
 }
 
 /* What a loop is compiled for.  A constant where a loop is reached, so that none

@@ -109,8 +109,8 @@ int bnf_useful_threads(ptrdiff_t bytes)
 static void cut_spread(bnf_shape shape, bnf_plan *plan)
 {
     const ptrdiff_t wanted = plan->threads > 1 ? 4 * plan->threads : 1;
-    const ptrdiff_t whole = plan->layout == BNF_PLANAR ? 1 : bnf_rows_at_once(shape.channels);
-    const ptrdiff_t outers = quotient_up(quotient_up(shape.outer, wanted), whole) * whole;
+    const ptrdiff_t at_once = bnf_rows_at_once(shape);
+    const ptrdiff_t outers = quotient_up(quotient_up(shape.outer, wanted), at_once) * at_once;
     const ptrdiff_t stripes = quotient_up(shape.outer, outers);
     const ptrdiff_t width = quotient_up(shape.channels, quotient_up(wanted, stripes));
     plan->width = least(width, BNF_MAX_CHANNELS);
@@ -148,7 +148,7 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
         cut_spread(shape, &plan);
     /* Streaming wins where the call's tensors together are past all caches. */
     const ptrdiff_t last = most(caches.l2 * plan.threads, caches.l3);
-    const ptrdiff_t row = shape.channels * bnf_rows_at_once(shape.channels);
+    const ptrdiff_t row = shape.channels * bnf_rows_at_once(shape);
     const ptrdiff_t run = (planar ? shape.inner : row) * itemsize;
     const bool seamless = run % STREAM_QUANTUM == 0 || run >= MIN_STREAMED_RUN;
     plan.stream = seamless && bytes > last;
