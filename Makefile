@@ -83,20 +83,20 @@ coverage:  ## which lines of Python, Cython and C the tests run
 # One run, measured three ways: Python by coverage.py, Cython and C by gcov, and the kernels, which
 # are compiled many times, for each instruction set and type.
 COVERAGE = COVERAGE_FILE=$(abspath .cover/data) $(abspath $(PY)) -m coverage
-# A test that fails does not keep the report back.
 # Cython's functions have names that gcovr takes for the compiler's own, and NumPy's headers are gone
 # with the environment of the build.
 GCOVR = --root . --merge-lines --include-internal-functions --gcov-ignore-errors=source_not_found
 coverage-test: $(if $(TORCH),$(VENV)/.bnfast-pytorch) $(VENV)/.bnfast-engines $(VENV)/.bnfast-formats
 	rm -f .cover/data*
 	find build/coverage -name '*.gcda' -delete
+	@# A test that fails does not keep the report back.
 	-cd .cover && $(COVERAGE) run --rcfile=../pyproject.toml -m pytest -c ../pyproject.toml --rootdir=.. ../tests -m "not slow" $(ARGS)
 	$(COVERAGE) combine --quiet .cover
 	$(COVERAGE) report
 	$(VENV)/bin/gcovr $(GCOVR) --filter src/ --filter bnfast/ build/coverage
 	$(PY) tools/kernel_coverage.py build/coverage
 
-matrix: $(VENV)/.bnfast-test  ## how many tests each kernel has; writes tests/MATRIX.md
+matrix: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## how many tests each kernel has; writes tests/MATRIX.md
 	$(PY) -m pytest --matrix tests/MATRIX.md $(ARGS)
 
 # gcc's OpenMP says nothing to ThreadSanitizer, which then takes every barrier for a race. LLVM's
