@@ -239,3 +239,11 @@ def peak(function):
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def by_direction(counts):
+    """Of what the counters of dispatches give: {direction: times}."""
+    found = {}
+    for (direction, *_), times in counts.items():
+        found[direction] = found.get(direction, 0) + times
+    return found

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.distributed as dist
-from cases import make_problem
+from cases import by_direction, make_problem
 from launch import attempt
 from numpy_program import MOMENTUM, SHAPES, SPLITS, rows_of
 from torch import nn
@@ -93,10 +93,7 @@ def counted(scenario):
     def run(this):
         _core.reset_dispatches()
         found = scenario(this)
-        ran = {}
-        for (direction, *_), times in _core.dispatches().items():
-            ran[direction] = ran.get(direction, 0) + times
-        return found, ran
+        return found, by_direction(_core.dispatches())
 
     return run
 

@@ -49,14 +49,6 @@ TENSORS = {
 }
 
 
-def by_direction(counts):
-    """Of what the fixture `ran` gives: {direction: times}."""
-    found = {}
-    for (direction, *_), times in counts.items():
-        found[direction] = found.get(direction, 0) + times
-    return found
-
-
 def ours_like(theirs):
     """A copy of a layer or model, converted."""
     return bnfast.torch.convert(copy.deepcopy(theirs))

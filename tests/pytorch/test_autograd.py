@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from layers import by_direction, dense
+from cases import by_direction
+from layers import dense
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint

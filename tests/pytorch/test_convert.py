@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from layers import SmallResNet, by_direction
+from cases import by_direction
+from layers import SmallResNet
 from torch import nn
 
 import bnfast.torch

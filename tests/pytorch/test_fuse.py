@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import SmallResNet, by_direction, channels_last, dense
+from cases import by_direction
+from layers import SmallResNet, channels_last, dense
 from torch import nn
 
 import bnfast.torch

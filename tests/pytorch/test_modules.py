@@ -10,8 +10,8 @@ import pytest
 import reference
 import tolerance
 import torch
-from cases import make_problem
-from layers import CLASSES, TENSORS, by_direction, channels_last, leaf
+from cases import by_direction, make_problem
+from layers import CLASSES, TENSORS, channels_last, leaf
 from torch import nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from layers import SmallResNet, by_direction, channels_last, dense, ours_like
+from cases import by_direction
+from layers import SmallResNet, channels_last, dense, ours_like
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 

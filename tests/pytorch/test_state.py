@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from layers import by_direction, ours_like
+from cases import by_direction
+from layers import ours_like
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
