@@ -134,7 +134,7 @@ def report(model: nn.Module) -> Report:
     converted, left = [], {}
     for path, module in model.named_modules():
         name = path or "(model)"
-        if isinstance(module, BatchNormOnCPU):
+        if isinstance(module, BatchNormOnCPU):  # or a class made of it, as parametrizations do
             converted.append(name)
         elif (why := _why_not(module)) is not None:
             left[name] = why
@@ -154,7 +154,7 @@ def _check_model(model: Any) -> None:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Return why convert leaves a batch norm alone; None for those it takes, and for the rest."""
+    """Return why convert leaves a batch norm alone; None for those it takes and other modules."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", "")
@@ -164,8 +164,6 @@ def _why_not(module: nn.Module) -> str | None:
     if kind in OURS:
         patched = "forward" in vars(module)
         return "its forward was replaced on the instance" if patched else None
-    if isinstance(module, BatchNormOnCPU):  # or a class made of it, as parametrizations do
-        return None
     if isinstance(module, _LazyNormBase):
         return f"{kind.__name__} becomes a batch norm at its first forward; convert after that"
     return f"{kind.__name__} is a class of its own, derived from PyTorch's"

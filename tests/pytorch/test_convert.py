@@ -130,6 +130,7 @@ def test_what_is_left_is_reported(ran):
     class Derived(nn.BatchNorm2d):
         pass
 
+    scripted = torch.jit.script(nn.BatchNorm2d(3))
     patched = nn.BatchNorm2d(3)
     patched.forward = patched.forward
     model = nn.ModuleDict(
@@ -138,6 +139,7 @@ def test_what_is_left_is_reported(ran):
             "derived": Derived(3),
             "patched": patched,
             "lazy": nn.LazyBatchNorm2d(),
+            "scripted": scripted,
             "fine": nn.BatchNorm2d(3),
         }
     )
@@ -150,6 +152,7 @@ def test_what_is_left_is_reported(ran):
         "derived": "Derived is a class of its own, derived from PyTorch's",
         "patched": "its forward was replaced on the instance",
         "lazy": "LazyBatchNorm2d becomes a batch norm at its first forward; convert after that",
+        "scripted": "a scripted BatchNorm2d",
     }
     assert str(found).splitlines()[:2] == [
         "1 batch norms run on bnfast",
