@@ -6,6 +6,7 @@ The pool itself is `src/pages.c`; `_core` asks here once, at its first large res
 from __future__ import annotations
 
 import os
+import resource
 from typing import TYPE_CHECKING
 
 from . import _cgroup
@@ -56,8 +57,6 @@ def _cgroup_limits(root: str) -> list[int]:
 
 
 def _address_space() -> list[int]:
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return [] if soft == resource.RLIM_INFINITY else [soft]
 

@@ -1,7 +1,6 @@
-"""How many threads: who asks, what the machine grants; forks, and calls from many threads."""
+"""How many threads: who asks, what the machine grants; calls from many threads."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import SANITIZED
+from processes import needs_fork, run_python
 
 import bnfast
 from bnfast import _config, _core, _threads
@@ -20,7 +20,6 @@ from bnfast import _config, _core, _threads
 # Large enough that every driver uses several threads if it may.
 LARGE = (16, 64, 56, 56)
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="needs the extra bnfast[torch]"
 )
@@ -34,19 +33,6 @@ def _own_default(monkeypatch):
     token = _threads._asked_here.set(None)
     yield
     _threads._asked_here.reset(token)
-
-
-def run_python(code, *, timeout=60, **environ):
-    """Run `code` in a Python of its own, killed after `timeout` seconds."""
-    environment = {**os.environ, **environ}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={name: value for name, value in environment.items() if value is not None},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def in_thread(function, *args):
@@ -281,7 +267,7 @@ def test_the_smaller_of_affinity_and_quota(tmp_path, monkeypatch):
     assert _threads._from_machine(root) == (1, "cores in this process's affinity")
 
 
-# ---- calls from many threads, and forks
+# ---- calls from many threads
 
 
 def test_eight_threads_share_a_frozen_layer():
@@ -300,87 +286,6 @@ def test_eight_threads_share_a_frozen_layer():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8), timeout=120))
-
-
-FORK = """
-import json, os, signal, zlib
-import numpy as np
-{before_import}
-import bnfast
-from bnfast import _core
-
-def compute():
-    y, stats = bnfast.batch_norm_forward(x)
-    dx = bnfast.batch_norm_backward(y, x, stats, needs=("x",)).x
-    return json.dumps([bnfast.get_num_threads(), zlib.crc32(y), zlib.crc32(dx)])
-
-x = np.random.default_rng(0).standard_normal({shape}, dtype=np.float32)
-{before_fork}
-read, write = os.pipe()
-if os.fork() == 0:
-    signal.alarm(30)  # a hanging child ends itself, and its parent reads nothing
-    bnfast.set_num_threads(2)
-    os.write(write, compute().encode())
-    os._exit(0)
-os.close(write)
-print(os.read(read, 1000).decode())
-os.wait()
-print(compute())
-"""
-
-
-def fork(before_fork="", before_import=""):
-    """Compute in a forked child and then in its parent; return (threads, y, dx) of both."""
-    code = FORK.format(shape=LARGE, before_fork=before_fork, before_import=before_import)
-    done = run_python(code, BNFAST_NUM_THREADS="2", PYTHONWARNINGS="ignore")
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-@needs_fork
-def test_a_child_forked_after_a_parallel_call_runs_on_one_thread():
-    child, parent = fork("bnfast.batch_norm_forward(x); assert _core.pool_started()")
-    assert child == [1, *parent[1:]]
-    assert parent[0] == 2
-
-
-@needs_fork
-def test_a_child_forked_before_any_parallel_call_uses_its_threads():
-    child, parent = fork("assert not _core.pool_started()")
-    assert child == parent
-    assert parent[0] == 2
-
-
-@needs_fork
-def test_a_pool_of_forked_processes_after_a_parallel_call():
-    """As `multiprocessing` makes on Linux before 3.14, and servers that fork their workers."""
-    code = """
-import multiprocessing, zlib
-import numpy as np, bnfast
-
-x = np.random.default_rng(0).standard_normal((16, 64, 56, 56), dtype=np.float32)
-frozen = bnfast.BatchNorm(64).freeze()
-
-def work(_):
-    return bnfast.get_num_threads(), zlib.crc32(frozen(x))
-
-bnfast.set_num_threads(2)
-want = zlib.crc32(frozen(x))
-with multiprocessing.get_context("fork").Pool(3) as pool:
-    print(set(pool.map_async(work, range(12)).get(timeout=60)) == {(1, want)})
-"""
-    done = run_python(code, timeout=90, PYTHONWARNINGS="ignore")
-    assert done.stdout == "True\n", done.stderr
-
-
-@needs_fork
-@needs_torch
-@pytest.mark.slow
-def test_a_child_forked_after_torch_ran_in_parallel_runs_on_one_thread():
-    child, parent = fork(
-        "torch.set_num_threads(2); torch.relu(torch.from_numpy(x))", before_import="import torch"
-    )
-    assert child == [1, *parent[1:]]
 
 
 # ---- show_config
