@@ -82,6 +82,14 @@ def test_the_sdist_carries_all_sources(tree, sdist):
     assert not [name for name in names if name.endswith((".so", ".o", ".a", "_core.c", ".pyc"))]
 
 
+def test_the_wheel_carries_every_module(tree, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = {path.relative_to(tree).as_posix() for path in (tree / "bnfast").rglob("*.py")}
+    assert "bnfast/onnx/__init__.py" in modules
+    assert modules <= names
+
+
 def test_the_wheel_carries_no_sources_and_is_small(wheel):
     assert wheel.stat().st_size < 1_000_000
     with zipfile.ZipFile(wheel) as archive:

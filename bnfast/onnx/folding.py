@@ -1,37 +1,28 @@
-"""The batch norms of ONNX models: read into layers, folded into their neighbours, evaluated.
-
-Needs the extra ``bnfast[onnx]`` and is imported by name. Models are `onnx.ModelProto`, as
-`onnx.load` returns them; the operator's rules are those of
-https://onnx.ai/onnx/operators/onnx__BatchNormalization.html, from opset 7 on.
-
-ONNX calls momentum the weight of the *old* running value, and feeds the running variance with the
-population's (divided by m): `bnfast.conventions.ONNX`.
-"""
+"""Batch norms folded into the convolutions and linear layers beside them."""
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx
 
-from . import _arrays, inference
-from ._onnx_graph import Graph, LeftError, attributes, is_op, opset, subgraphs
-from .functional import BatchStats, batch_norm_forward, normalize
+from bnfast import inference
+
+from .graph import Graph
+from .model import LeftError, attributes, checked_model, hidden_batch_norms, is_op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
-    from .layers import BatchNorm
+    from bnfast.layers import BatchNorm
 
-__all__ = ["Outcome", "batch_normalization", "fold", "read"]
+__all__ = ["Outcome", "fold"]
 
 Array: TypeAlias = "NDArray[Any]"
 
-_OLDEST_OPSET = 7  # BatchNormalization-6 and older decide by `is_test` and `consumed_inputs`
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -54,117 +45,6 @@ class Outcome(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}: {'folded into' if self.folded else 'left:'} {self.why}"
-
-
-# ---- what users call
-
-
-def batch_normalization(
-    x: ArrayLike,
-    scale: ArrayLike,
-    B: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    epsilon: float = 1e-5,
-    momentum: float = 0.9,
-    training_mode: int = 0,
-) -> Any:
-    """Evaluate ONNX's operator BatchNormalization (opset 15).
-
-    Parameters
-    ----------
-    x : array_like, shape (N, C, ...) or (N,)
-        Of any type that bnfast takes. Rank 1 is one channel.
-    scale, B : array_like, shape (C,)
-        Gamma and beta.
-    mean, var : array_like, shape (C,)
-        The statistics to normalise with or, in training, the running ones. Not changed.
-    epsilon : float
-        Added to the variance; above 0 in training.
-    momentum : float
-        The weight of the *old* running value.
-    training_mode : {0, 1}
-        Whether to normalise with the batch.
-
-    Returns
-    -------
-    y : ndarray
-        Shape and dtype of `x`.
-    running_mean, running_var : ndarray, shape (C,)
-        In training alone: then the three are returned as a tuple. Dtype of `mean` and of `var`;
-        ``running = running * momentum + batch * (1 - momentum)``, computed in float64, the batch
-        variance divided by m. An empty batch changes neither.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `normalize` and `batch_norm_forward`; if `training_mode` is neither 0 nor 1, or
-        `momentum` not finite.
-    """
-    if training_mode not in (0, 1):
-        raise ValueError(f"training_mode is {training_mode!r}; expected 0 or 1")
-    x = np.asanyarray(x)
-    batch = x[:, None] if x.ndim == 1 else x
-    if not training_mode:
-        return normalize(batch, mean, var, scale, B, eps=epsilon).reshape(x.shape)
-    old = _arrays.real("momentum", momentum)
-    if batch.ndim > 1 and batch.size == batch.shape[1] > 0:
-        # One value a channel is its own mean, and the operator, unlike PyTorch, takes it.
-        own = batch.reshape(-1)
-        y = normalize(batch, own, np.zeros_like(own), scale, B, eps=_arrays.eps(epsilon, True))
-        stats = BatchStats.from_population(own, np.zeros_like(own), epsilon)
-    else:
-        y, stats = batch_norm_forward(batch, scale, B, eps=epsilon)
-    moved = []
-    for name, value, new in (("mean", mean, stats.mean), ("var", var, stats.var)):
-        running = _arrays.parameter(name, value, len(new))
-        if batch.size:
-            running = running.astype(np.float64) * old + new * (1 - old)
-        with np.errstate(over="ignore"):
-            moved.append(running.astype(np.asarray(value).dtype))
-    return y.reshape(x.shape), *moved
-
-
-def read(model: onnx.ModelProto) -> dict[str, BatchNorm]:
-    """Read the batch norms of a model's main graph into layers.
-
-    Parameters
-    ----------
-    model : onnx.ModelProto
-        Not changed.
-
-    Returns
-    -------
-    dict of str to BatchNorm
-        By the node's name, or its output's where the name is empty or not the only one of its
-        kind, in the order of the graph. With ONNX's ``ddof=0``, the node's ``eps``, the node's
-        momentum in our sense (``1 - momentum``), and float32 numbers, or float64 where all of the
-        node's are. In evaluation mode, except where the node's ``training_mode`` is 1.
-
-    Warns
-    -----
-    UserWarning
-        For each batch norm that is not read, with the reason: its numbers are not constants, or
-        it is inside a subgraph or a function.
-
-    Raises
-    ------
-    TypeError
-        If `model` is no `onnx.ModelProto`.
-    ValueError
-        If it uses an opset before 7.
-    """
-    graph = Graph(_checked_model(model), model)
-    layers = {}
-    for i in graph.batch_norms():
-        name = graph.name(i)
-        try:
-            layers[name] = graph.layer(i)
-        except LeftError as left:
-            warnings.warn(f"{name} is not read: {left}", UserWarning, stacklevel=2)
-    for hidden in _hidden_batch_norms(model):
-        warnings.warn(f"{hidden.name} is not read: {hidden.why}", UserWarning, stacklevel=2)
-    return layers
 
 
 def fold(
@@ -205,7 +85,7 @@ def fold(
     """
     if report is not None and not callable(report):
         raise TypeError(f"report is {report!r}; expected a callable taking an Outcome")
-    if _checked_model(model).training_info:
+    if checked_model(model).training_info:
         raise ValueError("model has training_info, which may change any weight; expected none")
     folded = onnx.ModelProto()
     folded.CopyFrom(model)
@@ -219,41 +99,10 @@ def fold(
             done = done or outcomes[i].folded
     graph.sweep()
     if report is not None:
-        for outcome in (*outcomes.values(), *_hidden_batch_norms(model)):
+        hidden = (Outcome(name, False, why) for name, why in hidden_batch_norms(model))
+        for outcome in (*outcomes.values(), *hidden):
             report(outcome)
     return folded
-
-
-def _checked_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    if not isinstance(model, onnx.ModelProto):
-        raise TypeError(
-            f"model is of type {type(model).__name__}; expected an onnx.ModelProto, "
-            "as onnx.load returns it"
-        )
-    if opset(model) < _OLDEST_OPSET:
-        raise ValueError(
-            f"model uses opset {opset(model)}; expected {_OLDEST_OPSET} or later "
-            "(onnx.version_converter converts)"
-        )
-    return model
-
-
-def _hidden_batch_norms(model: onnx.ModelProto) -> Iterator[Outcome]:
-    """Yield the batch norms that are not in the main graph."""
-    for node in model.graph.node:
-        for graph in subgraphs(node):
-            where = f"{node.op_type} {node.name or node.output[0]!r}"
-            yield from _hidden(graph.node, f"it is in a subgraph of {where}")
-    for function in model.functions:
-        yield from _hidden(function.node, f"it is in the function {function.name!r}")
-
-
-def _hidden(nodes: Iterable[onnx.NodeProto], why: str) -> Iterator[Outcome]:
-    for node in nodes:
-        if is_op(node, "BatchNormalization"):
-            yield Outcome(node.name or node.output[0], False, why)
-        for graph in subgraphs(node):
-            yield from _hidden(graph.node, why)
 
 
 # ---- folding one

@@ -10,9 +10,11 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 from google.protobuf.message import EncodeError
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from .layers import BatchNorm
+from bnfast.layers import BatchNorm
+
+from .model import LeftError, attributes, is_op, opset, subgraphs, to_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,12 +23,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "NDArray[Any]"
 
-_STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
 _GRAPH_OUTPUT = -1  # stands for the graph among the consumers of a value
-
-
-class LeftError(Exception):
-    """Why a batch norm is left as it is."""
 
 
 class Graph:
@@ -67,6 +64,7 @@ class Graph:
         self._ranks: dict[str, int] | None = None
 
     def batch_norms(self) -> list[int]:
+        """Return the nodes that are batch norms."""
         return [i for i, node in enumerate(self.nodes) if is_op(node, "BatchNormalization")]
 
     def name(self, i: int) -> str:
@@ -74,6 +72,7 @@ class Graph:
         return str(self._called[i])
 
     def described(self, i: int) -> str:
+        """Return what a node is called in messages, with its operator."""
         return f"{self.nodes[i].op_type} {self.name(i)!r}"
 
     def layer(self, i: int, dtype: DTypeLike | None = None) -> BatchNorm:
@@ -100,6 +99,7 @@ class Graph:
         return layer.train(self.is_training(i))
 
     def is_training(self, i: int) -> bool:
+        """Whether a batch norm normalises by the batch."""
         node = self.nodes[i]
         if self._opset >= 14:
             return bool(attributes(node).get("training_mode", 0))
@@ -112,12 +112,12 @@ class Graph:
         if name in self._inputs:
             raise LeftError(f"{what}, {name!r}, is a graph input, which a caller may set")
         if name in self._initializers:
-            return _to_array(self._initializers[name], what)
+            return to_array(self._initializers[name], what)
         if name in self._producers:
             node = self.nodes[self._producers[name]]
             options = attributes(node)
             if is_op(node, "Constant") and "value" in options:
-                return _to_array(options["value"], what)
+                return to_array(options["value"], what)
             if is_op(node, "Constant") and options.keys() & {"value_float", "value_floats"}:
                 (value,) = options.values()
                 return np.array(value, np.float32)
@@ -202,6 +202,7 @@ class Graph:
         self.drop(i)
 
     def drop(self, i: int) -> None:
+        """Take a node out of use, and the constants that only it used."""
         self._left_over.add(i)
         for name in self.nodes[i].output:
             self._producers.pop(name, None)
@@ -233,35 +234,6 @@ class Graph:
             for i in reversed(range(len(values))):
                 if values[i].name in gone:
                     del values[i]
-
-
-# ---- reading protocol buffers
-
-
-def opset(model: onnx.ModelProto) -> int:
-    versions = [o.version for o in model.opset_import if o.domain in _STANDARD]
-    return versions[0] if versions else 1
-
-
-def is_op(node: onnx.NodeProto, *kinds: str) -> bool:
-    return node.op_type in kinds and node.domain in _STANDARD
-
-
-def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
-
-
-def _to_array(tensor: onnx.TensorProto, what: str) -> Array:
-    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise LeftError(f"{what}, {tensor.name!r}, is external data that is not loaded")
-    return np.asarray(numpy_helper.to_array(tensor))
-
-
-def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
 
 
 def _names_inside(node: onnx.NodeProto) -> Iterator[str]:
