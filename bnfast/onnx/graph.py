@@ -1,29 +1,28 @@
-"""An ONNX model's graph as `bnfast.onnx` needs it: constants, who makes and who uses a value."""
+"""An ONNX model's graph as `bnfast.onnx` needs it: names, who makes and who uses a value."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import onnx
 import onnx.shape_inference
 from google.protobuf.message import EncodeError
 from onnx import numpy_helper
 
-from bnfast.layers import BatchNorm
-
-from .model import LeftError, attributes, is_op, opset, subgraphs, to_array
+from .constants import Constants
+from .model import LeftError, constant_names, first_output, is_op, name_of, names_inside, opset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from numpy.typing import DTypeLike, NDArray
+    from numpy.typing import NDArray
 
 Array: TypeAlias = "NDArray[Any]"
 
-_GRAPH_OUTPUT = -1  # stands for the graph among the consumers of a value
+_GRAPH_OUTPUT = -1  # stands for the graph among the users of a value
 
 
 class Graph:
@@ -36,32 +35,61 @@ class Graph:
         `sweep`.
     original : onnx.ModelProto
         The model before any change, for shape inference.
+
+    Attributes
+    ----------
+    nodes : list of onnx.NodeProto
+    opset : int
+        Of ONNX's own operators.
+    constants : Constants
+        Of the model before any change.
+
+    Raises
+    ------
+    ValueError
+        If a value is made twice, or from itself.
     """
 
     def __init__(self, model: onnx.ModelProto, original: onnx.ModelProto) -> None:
         self.nodes = list(model.graph.node)
+        self.opset = opset(model)
         self._graph, self._original = model.graph, original
-        self._opset = opset(model)
-        self._inputs = {value.name for value in model.graph.input}
+        _check_made_once(model.graph)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._initializers.pop("", None)  # which is how nodes leave an input out
         self._producers = {
             name: i for i, node in enumerate(self.nodes) for name in node.output if name
         }
+        self._called = _names(self.nodes)
+        self.constants = Constants(model.graph, [self.nodes[i] for i in self._sorted()])
         self._made = {*self._producers, *self._initializers}
-        self._consumers: defaultdict[str, list[int]] = defaultdict(list)
+        self._users: defaultdict[str, Counter[int]] = defaultdict(Counter)
         for i, node in enumerate(self.nodes):
-            for name in (*node.input, *_names_inside(node)):
-                self._consumers[name].append(i)
+            for name in (*node.input, *names_inside(node)):
+                self._users[name][i] += 1
         for output in model.graph.output:
-            self._consumers[output.name].append(_GRAPH_OUTPUT)
-        names = Counter(node.name for node in self.nodes)
-        self._called = [
-            node.name if node.name and names[node.name] == 1 else node.output[0]
-            for node in self.nodes
-        ]
-        self._taken = {*self._inputs, *self._initializers, *self._producers, *self._consumers}
+            self._users[output.name][_GRAPH_OUTPUT] += 1
+        inputs = (value.name for value in model.graph.input)
+        self._taken = {*inputs, *constant_names(model.graph), *self._producers, *self._users}
+        self._numbered: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
         self._left_over: set[int] = set()
         self._ranks: dict[str, int] | None = None
+
+    def _sorted(self) -> list[int]:
+        """Return the nodes, each after those that make its inputs."""
+        before = {
+            i: {self._producers[name] for name in node.input if name in self._producers}
+            for i, node in enumerate(self.nodes)
+        }
+        try:
+            return list(TopologicalSorter(before).static_order())
+        except CycleError as error:
+            row = " -> ".join(self.described(i) for i in error.args[1][:4])
+            raise ValueError(
+                f"model computes a value from itself: {row}; expected a graph without cycles"
+            ) from None
+
+    # ---- nodes
 
     def batch_norms(self) -> list[int]:
         """Return the nodes that are batch norms."""
@@ -69,96 +97,44 @@ class Graph:
 
     def name(self, i: int) -> str:
         """Return what a node is called in dictionaries and messages."""
-        return str(self._called[i])
+        return self._called[i]
 
     def described(self, i: int) -> str:
         """Return what a node is called in messages, with its operator."""
         return f"{self.nodes[i].op_type} {self.name(i)!r}"
 
-    def layer(self, i: int, dtype: DTypeLike | None = None) -> BatchNorm:
-        """Return a batch norm node as a layer, if all it needs is known."""
-        node, options = self.nodes[i], attributes(self.nodes[i])
-        if len(node.input) != 5:
-            raise LeftError(f"it has {len(node.input)} inputs, not 5")
-        if not options.get("spatial", 1):  # opsets 7 and 8: statistics of every pixel
-            raise LeftError("it has statistics for each pixel: spatial is 0")
-        numbers = [
-            self.constant(name, f"its {what}")
-            for name, what in zip(node.input[1:], ("scale", "B", "mean", "var"), strict=True)
-        ]
-        if dtype is None:
-            dtype = np.float64 if all(a.dtype == np.float64 for a in numbers) else np.float32
-        epsilon = options.get("epsilon", float(np.float32(1e-5)))
-        momentum = options.get("momentum", float(np.float32(0.9)))
-        try:
-            layer = BatchNorm(numbers[0].size, epsilon, 1 - momentum, ddof=0, dtype=dtype)
-            names = ("weight", "bias", "running_mean", "running_var")
-            layer.load_state_dict(dict(zip(names, numbers, strict=True)))
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise LeftError(f"as a layer, its {error}") from error
-        return layer.train(self.is_training(i))
-
-    def is_training(self, i: int) -> bool:
-        """Whether a batch norm normalises by the batch."""
-        node = self.nodes[i]
-        if self._opset >= 14:
-            return bool(attributes(node).get("training_mode", 0))
-        return any(node.output[1:])
-
-    # ---- values
-
-    def constant(self, name: str, what: str) -> Array:
-        """Return a value that is the same in every run, or say why it may not be."""
-        if name in self._inputs:
-            raise LeftError(f"{what}, {name!r}, is a graph input, which a caller may set")
-        if name in self._initializers:
-            return to_array(self._initializers[name], what)
-        if name in self._producers:
-            node = self.nodes[self._producers[name]]
-            options = attributes(node)
-            if is_op(node, "Constant") and "value" in options:
-                return to_array(options["value"], what)
-            if is_op(node, "Constant") and options.keys() & {"value_float", "value_floats"}:
-                (value,) = options.values()
-                return np.array(value, np.float32)
-            if is_op(node, "Identity"):
-                return self.constant(node.input[0], what)
-            if is_op(node, "Transpose"):
-                return np.transpose(self.constant(node.input[0], what), options.get("perm"))
-        raise LeftError(f"{what}, {name!r}, is not a constant")
-
-    def variable_and_constant(self, i: int) -> tuple[str, Array]:
-        """Return what an Add adds a constant to, and the constant."""
-        first, second = self.nodes[i].input
-        for value, addend in ((first, second), (second, first)):
-            if self._is_constant(addend):
-                return value, self.constant(addend, f"the constant of {self.described(i)}")
-        raise LeftError(f"{self.described(i)} adds no constant")
-
-    def _is_constant(self, name: str) -> bool:
-        try:
-            self.constant(name, "")
-        except LeftError:
-            return False
-        return True
-
     def producer(self, name: str) -> int:
         """Return the node that makes a value for one other alone."""
         if name not in self._producers:
             raise LeftError(f"nothing is before {name!r}")
-        self.only_consumer(name)
+        self.only_user(name)
         return self._producers[name]
 
-    def only_consumer(self, name: str) -> int:
+    def only_user(self, name: str) -> int:
         """Return the one node that uses a value, or say who else does."""
-        users = self._consumers[name]
+        users = self._users[name]
         if _GRAPH_OUTPUT in users:
             raise LeftError(f"{name!r} is a graph output")
-        if len(users) != 1:
-            raise LeftError(f"{name!r} is used {len(users)} times")
-        if name not in self.nodes[users[0]].input:
-            raise LeftError(f"{name!r} is used in a subgraph of {self.described(users[0])}")
-        return users[0]
+        if len(users) != 1 or users.total() != 1:
+            raise LeftError(f"{name!r} is used {users.total()} times")
+        (user,) = users
+        if name not in self.nodes[user].input:
+            raise LeftError(f"{name!r} is used in a subgraph of {self.described(user)}")
+        return user
+
+    def beside(self, i: int) -> Iterator[int]:
+        """Yield the nodes before and after a node, and the one after an Add that comes after."""
+        if self.nodes[i].input[0] in self._producers:
+            yield self._producers[self.nodes[i].input[0]]
+        for j in self._following(i):
+            yield j
+            if is_op(self.nodes[j], "Add"):
+                yield from self._following(j)
+
+    def _following(self, i: int) -> list[int]:
+        """Return the node that uses what a node makes, if there is just one."""
+        users = [*self._users[first_output(self.nodes[i])]]
+        return users if len(users) == 1 and users != [_GRAPH_OUTPUT] else []
 
     def rank(self, name: str) -> int | None:
         """Return how many axes a value has, where shape inference can tell."""
@@ -172,16 +148,17 @@ class Graph:
         """Give a node a constant: in the place of its old one, if nobody else uses that."""
         inputs = self.nodes[i].input
         old = inputs[position] if position < len(inputs) else ""
-        if old in self._initializers and self._consumers[old] == [i]:
+        if old in self._initializers and self._users[old] == {i: 1}:
             self._initializers[old].CopyFrom(numpy_helper.from_array(values, old))
             return
         new = self._unused(old or name)
         self._initializers[new] = self._graph.initializer.add()
         self._initializers[new].CopyFrom(numpy_helper.from_array(values, new))
-        self._consumers[new].append(i)
+        self._users[new][i] += 1
         if position < len(inputs):
             inputs[position] = new
-            self._unlink(old, i)
+            for j in self._unlink(old, i):
+                self.drop(j)
         else:
             inputs.append(new)
 
@@ -194,33 +171,40 @@ class Graph:
         self._producers[made] = i
 
     def bypass(self, i: int, later: int) -> None:
-        """Let a later node read a node's input instead of its output, and drop the node."""
+        """Let a later node read a node's first input instead of its output, and drop the node."""
         value, source = self.nodes[i].output[0], self.nodes[i].input[0]
-        self.nodes[later].input[list(self.nodes[later].input).index(value)] = source
-        self._consumers[source].append(later)
-        self._consumers.pop(value)
+        self.nodes[later].input[0] = source
+        self._users[source][later] += 1
+        del self._users[value]
         self.drop(i)
 
     def drop(self, i: int) -> None:
         """Take a node out of use, and the constants that only it used."""
-        self._left_over.add(i)
-        for name in self.nodes[i].output:
-            self._producers.pop(name, None)
-        for name in self.nodes[i].input:
-            self._unlink(name, i)
+        waiting = [i]
+        while waiting:
+            i = waiting.pop()
+            self._left_over.add(i)
+            for name in self.nodes[i].output:
+                self._producers.pop(name, None)
+            for name in self.nodes[i].input:
+                waiting.extend(self._unlink(name, i))
 
-    def _unlink(self, name: str, i: int) -> None:
-        """Note that a node uses a value no more, and drop constants that nobody uses."""
-        self._consumers[name].remove(i)
-        if self._consumers[name] or not name:
-            return
+    def _unlink(self, name: str, i: int) -> list[int]:
+        """Note that a node uses a value no more; return what is now of no use, if it is a node."""
+        users = self._users[name]
+        users[i] -= 1
+        if not users[i]:
+            del users[i]
+        if users or not name:
+            return []
         self._initializers.pop(name, None)
-        made_by = self._producers.get(name)
-        if made_by is not None and is_op(self.nodes[made_by], "Constant", "Identity", "Transpose"):
-            self.drop(made_by)
+        maker = self._producers.get(name)
+        if maker is None or not is_op(self.nodes[maker], "Constant", "Identity", "Transpose"):
+            return []
+        return [maker]
 
     def _unused(self, name: str) -> str:
-        candidates = (f"{name}_folded{number or ''}" for number in itertools.count())
+        candidates = (f"{name}_folded{number or ''}" for number in self._numbered[name])
         new = next(candidate for candidate in candidates if candidate not in self._taken)
         self._taken.add(new)
         return new
@@ -236,12 +220,36 @@ class Graph:
                     del values[i]
 
 
-def _names_inside(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield the names in a node's subgraphs: its own and those it takes from around it."""
-    for graph in subgraphs(node):
-        yield from (value.name for value in (*graph.input, *graph.output, *graph.initializer))
-        for inner in graph.node:
-            yield from (*inner.input, *inner.output, *_names_inside(inner))
+def _check_made_once(graph: onnx.GraphProto) -> None:
+    constants = constant_names(graph)
+    known = set(constants)
+    inputs = [value.name for value in graph.input if value.name not in known]
+    outputs = [name for node in graph.node for name in node.output]
+    made = Counter(name for name in (*inputs, *constants, *outputs) if name)
+    for name, times in made.items():
+        if times > 1:
+            raise ValueError(f"model makes the value {name!r} {times} times; expected once")
+
+
+def _names(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    """Return what each node is called: its name if no other has it, or else its first output.
+
+    A batch norm named as another one's output, by which that goes, goes by its own output as well.
+    """
+    counts = Counter(node.name for node in nodes)
+    called = [
+        node.name if node.name and counts[node.name] == 1 else first_output(node) or name_of(node)
+        for node in nodes
+    ]
+    norms = [i for i, node in enumerate(nodes) if is_op(node, "BatchNormalization")]
+    by_name = {called[i]: i for i in norms if called[i] == nodes[i].name}
+    by_output = [i for i in norms if called[i] != nodes[i].name]
+    while by_output:
+        clashing = by_name.pop(called[by_output.pop()], None)
+        if clashing is not None:
+            called[clashing] = first_output(nodes[clashing]) or called[clashing]
+            by_output.append(clashing)
+    return called
 
 
 def _inferred_ranks(model: onnx.ModelProto) -> dict[str, int]:

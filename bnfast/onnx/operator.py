@@ -8,6 +8,7 @@ import numpy as np
 
 from bnfast import _arrays
 from bnfast.functional import BatchStats, batch_norm_forward, normalize
+from bnfast.inference import rounded
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -48,8 +49,8 @@ def batch_normalization(
         Shape and dtype of `x`.
     running_mean, running_var : ndarray, shape (C,)
         In training alone: then the three are returned as a tuple. Dtype of `mean` and of `var`;
-        ``running = running * momentum + batch * (1 - momentum)``, computed in float64, the batch
-        variance divided by m. An empty batch changes neither.
+        ``running = running * momentum + batch * (1 - momentum)``, computed in float64 and rounded
+        once, the batch variance divided by m. An empty batch changes neither.
 
     Raises
     ------
@@ -73,9 +74,10 @@ def batch_normalization(
         y, stats = batch_norm_forward(batch, scale, B, eps=epsilon)
     moved = []
     for name, value, new in (("mean", mean, stats.mean), ("var", var, stats.var)):
-        running = _arrays.parameter(name, value, len(new))
+        given = _arrays.array(name, value)
+        running = _arrays.parameter(name, given, len(new)).astype(np.float64)
         if batch.size:
-            running = running.astype(np.float64) * old + new * (1 - old)
-        with np.errstate(over="ignore"):
-            moved.append(running.astype(np.asarray(value).dtype))
+            with np.errstate(all="ignore"):
+                running = running * old + new * (1 - old)
+        moved.append(rounded(running, given.dtype))
     return y.reshape(x.shape), *moved
