@@ -126,7 +126,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
         "assert abs(y.mean((0, 2))).max() < 1e-6\n"
         "print(bnfast.__file__)\n"
     )
-    done = succeed(python, "-W", "error", "-c", code, cwd=tmp_path)
+    done = succeed(python, "-I", "-W", "error", "-c", code, cwd=tmp_path)
     assert Path(done.stdout.strip()).is_relative_to(environment)
     listed = succeed(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     packages = {line.partition("==")[0].lower() for line in listed.splitlines()}
