@@ -170,11 +170,9 @@ class _Folding:
         return before
 
     def _into_the_one_after(self, i: int, layer: BatchNorm) -> int:
-        graph, value = self._graph, self._graph.nodes[i].output[0]
-        after = graph.only_user(value)
+        graph = self._graph
+        after = graph.only_user(graph.nodes[i].output[0])
         linear = self._linear(after)
-        if graph.nodes[after].input[0] != value:
-            raise LeftError(f"{graph.described(after)} has it for a number")
         if attribute(graph.nodes[after], "transA", "INT", 0):
             raise LeftError(f"{graph.described(after)} transposes it")
         try:

@@ -234,7 +234,8 @@ def _check_made_once(graph: onnx.GraphProto) -> None:
 def _names(nodes: Sequence[onnx.NodeProto]) -> list[str]:
     """Return what each node is called: its name if no other has it, or else its first output.
 
-    A batch norm named as another one's output, by which that goes, goes by its own output as well.
+    A batch norm whose name is the output that another one goes by goes by its own output, too: no
+    two are called the same.
     """
     counts = Counter(node.name for node in nodes)
     called = [
