@@ -8,9 +8,10 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx
-import onnx.shape_inference
 from google.protobuf.message import EncodeError
 from onnx import numpy_helper
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError, infer_shapes
 
 from .constants import Constants
 from .model import LeftError, constant_names, first_output, is_op, name_of, names_inside, opset
@@ -255,8 +256,8 @@ def _names(nodes: Sequence[onnx.NodeProto]) -> list[str]:
 
 def _inferred_ranks(model: onnx.ModelProto) -> dict[str, int]:
     try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except (ValueError, EncodeError, onnx.shape_inference.InferenceError):
+        graph = infer_shapes(model).graph
+    except (ValueError, EncodeError, InferenceError, ValidationError):
         graph = model.graph  # past 2 GB, or wrong somewhere: what the model says itself
     return {
         value.name: len(value.type.tensor_type.shape.dim)

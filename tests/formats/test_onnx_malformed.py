@@ -201,6 +201,16 @@ def test_other_nodes_that_make_nothing():
     assert reasons(model) == {"d": None, "y": None}
 
 
+def test_shapes_that_cannot_be_inferred():
+    """What the model says itself is taken: nothing of a MatMul's output here."""
+    body = "(float[N,3] x) => (float[N,3] z) { c = MatMul(x, w) y = BN(c, s, o, m, v) z = Relu(y) }"
+    model = om.build(body, w=om.normal(RNG, 3, 3), **om.numbers(RNG, 3))
+    assert reasons(model) == {"y": None}
+    for _ in range(2):
+        model.functions.add(name="F", domain="own")
+    assert "MatMul 'c' gives an unknown number of axes" in reasons(model)["y"]
+
+
 # ---- models that are refused
 
 
