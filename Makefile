@@ -25,7 +25,7 @@ CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
-COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/torch/*.py))
+COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
 C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.[ch])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)

@@ -141,14 +141,10 @@ MUTANTS = [
         'values = self.count - _arrays.real("ddof", ddof)',
         "values = self.count - 1",
     ),
-    ("bnfast/inference.py", "(_checked_bias(bias, mean.size) - mean)", "(0 - mean)"),
-    (
-        "bnfast/inference.py",
-        "_checked_bias(bias, mean.size) - mean)",
-        "_checked_bias(bias, mean.size))",
-    ),
+    ("bnfast/inference.py", "(old_bias - mean)", "(0 - mean)"),
+    ("bnfast/inference.py", "(old_bias - mean)", "(old_bias)"),
     ("bnfast/inference.py", "at_zero = shift - mean * scale", "at_zero = shift"),
-    ("bnfast/inference.py", "_checked_bias(bias, added.size) + added", "added"),
+    ("bnfast/inference.py", "old_bias + _summed(", "_summed("),
     (
         "bnfast/inference.py",
         "values.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)",
