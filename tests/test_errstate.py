@@ -122,7 +122,23 @@ def frozen(numbers):
     yield fixed.mean, fixed.scale, fixed.shift
 
 
-CALLS = [batch_norm, normalize, backward, moments, fold, recompute_statistics, frozen]
+def layer(numbers):
+    kept = np.float64 if numbers.dtype == np.float64 else np.float32
+    trained = numbers.layer(kept, activation="relu")
+    state = {name: numbers(CHANNELS, dtype=np.float64) for name in ("running_mean", "bias")}
+    trained.load_state_dict(state, strict=False)
+    x = numbers(5, CHANNELS, 3)
+    for grad in (trained.weight_grad, trained.bias_grad):
+        grad[...] = numbers(CHANNELS, dtype=kept)
+    yield trained(x)
+    yield trained.backward(numbers(5, CHANNELS, 3))
+    yield trained.weight_grad, trained.bias_grad, *trained.state_dict().values()
+    for eps in (0.0, 1e308):
+        frozen = numbers.layer(kept, eps=eps).freeze()
+        yield frozen.mean, frozen.scale, frozen.shift, frozen(x)
+
+
+CALLS = [layer, batch_norm, normalize, backward, moments, fold, recompute_statistics, frozen]
 
 
 def arrays_of(call, dtype, state):
