@@ -427,6 +427,11 @@ cdef int sort_axes(cnp.ndarray x, int *order) noexcept:
     return n
 
 
+cdef inline bint is_tensor(object x) noexcept:
+    """Whether a result can be made for x: what else has to be right with it is seen later."""
+    return cnp.PyArray_CheckExact(x) and type_of(<cnp.ndarray>x) != BNF_TYPES
+
+
 cdef enum:
     MOST_AXES = 64   # of NumPy's arrays
 
@@ -742,7 +747,7 @@ cdef object apply_given(object x, object axis, object residual, object out, Infe
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
-    if not see(x, axis, &shape):
+    if not is_tensor(x):
         return None
     threads = most_threads(<cnp.ndarray>x)
     y = new_like(<cnp.ndarray>x) if out is None else out
@@ -861,9 +866,8 @@ cdef class FixedMap:
     cdef object apply(self, object x, object residual, object out):
         """The map of arrays; None if they are not the common case."""
         cdef bnf_call call
-        cdef bnf_shape shape
         cdef int threads
-        if not see(x, self.axis, &shape):
+        if not is_tensor(x):
             return None
         threads = most_threads(<cnp.ndarray>x)
         y = new_like(<cnp.ndarray>x) if out is None else out

@@ -9,7 +9,7 @@ import os
 import resource
 from typing import TYPE_CHECKING
 
-from . import _cgroup
+from . import _arrays, _cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,11 +29,12 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
     own = environ.get("BNFAST_CACHE_BYTES", "").strip()
     if not own:
         return None
-    if not (own.isascii() and own.isdecimal() and int(own) < 2**63):
+    number = _arrays.decimal(own)
+    if number is None or number >= 2**63:
         raise ImportError(
-            f"BNFAST_CACHE_BYTES is {own!r}; expected a number of bytes, 0 to keep none"
+            f"BNFAST_CACHE_BYTES is {own!r:.60}; expected a number of bytes, 0 to keep none"
         )
-    return int(own), "BNFAST_CACHE_BYTES"
+    return number, "BNFAST_CACHE_BYTES"
 
 
 def _from_machine(root: str = "/") -> tuple[int, str]:

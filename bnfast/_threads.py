@@ -148,7 +148,7 @@ def _checked(n: SupportsIndex) -> int:
     expected = f"an integer from 1 to {MAX_THREADS}"
     number = _arrays.integer("n", n, expected)
     if not 1 <= number <= MAX_THREADS:
-        raise ValueError(f"n is {number}; expected {expected}")
+        raise ValueError(f"n is {_arrays.shown(number)}; expected {expected}")
     return number
 
 
@@ -164,14 +164,15 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
     """
     own = environ.get("BNFAST_NUM_THREADS", "").strip()
     if own:
-        if not own.isdecimal() or not 1 <= int(own) <= MAX_THREADS:
+        number = _arrays.decimal(own)
+        if number is None or not 1 <= number <= MAX_THREADS:
             raise ImportError(
-                f"BNFAST_NUM_THREADS is {own!r}; expected an integer from 1 to {MAX_THREADS}"
+                f"BNFAST_NUM_THREADS is {own!r:.60}; expected an integer from 1 to {MAX_THREADS}"
             )
-        return int(own), "BNFAST_NUM_THREADS"
-    omp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if omp.isdecimal() and int(omp) >= 1:
-        return min(int(omp), MAX_THREADS), "OMP_NUM_THREADS"
+        return number, "BNFAST_NUM_THREADS"
+    omp = _arrays.decimal(environ.get("OMP_NUM_THREADS", "").split(",")[0].strip())
+    if omp is not None and omp >= 1:
+        return min(omp, MAX_THREADS), "OMP_NUM_THREADS"
     return None
 
 

@@ -277,7 +277,9 @@ def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
 def _checked_axis(name: str, axis: SupportsIndex, ndim: int) -> int:
     number = _arrays.integer(name, axis)
     if not -ndim <= number < ndim:
-        raise ValueError(f"{name} is {number}; expected an axis of a weight with {ndim} axes")
+        raise ValueError(
+            f"{name} is {_arrays.shown(number)}; expected an axis of a weight with {ndim} axes"
+        )
     return number % ndim
 
 
@@ -285,7 +287,8 @@ def _checked_groups(groups: SupportsIndex, weight: Wide) -> int:
     number = _arrays.integer("groups", groups)
     if number < 1 or weight.shape[0] % number:
         raise ValueError(
-            f"groups is {number}; expected a divisor of the weight's first axis, {weight.shape[0]}"
+            f"groups is {_arrays.shown(number)}; expected a divisor of the weight's first axis, "
+            f"{weight.shape[0]}"
         )
     return number
 

@@ -50,7 +50,7 @@ class Moments:
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
         self.count: int = _arrays.integer("count", count)
         if self.count < 0:
-            raise ValueError(f"count is {count}; expected 0 or more")
+            raise ValueError(f"count is {_arrays.shown(count)}; expected 0 or more")
         self.mean: Vector = _vector("mean", mean)
         self.m2: Vector = _vector("m2", m2)
         if self.mean.shape != self.m2.shape:
