@@ -160,7 +160,9 @@ class SyncBatchNorm(BatchNormOnCPU):
         if not isinstance(x, Tensor):
             raise TypeError(f"input is {_arrays.kind(x)}; expected a tensor")
         if x.device.type != "cpu":
-            nn.SyncBatchNorm.forward(self, x)  # which says why not
+            raise ValueError(
+                f"SyncBatchNorm expected input tensor to be on GPU, or on the CPU, got {x.device}"
+            )
         state, eps = self._state(), _arrays.eps(self.eps, training=True)
         x = x.resolve_neg()
         self._check_input_dim(x)
@@ -261,14 +263,16 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
 
 
 def _check_readable(name: str, tensor: Any) -> None:
-    if not kernels.is_plain(tensor):
+    if kernels.is_plain(tensor):
+        return
+    if isinstance(tensor, Tensor):  # PyTorch's repr of one whose memory was freed would crash
+        found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
+    else:
         found = _arrays.kind(tensor)
-        if isinstance(tensor, Tensor):
-            found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-        accepted = ", ".join(sorted(str(dtype) for dtype in kernels.DTYPES))
-        raise TypeError(
-            f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"
-        )
+    accepted = ", ".join(sorted(str(dtype) for dtype in kernels.DTYPES))
+    raise TypeError(
+        f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"
+    )
 
 
 @torch.no_grad()
@@ -364,9 +368,11 @@ def _backward_call(ctx: Any, dy: Tensor) -> _BackwardCall:
     """Read all that a backward takes, and refuse what the kernels cannot read."""
     x, weight, bias, y, mean, inv_std = ctx.saved_tensors
     call = _BackwardCall(dy.resolve_neg(), x, mean, inv_std, weight, bias, y, ctx.activation)
-    for name, tensor in {"gradient": call.dy, "input": x, "weight": weight, "bias": bias}.items():
-        if tensor is not None:
-            _check_readable(name, tensor)
+    _check_readable("the output's gradient", call.dy)
+    saved = {"input": x, "weight": weight, "bias": bias, "output": y, "mean": mean, "std": inv_std}
+    for name, tensor in saved.items():
+        if tensor is not None and not kernels.is_plain(tensor):
+            raise RuntimeError(f"the {name}'s memory was freed; expected it for the backward")
     return call
 
 

@@ -6,12 +6,10 @@ import numpy as np
 import numpy_refusals as program
 import pytest
 from cases import bits
-from launch import LAUNCHES, Raised, launch
+from judged import AT_FAULT, check_interrupted, check_raised, check_whole
+from launch import LAUNCHES, launch
 
 import bnfast
-
-FIRST, LAST = "the first rank", "the last rank"
-AT_FAULT = pytest.mark.parametrize("at_fault", [FIRST, LAST])
 
 
 @pytest.fixture(scope="module", params=LAUNCHES, ids=lambda way: f"{way[0]}-{way[1]}")
@@ -19,24 +17,6 @@ def ranks(request, tmp_path_factory):
     """What each scenario gave: a list of dicts, by rank."""
     transport, size = request.param
     return launch("numpy_refusals", transport, size, tmp_path_factory.mktemp(transport))
-
-
-@pytest.fixture
-def bad(ranks, at_fault):
-    return 0 if at_fault == FIRST else len(ranks) - 1
-
-
-def told(bad):
-    return Raised("RuntimeError", f"rank {bad} could not take part; its own exception says why")
-
-
-def check_raised(raised, bad, own):
-    """The rank at fault has its own error, and the others say whose it is."""
-    for rank, error in enumerate(raised):
-        if rank == bad:
-            assert f"{error.kind}: {error.text}".startswith(own)
-        else:
-            assert error == told(bad)
 
 
 class Step:
@@ -55,12 +35,6 @@ class Step:
 
     def backward(self):
         return self.layer.backward(self.whole(program.gradient))
-
-
-def check_whole(parts, want):
-    """To a few roundings of terms as large as the largest."""
-    got = np.concatenate(parts)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
 def check_states(states, layer, batches):
@@ -197,15 +171,6 @@ def test_memory_that_runs_out(ranks, bad):
     step = Step(len(ranks))
     check_whole(y, step.forward())
     check_whole(dx, step.backward())
-
-
-def check_interrupted(raised, bad):
-    """Whether the others have gone on: all or none of them."""
-    assert raised[bad] == Raised("TimeoutError", "time is up")
-    others = [found for rank, found in enumerate(raised) if rank != bad]
-    gone_on = not isinstance(others[0], Raised)
-    assert all(not isinstance(one, Raised) if gone_on else one == told(bad) for one in others)
-    return gone_on
 
 
 @AT_FAULT
