@@ -363,9 +363,13 @@ class SyncBatchNorm(BatchNorm):
 
     Notes
     -----
-    In training every process must make the same calls. One whose arguments are refused tells the
-    others, which raise RuntimeError, and nobody is left waiting. In evaluation nothing is
-    exchanged.
+    In training every process must make the same calls. Whatever one of them cannot do (arguments,
+    parameters, statistics or options that do not fit, no memory) it refuses before anything is
+    exchanged, and tells the others, which raise RuntimeError: statistics, counters, gradients and
+    outputs are as they were on all, nobody is left waiting, and the next call finds all in step.
+    So it is where a signal handler raises something while a process waits in a forward, unless
+    all have their numbers by then: the statistics have moved on every process in that case, and
+    the exception comes out on one. In evaluation nothing is exchanged.
 
     `weight_grad` and `bias_grad` are those of this process' part, like the gradients of any other
     layer: add them up, or average them, over the processes with the rest.
@@ -430,8 +434,8 @@ class SyncBatchNorm(BatchNorm):
             As `BatchNorm`; also, on every process, if all of them together have one value a
             channel, or have different numbers of channels.
         RuntimeError
-            If another process refused its arguments; if `group` is None and there is no default
-            one. Statistics and counters are then as they were.
+            If another process could not take part, whose own exception says why; if `group` is
+            None and there is no default one. Statistics and counters are then as they were.
         """
         if not self.training:
             return super().__call__(x, residual, out, update_stats=update_stats)
@@ -525,7 +529,8 @@ class SyncBatchNorm(BatchNorm):
         Raises
         ------
         TypeError, ValueError, RuntimeError
-            As `BatchNorm`; RuntimeError also if another process refused its arguments.
+            As `BatchNorm`; RuntimeError also if another process could not take part. `weight_grad`
+            and `bias_grad` are then as they were.
         """
         if not self.training:
             return super().backward(dy)  # which says why not

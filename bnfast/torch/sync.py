@@ -55,9 +55,13 @@ class SyncBatchNorm(BatchNormOnCPU):
     `torch.nn.modules.batchnorm._BatchNorm`.
 
     In training all ranks must make the same calls, backwards included, also a rank without
-    values. One whose input is refused tells the others, which raise RuntimeError, so that nobody
-    is left waiting. There are no second derivatives, and `torch.compile` leaves the layer out of
-    its graphs in training, as both would have to exchange numbers.
+    values; a backward exchanges numbers where the input needs a gradient, which must be so on all
+    ranks or on none. Whatever one of them cannot do it refuses before anything is exchanged, and
+    tells the others, which raise RuntimeError: statistics and counters are as they were on all,
+    nobody is left waiting, and the next call finds all in step. Hooks of autograd's own
+    (`torch.autograd.graph.saved_tensors_hooks`) run once statistics have moved, on all ranks.
+    There are no second derivatives, and `torch.compile` leaves the layer out of its graphs in
+    training, as both would have to exchange numbers.
     """
 
     def __init__(
