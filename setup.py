@@ -36,6 +36,7 @@ if COVERAGE:
 # Objects of different builds must not meet: what is newer says nothing about their flags.
 VARIANT = SANITIZERS.replace(",", "-") if SANITIZE else "coverage" if COVERAGE else ""
 BUILD = os.path.join("build", VARIANT) if VARIANT else "build"
+OPENMP = ["-fopenmp"]  # for src/threads.c
 # The compiler's own conventions of other vector widths and nested braces are not ours.
 KERNEL = [*COMMON, "-Wno-missing-braces"]
 
@@ -79,8 +80,9 @@ def libraries():
         for isa, flags in isas.items()
     ]
     tables = [f"-DBNF_TABLES_{processor().upper()}"] if processor() in ISA_FLAGS else []
-    driver = ["src/dispatch.c", "src/tiling.c", "src/caches.c", "src/pages.c"]
-    return [library("bnfast_driver", driver, [*COMMON, *tables]), *kernels]
+    files = ("driver", "threads", "dispatch", "tiling", "caches", "pages")
+    sources = [f"src/{name}.c" for name in files]
+    return [library("bnfast_driver", sources, [*COMMON, *OPENMP, *tables]), *kernels]
 
 
 LIBRARIES = libraries()
@@ -96,8 +98,8 @@ def extension():
             ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),  # the first with memory handlers
         ],
         depends=[f"src/{file}" for file in os.listdir(os.path.join(ROOT, "src"))],
-        extra_compile_args=[*COMMON, "-fopenmp"],
-        extra_link_args=["-fopenmp", *SANITIZE, *COVERAGE],
+        extra_compile_args=COMMON,
+        extra_link_args=[*OPENMP, *SANITIZE, *COVERAGE],
     )
 
 
@@ -110,7 +112,7 @@ class BuildLibraries(build_clib):
                 f"bnfast: the C compiler {self.compiler.compiler_so[0]} does not work; "
                 "install one (Debian, Ubuntu: apt install gcc) or name yours in CC"
             )
-        if not self.can_build(["-fopenmp"]):
+        if not self.can_build(OPENMP):
             sys.exit(
                 f"bnfast: the C compiler {self.compiler.compiler_so[0]} has no OpenMP "
                 "(-fopenmp); install gcc, or clang with libomp, and name it in CC"

@@ -27,7 +27,9 @@ _DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
 _KEPT_NAMES = ("float32", "float64")
 # The kinds of dtype that options are not read from: bool, complex, durations, dates, texts.
 _NO_NUMBERS = tuple("bcmMSU")
+_BUILT_IN = (bool, int, float, complex, str, bytes, type(None), np.ndarray)
 _DLPACK_CPU = 1
+MOST_BATCHES = 2**63 - 1  # of an int64
 # Whose float64 numbers can be counted in bytes.
 _MOST_CHANNELS = sys.maxsize // 8
 # How hard to look before two interleaved views count as overlapping.
@@ -35,7 +37,9 @@ _MAX_OVERLAP_WORK = 10_000
 
 
 class Canonical:
-    """The tensors of one call, C-contiguous in memory order, and the way back.
+    """The tensors of one call, dense and in one memory order, and the way back.
+
+    What is so already is taken as it is, and everything else is copied.
 
     Parameters
     ----------
@@ -60,50 +64,57 @@ class Canonical:
         out: Any = None,
         out_may_be: tuple[str, ...] = ("x", "residual"),
     ) -> None:
-        source = _tensor("x", x)
-        channel_axis = _axis(axis, source)
-        given = {"x": source, "residual": residual, "dy": dy, "y": y}
-        tensors = {
-            name: _like(name, value, source) for name, value in given.items() if value is not None
+        given = {"residual": residual, "dy": dy, "y": y}
+        arrays = {"x": array("x", x)} | {
+            name: array(name, value) for name, value in given.items() if value is not None
         }
+        source = arrays["x"]
+        _check_tensor("x", source)
+        self.axis = _axis(axis, source)
+        for name, value in arrays.items():
+            _check_like(name, value, source)
         if out is not None:
-            _check_out(out, source, tensors, out_may_be)
-        dense = _native(source)
-        if not dense.transpose(memory_order(dense)).flags.c_contiguous:
-            dense = dense.copy(order="K")
-        self.shape, self.given = source.shape, tensors
-        self._order = memory_order(dense)
+            _check_out(out, source, arrays, out_may_be)
+        self.shape, self.given = source.shape, arrays
         self._out_asked = out
-        self.x = dense.transpose(self._order)
-        self.axis = self._order.index(channel_axis)
-        self.residual = self._turned(tensors.get("residual"))
-        self.dy = self._turned(tensors.get("dy"))
-        self.y = self._turned(tensors.get("y"))
+        self.x = source if is_dense(source) else _native(source).copy(order="K")
+        self.residual = self._alike(arrays.get("residual"))
+        self.dy = self._alike(arrays.get("dy"))
+        self.y = self._alike(arrays.get("y"))
         self.out = None if out is None else self._target(out)
 
-    def give(self, result: Array | None) -> Any:
-        """Return the result in the caller's order of axes, and in the caller's `out` if asked."""
+    def give(self, result: Array) -> Any:
+        """Return the result, in the caller's `out` if asked."""
         if self._out_asked is None:
-            return self.restore(result)
-        plain = np.asarray(self._out_asked)
-        if result is not None and not np.may_share_memory(result, plain):
-            plain[...] = self.restore(result)
+            return result
+        if not np.may_share_memory(result, self._out_asked):
+            np.asarray(self._out_asked)[...] = result
         return self._out_asked
 
-    def restore(self, result: Array | None) -> Any:
-        """Return a fresh array in the caller's order of axes."""
-        return None if result is None else result.transpose(np.argsort(self._order))
-
-    def _turned(self, other: Array | None) -> Array | None:
-        if other is None:
-            return None
-        return np.require(_native(other).transpose(self._order), requirements="C")
+    def _alike(self, other: Array | None) -> Array | None:
+        """Return a tensor in the memory order of x."""
+        if other is None or _is_alike(other, self.x):
+            return other
+        copy = np.empty_like(self.x)
+        copy[...] = other
+        return copy
 
     def _target(self, out: Array) -> Array:
-        turned = np.asarray(out).transpose(self._order)
-        if _is_plain(turned):
-            return turned
-        return np.empty(turned.shape, self.x.dtype)
+        plain = np.asarray(out)
+        return plain if _is_alike(plain, self.x) else np.empty_like(self.x)
+
+
+def is_dense(a: Array) -> bool:
+    """Whether an array is in this machine's byte order and contiguous in some order of axes."""
+    return _is_native(a) and a.transpose(memory_order(a)).flags.c_contiguous
+
+
+def _is_alike(a: Array, x: Array) -> bool:
+    """Whether an array has the memory order of x, which is dense."""
+    return _is_native(a) and all(
+        n == 1 or stride == wanted
+        for n, stride, wanted in zip(x.shape, a.strides, x.strides, strict=True)
+    )
 
 
 def memory_order(x: Array) -> tuple[int, ...]:
@@ -113,23 +124,30 @@ def memory_order(x: Array) -> tuple[int, ...]:
     return tuple(sorted(range(x.ndim), key=lambda i: (x.shape[i] != 1, -abs(x.strides[i]))))
 
 
-def _is_plain(a: Array) -> bool:
-    return a.flags.c_contiguous and a.flags.aligned and a.dtype.isnative
+def _is_native(a: Array) -> bool:
+    return a.flags.aligned and a.dtype.isnative
 
 
 def _native(a: Array) -> Array:
-    if a.flags.aligned and a.dtype.isnative:
-        return a
-    return a.astype(a.dtype.newbyteorder("="), order="K")
+    return a if _is_native(a) else a.astype(a.dtype.newbyteorder("="), order="K")
 
 
 def array(name: str, value: Any) -> Array:
     """Return an argument as a plain array, of its own memory if it has some, or say why not."""
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array; expected a plain array: the mask would be lost "
             "(fill it, or leave the masked values out)"
         )
+    if isinstance(value, np.ndarray):  # a subclass, whatever it says of itself
+        return np.asarray(value)
+    return _converted(name, value)
+
+
+def _converted(name: str, value: Any) -> Array:
+    """Return what is no array as one; what its own methods raise is the cause of a TypeError."""
     try:
         if hasattr(value, "__dlpack__") and not _speaks_numpy(value):
             return _from_dlpack(name, value)
@@ -142,6 +160,13 @@ def array(name: str, value: Any) -> Array:
         ) from error
 
 
+def target(name: str, value: Any) -> Array:
+    """Return an array that is to be written to as a plain array of the same memory."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is {kind(value)}; expected a NumPy array")
+    return array(name, value)
+
+
 def _speaks_numpy(value: Any) -> bool:
     return hasattr(value, "__array__") or hasattr(value, "__array_interface__")
 
@@ -151,6 +176,17 @@ def _from_dlpack(name: str, value: Any) -> Array:
     if device != _DLPACK_CPU:
         raise TypeError(f"it is on DLPack device ({int(device)}, {number}), not on the CPU")
     return np.from_dlpack(value)
+
+
+def _errors_of(value: Any) -> tuple[type[Exception], ...]:
+    """Return what asking an object for a number, a truth or its repr may raise.
+
+    Anything at all, where its class is somebody else's. Built-in ones raise these, and whatever
+    else comes up meanwhile, such as a signal handler's TimeoutError, is not their answer.
+    """
+    if type(value) in _BUILT_IN or isinstance(value, np.generic):
+        return TypeError, ValueError, OverflowError
+    return (Exception,)
 
 
 def kind(value: Any) -> str:
@@ -166,7 +202,7 @@ def shown(value: Any) -> str:
         return f"an array of {value.dtype}"
     try:
         return f"{value!r:.60}"
-    except Exception:  # noqa: BLE001
+    except _errors_of(value):
         return f"an unprintable {type(value).__name__}"
 
 
@@ -192,23 +228,19 @@ def _listed(names: tuple[str, ...]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _tensor(name: str, value: Any) -> Array:
-    a = array(name, value)
+def _check_tensor(name: str, a: Array) -> None:
     check_type(name, a)
     if a.ndim < 2:
         raise ValueError(
             f"{name} has shape {a.shape}; expected at least 2 dimensions, one of them channels"
         )
-    return a
 
 
-def _like(name: str, value: Any, x: Array) -> Array:
-    a = array(name, value)
+def _check_like(name: str, a: Array, x: Array) -> None:
     if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
         raise TypeError(f"{name} has dtype {a.dtype}; expected that of x, {x.dtype}")
     if a.shape != x.shape:
         raise ValueError(f"{name} has shape {a.shape}; expected that of x, {x.shape}")
-    return a
 
 
 def _axis(axis: Any, x: Array) -> int:
@@ -221,20 +253,19 @@ def _axis(axis: Any, x: Array) -> int:
 
 
 def _check_out(out: Any, x: Array, tensors: dict[str, Array], out_may_be: tuple[str, ...]) -> None:
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out is {kind(out)}; expected a NumPy array")
-    target = _like("out", out, x)
-    if not out.flags.writeable:
-        raise ValueError(f"out of shape {out.shape} is read-only; expected a writeable array")
-    if _overlaps_itself(target):
+    plain = target("out", out)
+    _check_like("out", plain, x)
+    if not plain.flags.writeable:
+        raise ValueError(f"out of shape {plain.shape} is read-only; expected a writeable array")
+    if _overlaps_itself(plain):
         raise ValueError(
-            f"out has strides {out.strides} for shape {out.shape}, so that values of it share "
+            f"out has strides {plain.strides} for shape {plain.shape}, so that values of it share "
             "memory; expected each to have its own"
         )
     for name, tensor in tensors.items():
-        if name in out_may_be and _is_same(target, tensor):
+        if name in out_may_be and _is_same(plain, tensor):
             continue
-        if _share_memory(target, tensor):
+        if _share_memory(plain, tensor):
             raise ValueError(
                 f"out overlaps {name} in memory; expected it to be {_listed(out_may_be)} exactly, "
                 "or to be apart from all inputs"
@@ -271,13 +302,25 @@ def _overlaps_itself(a: Array) -> bool:
 
 def parameter(name: str, value: Any, channels: int, out: Array | None = None) -> Array:
     """Return a per-channel parameter as a plain float32 or float64 array."""
+    a = vector(name, value, out)
+    _check_channels(name, a, channels)
+    return a
+
+
+def vector(name: str, value: Any, out: Array | None = None) -> Array:
+    """Return a copy of a per-channel parameter, float32 or float64; how long it is is not asked."""
     a = array(name, value)
     check_type(name, a)
-    _check_channels(name, a, channels)
     if out is not None and _share_memory(a, out):
         refuse_overlap(name)
     kept = a.dtype.newbyteorder("=") if a.dtype.name in _KEPT_NAMES else np.dtype(np.float32)
     return np.array(a, dtype=kept, order="C")
+
+
+def refuse_vector(name: str, a: Array, channels: int) -> NoReturn:
+    """Refuse a per-channel parameter that has not one value per channel."""
+    _check_channels(name, a, channels)
+    refuse_uncommon()
 
 
 def refuse_overlap(name: str) -> NoReturn:
@@ -300,26 +343,50 @@ def constant(name: str, value: Any, channels: int | None = None) -> Array:
 
 def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[Any]) -> Array:
     """Return a plain copy of a running statistic that is to be updated and written back."""
-    check_updatable(name, value, channels)
-    check_running_type(name, value, x_dtype)
-    return np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+    a = running_copy(name, value)
+    refuse_running(name, a, channels, x_dtype)
+    return a
+
+
+def running_copy(name: str, value: Any) -> Array:
+    """Return a plain copy of a running statistic; how long it is is not asked."""
+    a = _updatable(name, value)
+    return np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
+
+
+def write_back(updated: Array, value: Array) -> None:
+    """Write an updated copy to where it was taken from."""
+    np.asarray(value)[...] = updated
 
 
 def check_updatable(name: str, value: Any, channels: int) -> None:
     """Refuse anything but a float array of one value per channel that can be written to."""
+    _updatable(name, value, channels)
+
+
+def _updatable(name: str, value: Any, channels: int | None = None) -> Array:
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} is {kind(value)}; expected a NumPy array to update in place")
-    dtype = array(name, value).dtype
-    if dtype.name not in _KEPT_NAMES or dtype.char == "g":
-        raise TypeError(f"{name} has dtype {dtype}; expected {_listed(_KEPT_NAMES)}")
-    _check_channels(name, value, channels)
-    if not value.flags.writeable:
+    a = array(name, value)
+    if a.dtype.name not in _KEPT_NAMES or a.dtype.char == "g":
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_KEPT_NAMES)}")
+    if channels is not None:
+        _check_channels(name, a, channels)
+    if not a.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to update in place")
-    if _overlaps_itself(value):
+    if _overlaps_itself(a):
         raise ValueError(
-            f"{name} has stride {value.strides[0]}, so that channels share memory; expected each "
+            f"{name} has stride {a.strides[0]}, so that channels share memory; expected each "
             "to have its own"
         )
+    return a
+
+
+def refuse_running(name: str, a: Array, channels: int, x_dtype: np.dtype[Any]) -> None:
+    """Refuse a running statistic that is not one for this data, or cannot be written to."""
+    _check_channels(name, a, channels)
+    check_running_type(name, a, x_dtype)
+    _updatable(name, a, channels)
 
 
 def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
@@ -359,6 +426,25 @@ def _touches(a: Array, other: Any) -> bool:
     except TypeError:
         return False  # where it is read, it is refused by its name
     return _share_memory(a, memory)
+
+
+def check_counter(counter: Any) -> None:
+    """Refuse a batch counter that cannot be written."""
+    name = "num_batches_tracked"
+    if not isinstance(counter, np.ndarray):
+        raise TypeError(f"{name} is {kind(counter)}; expected an array of int64 of shape ()")
+    a = array(name, counter)
+    if a.dtype != np.int64 or a.shape != ():
+        raise TypeError(f"{name} is {kind(a)}; expected an array of int64 of shape ()")
+    if not a.flags.writeable:
+        raise ValueError(f"{name} is read-only; expected a writeable array to count in")
+
+
+def check_room(counter: Array) -> None:
+    """Refuse a counter that does not hold a count, or could not hold the next one."""
+    number = int(np.asarray(counter))
+    if not 0 <= number < MOST_BATCHES:
+        raise ValueError(f"num_batches_tracked is {number}; expected 0 to {MOST_BATCHES - 1}")
 
 
 def _check_channels(name: str, a: Array, channels: int) -> None:
@@ -413,7 +499,7 @@ def activation(value: Any) -> tuple[int, float]:
 
 def real(name: str, value: Any) -> float:
     """Return an option that must be a finite number."""
-    number: float = _answer(name, value, "a number", _as_real)
+    number: float = value if type(value) is float else _answer(name, value, "a number", _as_real)
     if not isfinite(number):
         raise ValueError(f"{name} is {number}; expected a finite number")
     return number
@@ -421,7 +507,7 @@ def real(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any, expected: str = "an integer") -> int:
     """Return an option that must be an integer."""
-    if type(value) is int:  # each training call asks for its ddof
+    if type(value) is int:
         return value
     number: int = _answer(name, value, expected, _as_integer)
     return number
@@ -432,13 +518,13 @@ def _as_real(value: Any) -> float:
         raise TypeError
     if getattr(value, "shape", ()) != ():  # NumPy makes a number of one in brackets, too
         raise TypeError
-    return float(value)
+    return float.__float__(float(value))
 
 
 def _as_integer(value: Any) -> int:
     if _is_no_number(value):
         raise TypeError
-    return index(value)
+    return int.__int__(index(value))  # index() may return a subclass
 
 
 def _is_no_number(value: Any) -> bool:
@@ -448,12 +534,12 @@ def _is_no_number(value: Any) -> bool:
 
 
 def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]) -> Any:
-    """Return what an option is when asked; one that raises whatever it may is another thing."""
+    """Return what an option is when asked, or raise TypeError with the option's own error."""
     try:
         return question(value)
     except MemoryError:
         raise
-    except Exception as error:
+    except _errors_of(value) as error:
         raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
 
 
@@ -488,25 +574,33 @@ def check_ddof(value: Any) -> int:
     return number
 
 
-def check_count(count: Any, m: int, is_part: bool = False) -> None:
+def batch_size(count: Any) -> float:
+    """Return the values per channel of a batch, exact as far as memory reaches."""
+    number = integer("stats.count", count)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"stats.count is {count}; expected 0 to {2**63 - 1}")
+    return float(number)
+
+
+def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
     """Refuse statistics of a batch of another size than x; 0 stands for constants.
 
     Where x is a part of the batch, the batch has at least as many values.
     """
-    number = integer("stats.count", count)
     if is_part:
-        if number < m:
-            raise ValueError(
-                f"stats.count is {count}; expected at least the {m} values per channel of x, "
-                "which is a part of the batch that sums are of"
-            )
-    elif number not in (0, m):
         raise ValueError(
-            f"stats.count is {count}; expected the {m} values per channel of x, "
-            "or 0 for constant statistics"
+            f"stats.count is {count:.0f}; expected at least the {m} values per channel of x, "
+            "which is a part of the batch that sums are of"
         )
+    raise ValueError(
+        f"stats.count is {count:.0f}; expected the {m} values per channel of x, "
+        "or 0 for constant statistics"
+    )
 
 
 def refuse_uncommon() -> NoReturn:
-    """Say that `Canonical` did not do its work, which without a check would be asked for ever."""
-    raise RuntimeError("Canonical left tensors that are not the common case: a defect of bnfast")
+    """Say that arrays cannot be taken as they are although they were checked and converted."""
+    raise RuntimeError(
+        "Canonical left arrays that are not the common case: another thread or a finalizer "
+        "changed them during the call, or this is a defect of bnfast"
+    )

@@ -10,56 +10,14 @@ cdef extern from "bnfast.h" nogil:
     ctypedef enum bnf_activation:
         BNF_LINEAR, BNF_RELU, BNF_RELU6, BNF_LEAKY_RELU, BNF_ACTIVATIONS
 
-    ctypedef enum bnf_mask:
-        BNF_UNMASKED, BNF_FROM_X, BNF_FROM_X_RESIDUAL, BNF_FROM_Y
-
     ctypedef struct bnf_shape:
         Py_ssize_t outer, channels, inner
 
     ctypedef struct bnf_tile:
         Py_ssize_t outer0, outer1, channel0, channel1, inner0, inner1
 
-    ctypedef struct bnf_forward:
-        bnf_shape shape
-        const void *x
-        const void *residual
-        void *y
-        const double *mean
-        const double *scale
-        const double *shift
-        bnf_activation activation
-        double slope
-        bint stream
-
-    ctypedef struct bnf_backward:
-        bnf_shape shape
-        const void *dy
-        const void *x
-        const void *residual
-        const void *y
-        void *dx
-        void *dresidual
-        const double *mean
-        const double *scale
-        const double *shift
-        const double *dy_factor
-        const double *x_factor
-        const double *constant
-        bnf_activation activation
-        double slope
-        bnf_mask mask
-        bint through_moments
-        bint stream
-
-    ctypedef struct bnf_kernels:
-        void (*moments)(const void *, bnf_shape, bnf_tile, double *, double *) noexcept nogil
-        void (*apply)(const bnf_forward *, bnf_tile) noexcept nogil
-        void (*grad_sums)(const bnf_backward *, bnf_tile, double *, double *) noexcept nogil
-        void (*grad_input)(const bnf_backward *, bnf_tile) noexcept nogil
-
     ctypedef struct bnf_table:
         const char *name
-        const bnf_kernels **kernels
 
     int bnf_isa_count()
     const bnf_table *bnf_isa_table(int index)
@@ -88,20 +46,77 @@ cdef extern from "bnfast.h" nogil:
                             Py_ssize_t channel0, Py_ssize_t channels)
 
 
-cdef extern from "moments.h" nogil:
-    double bnf_variance(double m2, double count, double ddof)
-    void bnf_merge_blocks(bnf_shape shape, bnf_blocks blocks, Py_ssize_t c0, Py_ssize_t c1,
-                          double *mean, double *m2)
-    void bnf_add_blocks(bnf_shape shape, bnf_blocks blocks, Py_ssize_t c0, Py_ssize_t c1,
-                        double *total)
-    void bnf_close_forward(double count, double eps, Py_ssize_t c0, Py_ssize_t c1,
-                           const double *m2, const double *weight, double *var, double *inv_std,
-                           double *scale)
-    void bnf_close_sums(Py_ssize_t c0, Py_ssize_t c1, const double *inv_std, const double *dot,
-                        double *dweight)
-    void bnf_close_backward(const double *scale, double count, Py_ssize_t c0, Py_ssize_t c1,
-                            const double *inv_std, const double *dbias, const double *dweight,
-                            double *dy_factor, double *x_factor, double *constant)
+cdef extern from "driver.h" nogil:
+    ctypedef enum bnf_direction:
+        BNF_MOMENTS, BNF_FORWARD, BNF_BACKWARD, BNF_INFERENCE, BNF_DIRECTIONS
+
+    const Py_ssize_t BNF_SMALL_BYTES
+
+    ctypedef struct bnf_call:
+        bnf_direction direction
+        bnf_type type
+        bnf_shape shape
+        bnf_activation activation
+        double slope, eps, count
+        bint has_var, has_sums, gathers
+        const void *x
+        const void *residual
+        const void *dy
+        const void *output
+        void *y
+        void *dx
+        void *dresidual
+        double *mean
+        double *m2
+        double *var
+        double *inv_std
+        double *weight
+        double *scale
+        double *shift
+        double *dweight
+        double *dbias
+        Py_ssize_t bytes
+
+    void bnf_call_plan(bnf_call *call, int threads)
+    bint bnf_call_reserve(bnf_call *call)
+    void bnf_call_run(bnf_call *call)
+    void bnf_call_release(bnf_call *call)
+
+    ctypedef struct bnf_running:
+        void *mean
+        void *var
+        bint wide_mean, wide_var
+
+    void bnf_move_running(bnf_call *call, bnf_running running, double momentum, double ddof)
+    bint bnf_is_countable(Py_ssize_t channels, Py_ssize_t blocks)
+    void bnf_use_isa(int index)
+    int bnf_isa_in_use()
+    void bnf_use_caches(bnf_caches caches)
+    bnf_caches bnf_caches_in_use()
+
+    ctypedef struct bnf_kind:
+        bnf_direction direction
+        bnf_type type
+        bnf_layout layout
+        int isa
+        bnf_activation activation
+        bint residual
+
+    long long bnf_dispatches(bnf_kind kind)
+    void bnf_forget_dispatches()
+
+    ctypedef struct bnf_driver:
+        pass
+    const bnf_driver bnf_driver_table
+
+
+cdef extern from "threads.h" nogil:
+    void bnf_threads_setup()
+    bint bnf_threads_started()
+    bint bnf_threads_lost()
+    int bnf_threads_lowered()
+    int bnf_openmp_version()
+    void bnf_at_work(int *calls, int *threads)
 
 
 cdef extern from "pages.h" nogil:

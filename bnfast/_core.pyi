@@ -12,6 +12,8 @@ VARIANT_NAMES: tuple[str, ...]
 RESIDUAL_NAMES: tuple[str, ...]
 SUMS_NAMES: tuple[str, str]
 
+driver: Any  # a capsule over src/driver.h's bnf_driver_table
+
 Vector = NDArray[np.float64]
 Stats = tuple[int, Vector, Vector, Vector]
 
@@ -23,9 +25,9 @@ def set_isa(name: str) -> None: ...
 def set_caches(l2: int, l3: int) -> None: ...
 def config() -> dict[str, Any]: ...
 def openmp_limit() -> int: ...
+def threads_lost() -> bool: ...
 def pool_started() -> bool: ...
 def at_work() -> tuple[int, int]: ...
-def forget_calls() -> None: ...
 def plan(
     shape: tuple[int, int, int],
     itemsize: int,
@@ -60,7 +62,7 @@ def forward(
     running_var: NDArray[Any] | None,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     axis: int,
     ddof: int,
@@ -68,7 +70,6 @@ def forward(
     activation: Any,
     out: NDArray[Any] | None,
     counter: NDArray[np.int64] | None = ...,
-    seen: Any = ...,
 ) -> tuple[NDArray[Any], Stats]: ...
 def backward(
     dy: ArrayLike,

@@ -2,19 +2,23 @@
 # cython: initializedcheck=False, embedsignature=False
 """The one file that knows both Python and C.
 
-An entry point recognises the common case (C-contiguous arrays of our own types
-and the right shapes) in compiled code, takes pointers, plans tiles and runs
-them; whatever is less common goes to `_arrays`, which converts it or says what
-is wrong with it, and comes back here.  C knows elements, this file knows
-threads: every parallel loop of bnfast is in `run_in_threads`.
+An entry point does three things in this order:
+
+1. Read options, parameters and whatever is no array yet, and make the results: the caller's Python
+   may run here (`__float__`, `__array__`, finalizers, signal handlers) and change any array.
+2. Look at the arrays: take shapes, types and pointers, once, after the last such place.
+3. Run the driver (`src/driver.c`) on them.
+
+The look recognises arrays of our own types that are dense in some order of their axes.  Whatever
+is less common goes to `_arrays`, which converts it or says what is wrong with it, and is then
+looked at the same way.
 """
 cimport numpy as cnp
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
-from cython.parallel cimport prange
-from libc.math cimport isfinite, sqrt
-from libc.stdint cimport SIZE_MAX, int64_t, uintptr_t
-from libc.stdlib cimport calloc, free
+from libc.math cimport isfinite
+from libc.stdint cimport INT64_MAX, SIZE_MAX, int64_t, uintptr_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
 
 import os
@@ -28,66 +32,48 @@ cnp.import_array()
 
 cdef extern from *:
     """
-    #ifndef _OPENMP
-    #error "bnfast needs a compiler with OpenMP (gcc, or clang with libomp)"
-    #endif
-    #define BNF_OPENMP _OPENMP
     #ifdef __clang__
     #define BNF_COMPILER __VERSION__
     #else
     #define BNF_COMPILER "gcc " __VERSION__
     #endif
     """
-    const int BNF_OPENMP
     const char *BNF_COMPILER
-
-cdef extern from "omp.h":
-    int omp_get_max_threads() noexcept nogil
-
-cdef extern from "Python.h":
-    const Py_ssize_t PY_SSIZE_T_MAX
 
 cdef extern from "numpy/arrayobject.h":
     PyObject *PyDataMem_DefaultHandler
-    const int NPY_HALF, NPY_USERDEF   # which NumPy's own declarations leave out
+    # which NumPy's own declarations leave out
+    const int NPY_HALF, NPY_USERDEF
+    cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, PyObject *, int)
 
 cdef extern from "numpy/numpyconfig.h":
     const char *NPY_FEATURE_VERSION_STRING   # the oldest NumPy this build runs with
 
-cdef enum:
-    # A call on fewer bytes is over before another thread could have taken the GIL.
-    KEEP_GIL_BYTES = 65536
-    MOST_ISAS = 8
 
+# --- The driver: instruction set, caches, threads, and the counts of what it did -----------------
 
-# --- The instruction set in use, and the counts of what it did -------------------------
+bnf_threads_setup()
+bnf_use_caches(bnf_read_caches())
+driver = PyCapsule_New(<void *>&bnf_driver_table, "bnfast._core.driver", NULL)
 
-cdef const bnf_table *active = NULL
-cdef int active_index = 0
-cdef bnf_caches caches = bnf_read_caches()
-cdef bint threads_started = False
-
-cdef enum Direction:
-    MOMENTS, FORWARD, BACKWARD, INFERENCE, DIRECTIONS
-
-DIRECTION_NAMES = ("moments", "forward", "backward", "inference")
+DIRECTION_NAMES = ("moments", "forward", "backward", "inference")   # as in bnf_direction
 TYPE_NAMES = ("float32", "float64", "float16", "bfloat16")   # as in bnf_type
 LAYOUT_NAMES = ("planar", "interleaved")
 VARIANT_NAMES = ("plain", "relu", "relu6", "leaky_relu")
 RESIDUAL_NAMES = ("", "+residual")
 
-# By direction, type, layout, instruction set, activation and whether a residual took part.
-cdef long long counts[4][4][2][MOST_ISAS][4][2]
-
 
 def dispatches():
     """How often each kernel set ran: {(direction, dtype, layout, isa, variant): count}."""
+    cdef bnf_kind kind
     built = [bnf_isa_name(i).decode() for i in range(bnf_isa_count())]
-    names = (DIRECTION_NAMES, TYPE_NAMES, LAYOUT_NAMES, built, VARIANT_NAMES,
-             RESIDUAL_NAMES)
+    names = (DIRECTION_NAMES, TYPE_NAMES, LAYOUT_NAMES, built, VARIANT_NAMES, RESIDUAL_NAMES)
     found = {}
     for d, t, y, i, a, r in product(*(range(len(axis)) for axis in names)):
-        times = counts[<int>d][<int>t][<int>y][<int>i][<int>a][<int>r]
+        kind.direction, kind.type = <bnf_direction><int>d, <bnf_type><int>t
+        kind.layout, kind.isa = <bnf_layout><int>y, i
+        kind.activation, kind.residual = <bnf_activation><int>a, r
+        times = bnf_dispatches(kind)
         if times:
             variant = VARIANT_NAMES[a] + RESIDUAL_NAMES[r]
             found[DIRECTION_NAMES[d], TYPE_NAMES[t], LAYOUT_NAMES[y], built[i],
@@ -97,7 +83,7 @@ def dispatches():
 
 def reset_dispatches():
     """Count from zero again."""
-    memset(counts, 0, sizeof(counts))
+    bnf_forget_dispatches()
 
 
 def isas():
@@ -108,23 +94,23 @@ def isas():
 
 def isa():
     """Name of the instruction set in use."""
-    return active.name.decode()
+    return bnf_isa_name(bnf_isa_in_use()).decode()
 
 
 def set_isa(str name):
     """Use another instruction set from here on, in the whole process: for tests."""
-    global active, active_index
     for i in range(bnf_isa_count()):
         if bnf_isa_table(i) != NULL and bnf_isa_name(i).decode() == name:
-            active = bnf_isa_table(i)
-            active_index = i
+            bnf_use_isa(i)
             return
     raise ValueError(f"instruction set is {name!r}; expected one of {', '.join(isas())}")
 
 
 def set_caches(Py_ssize_t l2, Py_ssize_t l3):
     """Plan for caches of other sizes from here on, in the whole process: for tests."""
+    cdef bnf_caches caches = bnf_caches_in_use()
     caches.l2, caches.l3 = l2, l3
+    bnf_use_caches(caches)
 
 
 cdef choose_isa():
@@ -140,11 +126,12 @@ choose_isa()
 
 def config():
     """What was built and what was found, for `show_config`."""
+    cdef bnf_caches caches = bnf_caches_in_use()
     return {
         "isas_built": tuple(bnf_isa_name(i).decode() for i in range(bnf_isa_count())),
         "isas_runnable": isas(),
         "isa": isa(),
-        "openmp": BNF_OPENMP,
+        "openmp": bnf_openmp_version(),
         "compiler": BNF_COMPILER.decode(),
         "caches": {"l1d": caches.l1d, "l2": caches.l2, "l3": caches.l3,
                    "source": "read from the system" if caches.measured else "assumed"},
@@ -152,252 +139,52 @@ def config():
     }
 
 
-cdef int openmp_default = omp_get_max_threads()
-
-
 def openmp_limit():
     """What somebody lowered the OpenMP runtime's number of threads to, as threadpoolctl does;
     0 if nobody did.  Our teams name their number and would not notice."""
-    cdef int number = omp_get_max_threads()
-    return number if number < openmp_default else 0
+    return bnf_threads_lowered()
+
+
+def threads_lost():
+    """Whether this is a forked process that has to stay on one thread."""
+    return bnf_threads_lost()
 
 
 _threads.openmp_limit = openmp_limit
+_threads.threads_lost = threads_lost
 
 
 def pool_started():
     """Whether a parallel region has run in this process: its threads do not survive a fork."""
-    return threads_started
-
-
-# --- One call: gather, settle, spread ---------------------------------------------------
-
-cdef struct Activation:
-    bnf_activation code
-    double slope
-
-
-# Sums go into slots, (blocks, channels) arrays; `settle` turns a group's slots into what
-# `spread` multiplies with.  A missing step is NULL: moments() spreads nothing, inference
-# gathers nothing.
-cdef struct Work:
-    bnf_shape shape
-    bnf_plan plan
-    int most_threads        # that this call was granted, were it alone
-    const bnf_kernels *kernels
-    long long *counter      # of dispatches like this one
-    Py_ssize_t bytes
-    double count, eps
-    double *memory          # of all the arrays below, one value per channel but for the slots
-    double *mean
-    double *weight
-    double *shift
-    double *scale
-    double *var
-    double *inv_std
-    double *dweight
-    double *dy_factor
-    double *x_factor
-    double *constant
-    double *ones
-    double *slot_a          # means, or sums of g; the whole batch's in row 0 once settled
-    double *slot_b          # M2s, or sums of g * (x - mean)
-    bnf_forward forward
-    bnf_backward backward
-    void (*gather)(Work *, bnf_tile, Py_ssize_t) noexcept nogil
-    void (*settle)(Work *, Py_ssize_t, Py_ssize_t) noexcept nogil
-    void (*spread)(Work *, bnf_tile) noexcept nogil
-
-
-cdef int check_countable(Py_ssize_t channels, Py_ssize_t blocks) except -1:
-    """Raise MemoryError for more numbers than can be counted in bytes: an empty array may have
-    that many channels."""
-    if channels > PY_SSIZE_T_MAX // <Py_ssize_t>sizeof(double) // (12 + 2 * blocks):
-        raise MemoryError
-    return 0
-
-
-cdef int reserve(Work *w, Py_ssize_t channels, Py_ssize_t blocks) except -1:
-    """Take zeroed memory for all of a call's per-channel numbers, or raise MemoryError."""
-    cdef double **vectors[11]
-    cdef Py_ssize_t i
-    vectors[:] = [&w.mean, &w.weight, &w.shift, &w.scale, &w.var, &w.inv_std, &w.dweight,
-                  &w.dy_factor, &w.x_factor, &w.constant, &w.ones]
-    check_countable(channels, blocks)
-    w.memory = <double *>calloc((11 + 2 * blocks) * channels + 1, sizeof(double))
-    if w.memory == NULL:
-        raise MemoryError
-    for i in range(11):
-        vectors[i][0] = w.memory + i * channels
-    w.slot_a = w.memory + 11 * channels
-    w.slot_b = w.slot_a + blocks * channels
-    return 0
-
-
-cdef void gather_moments(Work *w, bnf_tile tile, Py_ssize_t block) noexcept nogil:
-    cdef Py_ssize_t row = block * w.shape.channels
-    w.kernels.moments(w.forward.x, w.shape, tile, w.slot_a + row, w.slot_b + row)
-
-
-cdef void merge_moments(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    bnf_merge_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_a, w.slot_b)
-
-
-cdef void settle_forward(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    merge_moments(w, c0, c1)
-    bnf_close_forward(w.count, w.eps, c0, c1, w.slot_b, w.weight, w.var, w.inv_std, w.scale)
-
-
-cdef void spread_forward(Work *w, bnf_tile tile) noexcept nogil:
-    w.kernels.apply(&w.forward, tile)
-
-
-cdef void gather_gradients(Work *w, bnf_tile tile, Py_ssize_t block) noexcept nogil:
-    cdef Py_ssize_t row = block * w.shape.channels
-    w.kernels.grad_sums(&w.backward, tile, w.slot_a + row, w.slot_b + row)
-
-
-cdef void settle_backward(Work *w, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_a)
-    bnf_add_blocks(w.shape, w.plan.blocks, c0, c1, w.slot_b)
-    bnf_close_sums(c0, c1, w.inv_std, w.slot_b, w.dweight)
-    bnf_close_backward(w.scale, w.count, c0, c1, w.inv_std, w.slot_a, w.dweight, w.dy_factor,
-                       w.x_factor, w.constant)
-
-
-cdef void spread_backward(Work *w, bnf_tile tile) noexcept nogil:
-    w.kernels.grad_input(&w.backward, tile)
-
-
-cdef void gather_tile(Work *w, Py_ssize_t block, Py_ssize_t group) noexcept nogil:
-    w.gather(w, bnf_block_tile(w.shape, w.plan.blocks, block, group * w.plan.group,
-                               w.plan.group), block)
-
-
-cdef void settle_group(Work *w, Py_ssize_t group) noexcept nogil:
-    cdef Py_ssize_t c0 = group * w.plan.group
-    w.settle(w, c0, min(c0 + w.plan.group, w.shape.channels))
-
-
-cdef void spread_tile(Work *w, Py_ssize_t block, Py_ssize_t width) noexcept nogil:
-    w.spread(w, bnf_block_tile(w.shape, w.plan.spread, block, width * w.plan.width,
-                               w.plan.width))
-
-
-cdef void run_group(Work *w, Py_ssize_t group) noexcept nogil:
-    """All steps of one group of channels, while the caches hold it."""
-    cdef Py_ssize_t block
-    for block in range(w.plan.blocks.count):
-        gather_tile(w, block, group)
-    settle_group(w, group)
-    spread_tile(w, 0, group)
-
-
-cdef void run_here(Work *w) noexcept nogil:
-    """All steps over all tiles, one after the other."""
-    cdef Py_ssize_t i, groups = w.plan.groups, widths = w.plan.widths
-    if w.plan.fused:
-        for i in range(groups):
-            run_group(w, i)
-        return
-    if w.gather != NULL:   # a block's tiles side by side, as they lie in memory
-        for i in range(w.plan.blocks.count * groups):
-            gather_tile(w, i // groups, i % groups)
-        for i in range(groups):
-            settle_group(w, i)
-    if w.spread != NULL:
-        for i in range(w.plan.spread.count * widths):
-            spread_tile(w, i // widths, i % widths)
-
-
-cdef void run_in_threads(Work *w, int threads) noexcept:
-    """The same.  Which thread takes a tile may vary; what it computes may not.
-
-    The loops stand in a block that is known to have had the GIL.  In a nogil function Cython asks
-    whether there is one to release, and before Python 3.12 the answer is wrong as soon as the
-    process has made another interpreter: it would end there.
-    """
-    global threads_started
-    cdef Py_ssize_t i, groups = w.plan.groups, widths = w.plan.widths
-    cdef Py_ssize_t blocks = w.plan.blocks.count
-    threads_started = True
-    with nogil:
-        if w.plan.fused:
-            for i in prange(groups, schedule="dynamic", num_threads=threads):
-                run_group(w, i)
-        else:
-            if w.gather != NULL:
-                for i in prange(blocks * groups, schedule="static", num_threads=threads):
-                    gather_tile(w, i // groups, i % groups)
-                for i in range(groups):
-                    settle_group(w, i)
-            if w.spread != NULL:
-                for i in prange(w.plan.spread.count * widths, schedule="static",
-                                num_threads=threads):
-                    spread_tile(w, i // widths, i % widths)
-
-
-# The calls that are at work without the GIL, and the threads they have between them.  Whoever
-# changes these holds the GIL.
-cdef int calls_at_work = 0
-cdef int threads_at_work = 0
+    return bnf_threads_started()
 
 
 def at_work():
     """How many calls are running without the GIL, and in how many threads: for tests."""
-    return calls_at_work, threads_at_work
+    cdef int calls, threads
+    bnf_at_work(&calls, &threads)
+    return calls, threads
 
 
-def forget_calls():
-    """In a forked child: the calls that other threads of the parent were in are not here."""
-    global calls_at_work, threads_at_work
-    calls_at_work = threads_at_work = 0
+cdef int most_threads(cnp.ndarray x) except -1:
+    """How many threads a call on x may use, if x and what goes with it are large enough to ask."""
+    return _threads.limit() if bnf_useful_threads(5 * cnp.PyArray_NBYTES(x)) > 1 else 1
 
 
-cdef int share_of(int most) noexcept:
-    """How many of so many threads a call may take beside the calls that are at work.
-
-    Each Python thread has a pool of OpenMP's to itself, so that a pool of them would start the
-    square of what the machine has.  A call takes an even share, and no more than is left: that is
-    one where an outer pool is as large as the machine, and all where a call is alone.
-    """
-    return max(1, min(most // (calls_at_work + 1), most - threads_at_work))
+cdef int reserve(bnf_call *call) except -1:
+    """Take zeroed memory for all of a call's per-channel numbers, or raise MemoryError."""
+    if not bnf_call_reserve(call):
+        raise MemoryError
+    return 0
 
 
-cdef run_work(Work *w):
-    global calls_at_work, threads_at_work
-    cdef int threads
-    w.counter[0] += 1
-    if w.bytes < KEEP_GIL_BYTES:
-        run_here(w)
-        return
-    threads = min(w.plan.threads, share_of(w.most_threads))   # others may have begun since
-    calls_at_work += 1
-    threads_at_work += threads
-    if threads > 1:
-        run_in_threads(w, threads)
+cdef void run(bnf_call *call) noexcept:
+    """Run a planned call, without the GIL unless it is over before another thread could have it."""
+    if call.bytes < BNF_SMALL_BYTES:
+        bnf_call_run(call)
     else:
         with nogil:
-            run_here(w)
-    calls_at_work -= 1
-    threads_at_work -= threads
-
-
-cdef int plan_work(Work *w, cnp.ndarray x, bnf_shape shape, bint gathers, int reads, int writes,
-                   Direction direction, Activation act, bint residual) except -1:
-    """Choose kernels and tiles; takes no memory and writes nothing."""
-    cdef int kind = type_of(x)
-    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(x)
-    w.shape = shape
-    w.count = <double>(shape.outer * shape.inner)
-    w.bytes = cnp.PyArray_SIZE(x) * itemsize * (reads + writes)
-    w.most_threads = _threads.limit() if bnf_useful_threads(w.bytes) > 1 else 1
-    w.plan = bnf_make_plan(shape, itemsize, gathers, reads, writes, caches,
-                           share_of(w.most_threads))
-    w.kernels = &active.kernels[kind][<int>w.plan.layout]
-    w.counter = &counts[<int>direction][kind][<int>w.plan.layout][active_index][<int>act.code][
-        residual]
-    return 0
+            bnf_call_run(call)
 
 
 # --- Fresh outputs -----------------------------------------------------------------------
@@ -446,11 +233,13 @@ cdef object handler_of_pages():
 
 
 cdef inline cnp.ndarray empty_like(cnp.ndarray x):
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    if cnp.PyArray_IS_C_CONTIGUOUS(x):
+        return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
 cdef cnp.ndarray new_like(cnp.ndarray x):
-    """An output of x's shape and type, with whatever is in its memory."""
+    """An output of x's shape, type and memory order, with whatever is in its memory."""
     if cnp.PyArray_NBYTES(x) < BNF_PAGES_LEAST:
         return empty_like(x)
     current = cnp.PyDataMem_GetHandler()
@@ -492,203 +281,59 @@ def kept_memory():
     return bnf_pages_held(), bnf_pages_bound()
 
 
-# --- Recognising the common case ---------------------------------------------------------
+# --- Reading what is no array yet: the caller's Python may run ------------------------------------
 
 # The number that NumPy gave bfloat16 when ml_dtypes registered it, once an array of it was seen.
 cdef int bfloat16_number = -1
 
 
-cdef int user_type_of(cnp.ndarray x) noexcept:
-    """type_of, of an array whose type came to NumPy from elsewhere."""
+cdef object as_array(str name, object value):
+    """An argument as a plain array of the same memory, if it has some; None stays None."""
     global bfloat16_number
-    cdef int number = cnp.PyArray_TYPE(x)
-    if bfloat16_number < 0 and _arrays.is_bfloat16(x.dtype):
-        bfloat16_number = number
-    return BNF_BF16 if number == bfloat16_number else BNF_TYPES
+    if value is not None and not cnp.PyArray_CheckExact(value):
+        value = _arrays.array(name, value)
+    if value is not None and bfloat16_number < 0:
+        number = cnp.PyArray_TYPE(<cnp.ndarray>value)
+        if number >= NPY_USERDEF and _arrays.is_bfloat16((<cnp.ndarray>value).dtype):
+            bfloat16_number = number
+    return value
 
 
-cdef inline int type_of(cnp.ndarray x) noexcept:
-    """Which bnf_type x has; BNF_TYPES if none."""
-    cdef int number = cnp.PyArray_TYPE(x)
-    if number == cnp.NPY_FLOAT:
-        return BNF_F32
-    if number == cnp.NPY_DOUBLE:
-        return BNF_F64
-    if number == NPY_HALF:
-        return BNF_F16
-    return user_type_of(x) if number >= NPY_USERDEF else BNF_TYPES
+cdef object as_target(str name, object value):
+    """An array to be written to, as a plain array of the same memory; None stays None."""
+    return value if value is None or cnp.PyArray_CheckExact(value) else _arrays.target(name, value)
 
 
-cdef inline bint is_dense(object x) noexcept:
-    """A C-contiguous, aligned array in this machine's byte order, and no subclass."""
-    return cnp.PyArray_CheckExact(x) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
+cdef object as_counter(object value):
+    """A counter of batches, likewise."""
+    if value is not None and not cnp.PyArray_CheckExact(value):
+        _arrays.check_counter(value)
+    return as_target("num_batches_tracked", value)
 
 
-cdef inline bint is_plain(object x) noexcept:
-    """A dense array of a type that data may have."""
-    return is_dense(x) and type_of(<cnp.ndarray>x) != BNF_TYPES
+cdef object as_vector(str name, object value, object out):
+    """A per-channel parameter as an array that it can be read from; None stays None."""
+    if value is None or (cnp.PyArray_CheckExact(value) and is_vector(<cnp.ndarray>value)):
+        return value
+    return _arrays.vector(name, value, out)
 
 
-cdef inline bint is_vector(object x) noexcept:
-    """A dense array of a type that per-channel numbers are read in as they are."""
-    return is_dense(x) and cnp.PyArray_TYPE(<cnp.ndarray>x) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE)
-
-
-cdef inline bint is_like(object a, cnp.ndarray x) noexcept:
-    return (is_plain(a) and cnp.PyArray_TYPE(<cnp.ndarray>a) == cnp.PyArray_TYPE(x)
-            and cnp.PyArray_SAMESHAPE(<cnp.ndarray>a, x))
-
-
-cdef inline bint is_target(object out, cnp.ndarray x) noexcept:
-    return is_like(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
-
-
-cdef inline bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Of two contiguous arrays, whether any byte is in both."""
-    cdef uintptr_t p = <uintptr_t>cnp.PyArray_DATA(a), q = <uintptr_t>cnp.PyArray_DATA(b)
-    return (p < q + <uintptr_t>cnp.PyArray_NBYTES(b)
-            and q < p + <uintptr_t>cnp.PyArray_NBYTES(a))
-
-
-cdef inline bint apart(cnp.ndarray out, object other) noexcept:
-    """Whether writing out leaves the plain array other readable: nothing shared, or all of it."""
-    return (other is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(<cnp.ndarray>other)
-            or not overlap(out, <cnp.ndarray>other))
-
-
-cdef inline bint touches(cnp.ndarray a, cnp.ndarray x, object residual, object out) noexcept:
-    return (overlap(a, x) or (residual is not None and overlap(a, <cnp.ndarray>residual))
-            or (out is not None and overlap(a, <cnp.ndarray>out)))
-
-
-cdef inline bint may_touch(cnp.ndarray a, object value) noexcept:
-    """Whether a parameter needs a closer look before a is updated."""
-    return value is not None and (not is_dense(value) or overlap(a, <cnp.ndarray>value))
-
-
-cdef bint see(object x, object axis, bnf_shape *shape) noexcept:
-    """Fill shape and say yes if x and axis are the common case."""
-    cdef cnp.ndarray array
-    cdef int rank, i, channel_axis
-    cdef Py_ssize_t wanted
-    if not is_plain(x) or type(axis) is not int:
-        return False
-    array = <cnp.ndarray>x
-    rank = cnp.PyArray_NDIM(array)
-    try:
-        wanted = axis
-    except OverflowError:
-        return False
-    if rank < 2 or not -rank <= wanted < rank:
-        return False
-    channel_axis = <int>(wanted if wanted >= 0 else wanted + rank)
-    shape.outer = shape.inner = 1
-    for i in range(channel_axis):
-        shape.outer *= cnp.PyArray_DIM(array, i)
-    for i in range(channel_axis + 1, rank):
-        shape.inner *= cnp.PyArray_DIM(array, i)
-    shape.channels = cnp.PyArray_DIM(array, channel_axis)
-    if shape.channels == 1:   # one run of values, and lanes for all of them
-        shape.inner *= shape.outer
-        shape.outer = 1
-    return True
-
-
-cdef cnp.ndarray new_vector(Py_ssize_t n):
-    cdef cnp.npy_intp size = n
-    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_DOUBLE, 0)
-
-
-def over_memory(uintptr_t address, shape, int type_number):
-    """A C-contiguous array over memory that is not NumPy's, whose owner keeps it for as long as
-    the array is used.
-
-    For PyTorch's tensors: their own way to an array costs more than a small batch norm, and
-    takes from their storage for good that it can be resized.
-    """
-    cdef cnp.npy_intp sizes[16]
-    cdef int i, rank = <int>len(shape)
-    if rank > 16:
-        raise ValueError(f"shape has {rank} axes; expected 16 at most")
-    for i in range(rank):
-        sizes[i] = shape[i]
-    return cnp.PyArray_SimpleNewFromData(rank, sizes, type_number, <void *>address)
-
-
-cdef inline double *numbers(object vector) noexcept:
-    return <double *>cnp.PyArray_DATA(<cnp.ndarray>vector)
-
-
-cdef void copy_numbers(object vector, const double *values) noexcept:
-    memcpy(numbers(vector), values, cnp.PyArray_NBYTES(<cnp.ndarray>vector))
-
-
-cdef cnp.ndarray vector_of(const double *values, Py_ssize_t n):
-    cdef cnp.ndarray vector = new_vector(n)
-    copy_numbers(vector, values)
-    return vector
-
-
-cdef inline bint is_parameter(object value, Py_ssize_t channels) noexcept:
-    return (is_vector(value) and cnp.PyArray_NDIM(<cnp.ndarray>value) == 1
-            and cnp.PyArray_DIM(<cnp.ndarray>value, 0) == channels)
-
-
-cdef int read_parameter(str name, object value, Py_ssize_t channels, double missing,
-                        double *to, object out) except -1:
-    """Copy a per-channel parameter, or what stands for a missing one, as float64."""
-    cdef Py_ssize_t i
-    cdef const float *single
-    cdef const double *twice
-    if value is None:
-        for i in range(channels):
-            to[i] = missing
-        return 0
-    if not is_parameter(value, channels):
-        value = _arrays.parameter(name, value, channels, out)
-    elif out is not None and overlap(<cnp.ndarray>value, <cnp.ndarray>out):
-        _arrays.refuse_overlap(name)
-    if cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT:
-        single = <const float *>cnp.PyArray_DATA(<cnp.ndarray>value)
-        for i in range(channels):
-            to[i] = single[i]
-    else:
-        twice = <const double *>cnp.PyArray_DATA(<cnp.ndarray>value)
-        for i in range(channels):
-            to[i] = twice[i]
-    return 0
-
-
-cdef inline bint is_running(object value, cnp.ndarray x) noexcept:
-    """A dense array of a type that running statistics may have beside x."""
-    return is_vector(value) and (cnp.PyArray_TYPE(<cnp.ndarray>value) == cnp.NPY_FLOAT
-                                 or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)
-
-
-cdef int check_running(str name, object value, cnp.ndarray x) except -1:
-    if not is_running(value, x):
-        _arrays.check_running_type(name, value, x.dtype)
-    return 0
-
-
-cdef cnp.ndarray running_statistic(str name, object value, cnp.ndarray x, Py_ssize_t channels):
-    """The array to update: value itself, or a plain copy where value is not plain."""
-    if (is_parameter(value, channels) and is_running(value, x)
+cdef object as_running(str name, object value):
+    """A running statistic as the array to update: itself, or a copy to be written back."""
+    if (cnp.PyArray_CheckExact(value) and is_vector(<cnp.ndarray>value)
             and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>value)):
-        return <cnp.ndarray>value
-    return _arrays.running_statistic(name, value, channels, x.dtype)
+        return value
+    return _arrays.running_copy(name, value)
 
 
-cdef void move_average(cnp.ndarray running, double momentum, const double *batch) noexcept:
-    cdef Py_ssize_t i, n = cnp.PyArray_DIM(running, 0)
-    cdef float *single = <float *>cnp.PyArray_DATA(running)
-    cdef double *twice = <double *>cnp.PyArray_DATA(running)
-    cdef bint is_single = cnp.PyArray_TYPE(running) == cnp.NPY_FLOAT
-    for i in range(n):
-        if is_single:
-            single[i] = <float>((1 - momentum) * single[i] + momentum * batch[i])
-        else:
-            twice[i] = (1 - momentum) * twice[i] + momentum * batch[i]
+cdef object as_axis(object axis):
+    """An axis as an int; whether x has it is seen with x."""
+    return axis if type(axis) is int else _arrays.integer("axis", axis)
+
+
+cdef struct Activation:
+    bnf_activation code
+    double slope
 
 
 cdef Activation read_activation(object activation) except *:
@@ -711,6 +356,270 @@ cdef double read_momentum(object momentum) except? -1:
     if type(momentum) is float and isfinite(<double>momentum):
         return momentum
     return _arrays.real("momentum", momentum)
+
+
+cdef double read_ddof(object ddof) except? -1:
+    if type(ddof) is int and (ddof == 0 or ddof == 1):
+        return ddof
+    return _arrays.check_ddof(ddof)
+
+
+# --- Looking at arrays: nothing of the caller's runs ----------------------------------------------
+
+cdef inline int type_of(cnp.ndarray a) noexcept:
+    """Which bnf_type an array has; BNF_TYPES if none."""
+    cdef int number = cnp.PyArray_TYPE(a)
+    if number == cnp.NPY_FLOAT:
+        return BNF_F32
+    if number == cnp.NPY_DOUBLE:
+        return BNF_F64
+    if number == NPY_HALF:
+        return BNF_F16
+    return BNF_BF16 if number == bfloat16_number and number >= 0 else BNF_TYPES
+
+
+cdef inline bint is_in_its_owner(cnp.ndarray a) noexcept:
+    """Whether a dense view lies within the array that owns its memory, which `resize` may have
+    given other memory since."""
+    cdef PyObject *base = cnp.PyArray_BASE(a)
+    cdef uintptr_t start, owned
+    if base == NULL or not cnp.PyArray_Check(<object>base):
+        return True
+    if not cnp.PyArray_CHKFLAGS(<cnp.ndarray>base, cnp.NPY_ARRAY_OWNDATA):
+        return True
+    start, owned = <uintptr_t>cnp.PyArray_DATA(a), <uintptr_t>cnp.PyArray_DATA(<cnp.ndarray>base)
+    return (owned <= start and start + <uintptr_t>cnp.PyArray_NBYTES(a)
+            <= owned + <uintptr_t>cnp.PyArray_NBYTES(<cnp.ndarray>base))
+
+
+cdef inline bint is_native(cnp.ndarray a) noexcept:
+    return cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_ALIGNED) and cnp.PyArray_ISNOTSWAPPED(a)
+
+
+cdef inline bint is_vector(cnp.ndarray a) noexcept:
+    """A contiguous row of a type that per-channel numbers are read in as they are."""
+    return (cnp.PyArray_TYPE(a) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE) and cnp.PyArray_NDIM(a) == 1
+            and cnp.PyArray_IS_C_CONTIGUOUS(a) and is_native(a) and is_in_its_owner(a))
+
+
+cdef inline bint is_vector_of(cnp.ndarray a, Py_ssize_t channels) noexcept:
+    return is_vector(a) and cnp.PyArray_DIM(a, 0) == channels
+
+
+cdef int sort_axes(cnp.ndarray x, int *order) noexcept:
+    """Fill order with the axes in which x runs through memory, and return how many there are:
+    longest strides first, axes of one index left out.  Return -1 if x has gaps."""
+    cdef int i, j, n = 0
+    cdef Py_ssize_t stride = cnp.PyArray_ITEMSIZE(x)
+    for i in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_DIM(x, i) == 1:
+            continue
+        j = n
+        while j > 0 and cnp.PyArray_STRIDE(x, order[j - 1]) < cnp.PyArray_STRIDE(x, i):
+            order[j] = order[j - 1]
+            j -= 1
+        order[j] = i
+        n += 1
+    for j in range(n - 1, -1, -1):
+        if cnp.PyArray_STRIDE(x, order[j]) != stride:
+            return -1
+        stride *= cnp.PyArray_DIM(x, order[j])
+    return n
+
+
+cdef enum:
+    MOST_AXES = 64   # of NumPy's arrays
+
+
+cdef bint see(object tensor, object axis, bnf_shape *shape) noexcept:
+    """Fill shape and say yes if a tensor has data of ours, dense in some order of its axes."""
+    cdef cnp.ndarray x
+    cdef int[MOST_AXES] order
+    cdef int rank, i, n, channel_axis
+    cdef bint is_before = True
+    cdef Py_ssize_t wanted
+    if not cnp.PyArray_CheckExact(tensor):
+        return False
+    x = <cnp.ndarray>tensor
+    rank = cnp.PyArray_NDIM(x)
+    try:
+        wanted = axis
+    except OverflowError:
+        return False
+    if (rank < 2 or rank > MOST_AXES or not -rank <= wanted < rank or type_of(x) == BNF_TYPES
+            or not is_native(x) or not is_in_its_owner(x)):
+        return False
+    channel_axis = <int>(wanted if wanted >= 0 else wanted + rank)
+    shape.outer = shape.inner = 1
+    shape.channels = cnp.PyArray_DIM(x, channel_axis)
+    if cnp.PyArray_IS_C_CONTIGUOUS(x):
+        for i in range(channel_axis):
+            shape.outer *= cnp.PyArray_DIM(x, i)
+        for i in range(channel_axis + 1, rank):
+            shape.inner *= cnp.PyArray_DIM(x, i)
+    else:
+        n = sort_axes(x, order)
+        if n < 0:
+            return False
+        for i in range(n):
+            if order[i] == channel_axis:
+                is_before = False
+            elif is_before:
+                shape.outer *= cnp.PyArray_DIM(x, order[i])
+            else:
+                shape.inner *= cnp.PyArray_DIM(x, order[i])
+    if shape.channels == 1:   # one run of values, and lanes for all of them
+        shape.inner *= shape.outer
+        shape.outer = 1
+    return True
+
+
+cdef inline bint is_like(object tensor, cnp.ndarray x) noexcept:
+    """Whether a tensor has x's type, shape and memory order."""
+    cdef cnp.ndarray a
+    cdef int i
+    if not cnp.PyArray_CheckExact(tensor):
+        return False
+    a = <cnp.ndarray>tensor
+    if not (cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(a, x)
+            and is_native(a) and is_in_its_owner(a)):
+        return False
+    if cnp.PyArray_IS_C_CONTIGUOUS(a) and cnp.PyArray_IS_C_CONTIGUOUS(x):
+        return True
+    for i in range(cnp.PyArray_NDIM(x)):
+        if (cnp.PyArray_DIM(x, i) != 1
+                and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(x, i)):
+            return False
+    return True
+
+
+cdef inline bint is_target(object out, cnp.ndarray x) noexcept:
+    return is_like(out, x) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
+
+
+cdef inline bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Of two dense arrays, whether any byte is in both."""
+    cdef uintptr_t p = <uintptr_t>cnp.PyArray_DATA(a), q = <uintptr_t>cnp.PyArray_DATA(b)
+    return (p < q + <uintptr_t>cnp.PyArray_NBYTES(b)
+            and q < p + <uintptr_t>cnp.PyArray_NBYTES(a))
+
+
+cdef inline bint overlaps(cnp.ndarray a, object other) noexcept:
+    return other is not None and overlap(a, <cnp.ndarray>other)
+
+
+cdef inline bint apart(cnp.ndarray out, object other) noexcept:
+    """Whether writing out leaves the tensor other readable: nothing shared, or all of it."""
+    return (other is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(<cnp.ndarray>other)
+            or not overlap(out, <cnp.ndarray>other))
+
+
+cdef inline void *data_of(object tensor) noexcept:
+    """Where a tensor's data are; NULL for None."""
+    return NULL if tensor is None else cnp.PyArray_DATA(<cnp.ndarray>tensor)
+
+
+cdef bint look_forward(bnf_call *call, object x, object axis, object residual,
+                       object y) noexcept:
+    """Take shape, type and pointers of a forward's or an inference's tensors; no if they are not
+    the common case."""
+    if not (see(x, axis, &call.shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
+            and is_target(y, <cnp.ndarray>x) and apart(<cnp.ndarray>y, x)
+            and apart(<cnp.ndarray>y, residual)):
+        return False
+    call.type = <bnf_type>type_of(<cnp.ndarray>x)
+    call.x, call.residual, call.y = data_of(x), data_of(residual), data_of(y)
+    return True
+
+
+cdef int read_parameter(str name, object vector, Py_ssize_t channels, double missing,
+                        double *to, object out) except -1:
+    """Copy a per-channel parameter, or what stands for a missing one, as float64."""
+    cdef Py_ssize_t i
+    cdef cnp.ndarray a
+    cdef const float *narrow
+    cdef const double *wide
+    if vector is None:
+        for i in range(channels):
+            to[i] = missing
+        return 0
+    a = <cnp.ndarray>vector
+    if not is_vector_of(a, channels):
+        _arrays.refuse_vector(name, a, channels)
+    if overlaps(a, out):
+        _arrays.refuse_overlap(name)
+    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT:
+        narrow = <const float *>cnp.PyArray_DATA(a)
+        for i in range(channels):
+            to[i] = narrow[i]
+    else:
+        wide = <const double *>cnp.PyArray_DATA(a)
+        for i in range(channels):
+            to[i] = wide[i]
+    return 0
+
+
+cdef int check_running(str name, object vector, cnp.ndarray x, Py_ssize_t channels,
+                       bint updated) except -1:
+    """Refuse a running statistic that has not one value per channel, of a type that goes with x,
+    or cannot be written to where it is updated."""
+    cdef cnp.ndarray a = <cnp.ndarray>vector
+    if not (is_vector_of(a, channels)
+            and (cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)
+            and (not updated or cnp.PyArray_ISWRITEABLE(a))):
+        _arrays.refuse_running(name, a, channels, x.dtype)
+    return 0
+
+
+cdef inline bint touches(cnp.ndarray a, object x, object residual, object out, object weight,
+                         object bias) noexcept:
+    return (overlaps(a, x) or overlaps(a, residual) or overlaps(a, out) or overlaps(a, weight)
+            or overlaps(a, bias))
+
+
+cdef int64_t read_counter(cnp.ndarray counter) except -1:
+    """The number in a counter of batches, which there must be room to count up."""
+    cdef int64_t number = -1
+    cdef bint fits = (cnp.PyArray_NDIM(counter) == 0 and cnp.PyArray_ISSIGNED(counter)
+                      and cnp.PyArray_ITEMSIZE(counter) == sizeof(number)
+                      and cnp.PyArray_ISNOTSWAPPED(counter) and cnp.PyArray_ISWRITEABLE(counter))
+    if fits:   # at any address
+        memcpy(&number, cnp.PyArray_DATA(counter), sizeof(number))
+    if number < 0 or number == INT64_MAX:
+        _arrays.check_counter(counter)
+        _arrays.check_room(counter)
+        _arrays.refuse_uncommon()
+    return number
+
+
+cdef void count_batch(cnp.ndarray counter, int64_t before) noexcept:
+    before += 1
+    memcpy(cnp.PyArray_DATA(counter), &before, sizeof(before))
+
+
+cdef cnp.ndarray new_vector(Py_ssize_t n):
+    cdef cnp.npy_intp size = n
+    return cnp.PyArray_EMPTY(1, &size, cnp.NPY_DOUBLE, 0)
+
+
+cdef inline void copy_numbers(cnp.ndarray vector, const double *values) noexcept:
+    memcpy(cnp.PyArray_DATA(vector), values, cnp.PyArray_NBYTES(vector))
+
+
+def over_memory(uintptr_t address, shape, int type_number):
+    """A C-contiguous array over memory that is not NumPy's, whose owner keeps it for as long as
+    the array is used.
+
+    For PyTorch's tensors: their own way to an array costs more than a small batch norm, and
+    takes from their storage for good that it can be resized.
+    """
+    cdef cnp.npy_intp sizes[16]
+    cdef int i, rank = <int>len(shape)
+    if rank > 16:
+        raise ValueError(f"shape has {rank} axes; expected 16 at most")
+    for i in range(rank):
+        sizes[i] = shape[i]
+    return cnp.PyArray_SimpleNewFromData(rank, sizes, type_number, <void *>address)
 
 
 def plan(shape, itemsize, gathers, reads, writes, l2, l3, threads):
@@ -747,75 +656,49 @@ cdef tuple tile_of(bnf_shape shape, bnf_blocks blocks, Py_ssize_t block, Py_ssiz
 
 def moments(x, axis):
     """One pass over x: (count, mean, M2), float64 per channel."""
-    cdef Work w
-    cdef bnf_shape shape
-    cdef Activation none
-    if not see(x, axis, &shape):
+    x, axis = as_array("x", x), as_axis(axis)
+    found = sum_up(x, axis)
+    if found is None:
         seen = _arrays.Canonical(x, axis)
-        if not see(seen.x, seen.axis, &shape):
+        found = sum_up(seen.x, seen.axis)
+        if found is None:
             _arrays.refuse_uncommon()
-        return moments(seen.x, seen.axis)
+    return found
+
+
+cdef object sum_up(object x, object axis):
+    """`moments` of an array; None if it is not the common case."""
+    cdef bnf_call call
+    cdef bnf_shape shape
+    cdef int threads
+    if not see(x, axis, &shape):
+        return None
     if cnp.PyArray_SIZE(<cnp.ndarray>x) == 0:
-        check_countable(shape.channels, 0)
+        if not bnf_is_countable(shape.channels, 0):
+            raise MemoryError
         return 0, np.zeros(shape.channels), np.zeros(shape.channels)
-    memset(&w, 0, sizeof(w))
-    none.code, none.slope = BNF_LINEAR, 0.0
-    plan_work(&w, <cnp.ndarray>x, shape, True, 1, 0, MOMENTS, none, False)
-    reserve(&w, shape.channels, w.plan.blocks.count)
-    try:
-        w.forward.x = cnp.PyArray_DATA(<cnp.ndarray>x)
-        w.gather, w.settle = gather_moments, merge_moments
-        run_work(&w)
-        return (shape.outer * shape.inner, vector_of(w.slot_a, shape.channels),
-                vector_of(w.slot_b, shape.channels))
-    finally:
-        free(w.memory)
+    threads = most_threads(<cnp.ndarray>x)
+    mean, m2 = new_vector(shape.channels), new_vector(shape.channels)
+    found = (shape.outer * shape.inner, mean, m2)
+    memset(&call, 0, sizeof(call))
+    if not see(x, axis, &call.shape) or not same_shape(call.shape, shape):
+        return None
+    call.direction, call.type = BNF_MOMENTS, <bnf_type>type_of(<cnp.ndarray>x)
+    call.x = data_of(x)
+    bnf_call_plan(&call, threads)
+    reserve(&call)
+    run(&call)
+    copy_numbers(mean, call.mean)
+    copy_numbers(m2, call.m2)
+    bnf_call_release(&call)
+    return found
+
+
+cdef inline bint same_shape(bnf_shape a, bnf_shape b) noexcept:
+    return a.outer == b.outer and a.channels == b.channels and a.inner == b.inner
 
 
 # --- Inference --------------------------------------------------------------------------------
-
-cdef inline bint forward_is_common(object x, object axis, object residual, object out,
-                                   bnf_shape *shape) noexcept:
-    return (see(x, axis, shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
-            and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
-                                 and apart(<cnp.ndarray>out, residual))))
-
-
-cdef object canonical_forward(object x, object axis, object residual, object out):
-    """The tensors of a forward or an inference, in the form of the common case."""
-    cdef bnf_shape shape
-    seen = _arrays.Canonical(x, axis, residual=residual, out=out)
-    if not forward_is_common(seen.x, seen.axis, seen.residual, seen.out, &shape):
-        _arrays.refuse_uncommon()
-    return seen
-
-
-cdef void fill_forward(Work *w, cnp.ndarray x, object residual, cnp.ndarray y,
-                       Activation act) noexcept:
-    w.forward.shape = w.shape
-    w.forward.x = cnp.PyArray_DATA(x)
-    w.forward.y = cnp.PyArray_DATA(y)
-    w.forward.residual = NULL if residual is None else cnp.PyArray_DATA(<cnp.ndarray>residual)
-    w.forward.activation, w.forward.slope = act.code, act.slope
-    w.forward.stream = w.plan.stream
-
-
-cdef object apply_map(cnp.ndarray x, bnf_shape shape, const double *mean, const double *scale,
-                      const double *shift, Activation act, object residual, object out):
-    """act((x - mean) * scale + shift (+ residual)) of the common case, already checked."""
-    cdef Work w
-    cdef cnp.ndarray y = new_like(x) if out is None else <cnp.ndarray>out
-    if cnp.PyArray_SIZE(x) == 0:
-        return y
-    memset(&w, 0, sizeof(w))
-    plan_work(&w, x, shape, False, 1 + (residual is not None), 1, INFERENCE, act,
-              residual is not None)
-    fill_forward(&w, x, residual, y, act)
-    w.forward.mean, w.forward.scale, w.forward.shift = mean, scale, shift
-    w.spread = spread_forward
-    run_work(&w)
-    return y
-
 
 def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
               names=("mean", "var", "weight", "bias"), running=False):
@@ -824,33 +707,65 @@ def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
     With var None the scale is weight as it is.  With running, mean and var must be of the
     types that running statistics have.
     """
-    cdef Work w
-    cdef bnf_shape shape
-    cdef Py_ssize_t c
-    if not forward_is_common(x, axis, residual, out, &shape):
-        seen = canonical_forward(x, axis, residual, out)
+    cdef Inference options
+    options.act, options.eps = read_activation(activation), read_eps(eps, False)
+    options.running = running
+    axis, x, residual = as_axis(axis), as_array("x", x), as_array("residual", residual)
+    target = as_target("out", out)
+    means, vars = as_vector(names[0], mean, target), as_vector(names[1], var, target)
+    scales, shifts = as_vector(names[2], weight, target), as_vector(names[3], bias, target)
+    if running and (means is not mean or vars is not var or mean is None or var is None):
+        _arrays.check_running_type(names[0], mean, x.dtype)
+        _arrays.check_running_type(names[1], var, x.dtype)
+    y = apply_given(x, axis, residual, target, &options, names, means, vars, scales, shifts)
+    if y is None:
+        seen = _arrays.Canonical(x, axis, residual=residual, out=target)
         _arrays.check_parameters_apart(
-            out, **dict(zip(names, (mean, var, weight, bias), strict=True)))
-        return seen.give(normalize(seen.x, mean, var, weight, bias, eps, seen.axis, seen.residual,
-                                   activation, seen.out, names, running))
-    cdef Activation act = read_activation(activation)
-    cdef double epsilon = read_eps(eps, False)
-    if running:
-        check_running(names[0], mean, <cnp.ndarray>x)
-        check_running(names[1], var, <cnp.ndarray>x)
-    memset(&w, 0, sizeof(w))
-    reserve(&w, shape.channels, 0)
+            target, **dict(zip(names, (mean, var, weight, bias), strict=True)))
+        y = apply_given(seen.x, axis, seen.residual, seen.out, &options, names, means, vars,
+                        scales, shifts)
+        if y is None:
+            _arrays.refuse_uncommon()
+        y = seen.give(y)
+    return y if out is None else out
+
+
+cdef struct Inference:
+    Activation act
+    double eps
+    bint running
+
+
+cdef object apply_given(object x, object axis, object residual, object out, Inference *options,
+                        tuple names, object mean, object var, object scale, object shift):
+    """`normalize` of arrays; None if they are not the common case."""
+    cdef bnf_call call
+    cdef bnf_shape shape
+    cdef int threads
+    if not see(x, axis, &shape):
+        return None
+    threads = most_threads(<cnp.ndarray>x)
+    y = new_like(<cnp.ndarray>x) if out is None else out
+    memset(&call, 0, sizeof(call))
+    if not look_forward(&call, x, axis, residual, y):
+        return None
+    shape = call.shape
+    if options.running:
+        check_running(names[0], mean, <cnp.ndarray>x, shape.channels, False)
+        check_running(names[1], var, <cnp.ndarray>x, shape.channels, False)
+    call.direction, call.eps, call.has_var = BNF_INFERENCE, options.eps, var is not None
+    call.activation, call.slope = options.act.code, options.act.slope
+    bnf_call_plan(&call, threads)
+    reserve(&call)
     try:
-        read_parameter(names[0], mean, shape.channels, 0.0, w.mean, out)
-        read_parameter(names[1], var, shape.channels, 1.0, w.var, out)
-        read_parameter(names[2], weight, shape.channels, 1.0, w.scale, out)
-        read_parameter(names[3], bias, shape.channels, 0.0, w.shift, out)
-        if var is not None:
-            for c in range(shape.channels):
-                w.scale[c] = w.scale[c] * (1 / sqrt(w.var[c] + epsilon))
-        return apply_map(<cnp.ndarray>x, shape, w.mean, w.scale, w.shift, act, residual, out)
+        read_parameter(names[0], mean, shape.channels, 0.0, call.mean, out)
+        read_parameter(names[1], var, shape.channels, 1.0, call.var, out)
+        read_parameter(names[2], scale, shape.channels, 1.0, call.scale, out)
+        read_parameter(names[3], shift, shape.channels, 0.0, call.shift, out)
+        run(&call)
     finally:
-        free(w.memory)
+        bnf_call_release(&call)
+    return y
 
 
 cdef class FixedMap:
@@ -858,40 +773,59 @@ cdef class FixedMap:
     `FrozenBatchNorm`."""
 
     cdef readonly object axis, activation
-    cdef object means, scales, shifts   # never handed out: an array can be reshaped by its holder
+    cdef double *numbers   # mean, scale and shift; ours alone, and the same from first to last
+    cdef Py_ssize_t channels
     cdef Activation act
 
     def __init__(self, mean, scale, shift, axis, activation):
-        if self.means is not None:
-            raise RuntimeError("a frozen batch norm is immutable; make another one")
-        self.act = read_activation(activation)
-        self.axis, self.activation = axis, activation
+        cdef Activation act = read_activation(activation)
+        axis = as_axis(axis)
         means = _arrays.constant("mean", mean)
-        self.scales = _arrays.constant("scale", scale, len(means))
-        self.shifts = _arrays.constant("shift", shift, len(means))
-        self.means = means
+        scales = _arrays.constant("scale", scale, len(means))
+        shifts = _arrays.constant("shift", shift, len(means))
+        # All that runs the caller's Python, which may call this too, is done.
+        if self.numbers != NULL:
+            raise RuntimeError("a frozen batch norm is immutable; make another one")
+        self.take(means, scales, shifts)
+        self.act, self.axis, self.activation = act, axis, activation
+
+    cdef int take(self, cnp.ndarray means, cnp.ndarray scales, cnp.ndarray shifts) except -1:
+        cdef Py_ssize_t channels = cnp.PyArray_DIM(means, 0), row = channels * sizeof(double)
+        cdef double *numbers = <double *>malloc(3 * row + 1)
+        if numbers == NULL:
+            raise MemoryError
+        memcpy(numbers, cnp.PyArray_DATA(means), row)
+        memcpy(numbers + channels, cnp.PyArray_DATA(scales), row)
+        memcpy(numbers + 2 * channels, cnp.PyArray_DATA(shifts), row)
+        self.numbers, self.channels = numbers, channels
+        return 0
+
+    def __dealloc__(self):
+        free(self.numbers)
 
     @property
     def mean(self):
-        """What is subtracted, float64 per channel, read-only."""
-        return self.view_of(self.means)
+        """What is subtracted, float64 per channel: a copy."""
+        return self.copy_of(0)
 
     @property
     def scale(self):
-        """What is multiplied with, float64 per channel, read-only."""
-        return self.view_of(self.scales)
+        """What is multiplied with, float64 per channel: a copy."""
+        return self.copy_of(1)
 
     @property
     def shift(self):
-        """What is added, float64 per channel, read-only."""
-        return self.view_of(self.shifts)
+        """What is added, float64 per channel: a copy."""
+        return self.copy_of(2)
 
-    cdef object view_of(self, numbers):
+    cdef object copy_of(self, Py_ssize_t row):
         self.check_made()
-        return numbers.view()
+        cdef char *start = <char *>(self.numbers + row * self.channels)
+        # Of bytes, so that it and its base stay read-only.
+        return np.frombuffer(start[:self.channels * sizeof(double)], np.float64).view()
 
     cdef int check_made(self) except -1:
-        if self.means is None:
+        if self.numbers == NULL:
             raise RuntimeError("this frozen batch norm was never initialised")
         return 0
 
@@ -912,107 +846,166 @@ cdef class FixedMap:
         ndarray
             `out`, or a fresh array in the memory order of `x`.
         """
-        return self.apply(x, self.axis, residual, out)
-
-    cdef object apply(self, object x, object axis, object residual, object out):
-        cdef bnf_shape shape
         self.check_made()
-        if not forward_is_common(x, axis, residual, out, &shape):
-            seen = canonical_forward(x, axis, residual, out)
-            _arrays.check_channels(seen.shape, axis, len(self.means))
-            return seen.give(self.apply(seen.x, seen.axis, seen.residual, seen.out))
-        if shape.channels != cnp.PyArray_DIM(<cnp.ndarray>self.means, 0):
-            raise ValueError(_arrays.wrong_channels(x.shape, axis, len(self.means)))
-        return apply_map(<cnp.ndarray>x, shape, numbers(self.means), numbers(self.scales),
-                         numbers(self.shifts), self.act, residual, out)
+        x, residual = as_array("x", x), as_array("residual", residual)
+        target = as_target("out", out)
+        y = self.apply(x, residual, target)
+        if y is None:
+            seen = _arrays.Canonical(x, self.axis, residual=residual, out=target)
+            y = self.apply(seen.x, seen.residual, seen.out)
+            if y is None:
+                _arrays.refuse_uncommon()
+            y = seen.give(y)
+        return y if out is None else out
+
+    cdef object apply(self, object x, object residual, object out):
+        """The map of arrays; None if they are not the common case."""
+        cdef bnf_call call
+        cdef bnf_shape shape
+        cdef int threads
+        if not see(x, self.axis, &shape):
+            return None
+        threads = most_threads(<cnp.ndarray>x)
+        y = new_like(<cnp.ndarray>x) if out is None else out
+        memset(&call, 0, sizeof(call))
+        if not look_forward(&call, x, self.axis, residual, y):
+            return None
+        if call.shape.channels != self.channels:
+            raise ValueError(_arrays.wrong_channels(x.shape, self.axis, self.channels))
+        call.direction, call.activation, call.slope = BNF_INFERENCE, self.act.code, self.act.slope
+        call.mean = self.numbers
+        call.scale = self.numbers + self.channels
+        call.shift = self.numbers + 2 * self.channels
+        bnf_call_plan(&call, threads)
+        run(&call)
+        return y
 
 
 # --- Training -----------------------------------------------------------------------------------
 
+cdef struct Training:
+    Activation act
+    double eps, momentum, ddof
+    bint cumulative   # momentum is 1 / the number of batches
+
+
 def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
-            activation, out, counter=None, seen=None):
+            activation, out, counter=None):
     """Normalise with the batch: (y, (count, mean, var, inv_std)).
 
     The running statistics and the counter of batches, if given, are moved last, when nothing is
-    left that could be raised.  With seen, the arrays are its, and the result goes back through it.
+    left that could be raised.  With a counter, momentum may be None: the cumulative average.
     """
-    cdef Work w
-    cdef bnf_shape shape
-    if not forward_is_common(x, axis, residual, out, &shape):
-        seen = canonical_forward(x, axis, residual, out)
-        _arrays.check_parameters_apart(out, weight=weight, bias=bias)
-        if running_mean is not None or running_var is not None:
-            _arrays.check_running_apart(running_mean, running_var, out, *seen.given.values())
-        _arrays.check_enough_values(seen.shape, axis)
-        return forward(seen.x, running_mean, running_var, weight, bias, momentum, eps, seen.axis,
-                       ddof, seen.residual, activation, seen.out, counter, seen)
-    cdef Activation act = read_activation(activation)
-    cdef double moved = read_momentum(momentum), correction = _arrays.check_ddof(ddof)
-    cdef cnp.ndarray array = <cnp.ndarray>x, y, means = None, vars = None
-    cdef bint empty = cnp.PyArray_SIZE(array) == 0
-    memset(&w, 0, sizeof(w))
-    w.eps = read_eps(eps, True)
+    cdef Training options
+    cdef object means = None, vars = None
+    options.act, options.eps = read_activation(activation), read_eps(eps, True)
+    options.cumulative = momentum is None and counter is not None
+    options.momentum = 0.0 if options.cumulative else read_momentum(momentum)
+    options.ddof = read_ddof(ddof)
+    axis, x, residual = as_axis(axis), as_array("x", x), as_array("residual", residual)
+    target, batches = as_target("out", out), as_counter(counter)
+    weights, biases = as_vector("weight", weight, target), as_vector("bias", bias, target)
     if running_mean is not None or running_var is not None:
-        means = running_statistic("running_mean", running_mean, array, shape.channels)
-        vars = running_statistic("running_var", running_var, array, shape.channels)
-        if (means is not running_mean or vars is not running_var or overlap(means, vars)
-                or touches(means, array, residual, out) or touches(vars, array, residual, out)
-                or may_touch(means, weight) or may_touch(vars, weight)
-                or may_touch(means, bias) or may_touch(vars, bias)):
-            _arrays.check_running_apart(running_mean, running_var, x, residual, out, weight, bias)
+        means = as_running("running_mean", running_mean)
+        vars = as_running("running_var", running_var)
+        if (means is not running_mean or vars is not running_var or weights is not weight
+                or biases is not bias):
+            _arrays.check_running_apart(
+                running_mean, running_var, x, residual, target, weight, bias)
+    found = train(x, axis, residual, target, &options, weights, biases, means, vars, batches, None)
+    if found is None:
+        seen = _arrays.Canonical(x, axis, residual=residual, out=target)
+        _arrays.check_parameters_apart(target, weight=weight, bias=bias)
+        if means is not None:
+            _arrays.check_running_apart(running_mean, running_var, target, *seen.given.values())
+        found = train(seen.x, axis, seen.residual, seen.out, &options, weights, biases, means,
+                      vars, batches, seen)
+        if found is None:
+            _arrays.refuse_uncommon()
+    if means is not running_mean:
+        _arrays.write_back(means, running_mean)
+    if vars is not running_var:
+        _arrays.write_back(vars, running_var)
+    return found if out is None else (out, found[1])
+
+
+cdef object train(object x, object axis, object residual, object out, Training *options,
+                  object weight, object bias, object means, object vars, object counter,
+                  object seen):
+    """`forward` of arrays; None if they are not the common case.  The result goes back through
+    seen, if given, before any statistic moves."""
+    cdef bnf_call call
+    cdef bnf_shape shape
+    cdef int threads
+    if not see(x, axis, &shape):
+        return None
     if shape.outer * shape.inner == 1:
         _arrays.check_enough_values(x.shape, axis)
-    if not empty:
-        plan_work(&w, array, shape, True, 1 + (residual is not None), 1, FORWARD, act,
-                  residual is not None)
-    reserve(&w, shape.channels, w.plan.blocks.count)
+    threads = most_threads(<cnp.ndarray>x)
+    y = new_like(<cnp.ndarray>x) if out is None else out
+    stats = new_stats(<cnp.ndarray>x, &shape)
+    memset(&call, 0, sizeof(call))
+    if not look_forward(&call, x, axis, residual, y) or not same_shape(call.shape, shape):
+        return None
+    if means is not None:
+        check_running("running_mean", means, <cnp.ndarray>x, shape.channels, True)
+        check_running("running_var", vars, <cnp.ndarray>x, shape.channels, True)
+        if (overlap(means, vars) or touches(means, x, residual, out, weight, bias)
+                or touches(vars, x, residual, out, weight, bias)):
+            _arrays.check_running_apart(means, vars, x, residual, out, weight, bias)
+    if counter is not None:
+        read_counter(counter)
+    call.direction, call.eps = BNF_FORWARD, options.eps
+    call.activation, call.slope = options.act.code, options.act.slope
+    bnf_call_plan(&call, threads)
+    reserve(&call)
     try:
-        read_parameter("weight", weight, shape.channels, 1.0, w.weight, out)
-        read_parameter("bias", bias, shape.channels, 0.0, w.shift, out)
-        y = new_like(array) if out is None else <cnp.ndarray>out
-        if empty:
-            stats = (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
-        else:
-            fill_forward(&w, array, residual, y, act)
-            w.forward.mean, w.forward.scale, w.forward.shift = w.slot_a, w.scale, w.shift
-            w.gather, w.settle, w.spread = gather_moments, settle_forward, spread_forward
-            stats = (shape.outer * shape.inner, new_vector(shape.channels),
-                     new_vector(shape.channels), new_vector(shape.channels))
-            run_work(&w)
-            copy_numbers(stats[1], w.slot_a)
-            copy_numbers(stats[2], w.var)
-            copy_numbers(stats[3], w.inv_std)
-        plain_mean = means if means is running_mean else np.asarray(running_mean)
-        plain_var = vars if vars is running_var else np.asarray(running_var)
+        read_parameter("weight", weight, shape.channels, 1.0, call.weight, out)
+        read_parameter("bias", bias, shape.channels, 0.0, call.shift, out)
+        run(&call)
+        if cnp.PyArray_SIZE(<cnp.ndarray>y) > 0:
+            copy_numbers(stats[1], call.mean)
+            copy_numbers(stats[2], call.var)
+            copy_numbers(stats[3], call.inv_std)
         found = (y if seen is None else seen.give(y), stats)
-        if means is not None and not empty:
-            update_running(&w, means, vars, moved, correction)
-            if means is not running_mean:
-                plain_mean[...] = means
-            if vars is not running_var:
-                plain_var[...] = vars
-        if counter is not None:
-            count_batch(<cnp.ndarray>counter)
+        move_running(&call, <cnp.ndarray>x, means, vars, counter, options)
         return found
     finally:
-        free(w.memory)
+        bnf_call_release(&call)
 
 
-cdef void update_running(Work *w, cnp.ndarray means, cnp.ndarray vars, double momentum,
-                         double ddof) noexcept:
-    cdef Py_ssize_t c
-    for c in range(w.shape.channels):
-        w.var[c] = bnf_variance(w.slot_b[c], w.count, ddof)
-    move_average(means, momentum, w.slot_a)
-    move_average(vars, momentum, w.var)
+cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape):
+    """(count, mean, var, inv_std) to be filled; of an empty batch there are none."""
+    if cnp.PyArray_SIZE(x) == 0:
+        if not bnf_is_countable(shape.channels, 0):
+            raise MemoryError
+        return (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
+    return (shape.outer * shape.inner, new_vector(shape.channels), new_vector(shape.channels),
+            new_vector(shape.channels))
 
 
-cdef void count_batch(cnp.ndarray counter) noexcept:
-    """One more, in an int64 that may lie at any address."""
-    cdef int64_t number
-    memcpy(&number, cnp.PyArray_DATA(counter), sizeof(number))
-    number += 1
-    memcpy(cnp.PyArray_DATA(counter), &number, sizeof(number))
+cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, object counter,
+                      Training *options) except -1:
+    """Move running statistics and counter, if given.  They are looked at again: Python may have
+    run since."""
+    cdef bnf_running running
+    cdef int64_t batches = 0
+    cdef double momentum = options.momentum
+    if means is not None:
+        check_running("running_mean", means, x, call.shape.channels, True)
+        check_running("running_var", vars, x, call.shape.channels, True)
+    if counter is not None:
+        batches = read_counter(counter)
+        if options.cumulative:
+            momentum = 1.0 / (<double>batches + 1.0)
+    if means is not None and call.count > 0:
+        running.mean, running.var = data_of(means), data_of(vars)
+        running.wide_mean = cnp.PyArray_TYPE(<cnp.ndarray>means) == cnp.NPY_DOUBLE
+        running.wide_var = cnp.PyArray_TYPE(<cnp.ndarray>vars) == cnp.NPY_DOUBLE
+        bnf_move_running(call, running, momentum, options.ddof)
+    if counter is not None:
+        count_batch(counter, batches)
+    return 0
 
 
 # --- Backward -----------------------------------------------------------------------------------
@@ -1020,64 +1013,11 @@ cdef void count_batch(cnp.ndarray counter) noexcept:
 SUMS_NAMES = ("sums[0]", "sums[1]")
 
 
-cdef inline bint backward_is_common(object dy, object x, object axis, object residual, object y,
-                                    object out, bnf_shape *shape) noexcept:
-    return (see(x, axis, shape) and is_like(dy, <cnp.ndarray>x)
-            and (residual is None or is_like(residual, <cnp.ndarray>x))
-            and (y is None or is_like(y, <cnp.ndarray>x))
-            and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
-                                 and apart(<cnp.ndarray>out, dy)
-                                 and (residual is None or not overlap(out, residual))
-                                 and (y is None or not overlap(out, y)))))
-
-
-cdef void fill_backward(Work *w, cnp.ndarray x, object dy, object residual, object y,
-                        Activation act) noexcept:
-    w.backward.shape = w.shape
-    w.backward.x = cnp.PyArray_DATA(x)
-    w.backward.dy = cnp.PyArray_DATA(<cnp.ndarray>dy)
-    w.backward.activation, w.backward.slope = act.code, act.slope
-    w.backward.mean, w.backward.scale, w.backward.shift = w.mean, w.scale, w.shift
-    w.backward.dy_factor, w.backward.x_factor = w.dy_factor, w.x_factor
-    w.backward.constant = w.constant
-    w.backward.stream = w.plan.stream
-    if act.code == BNF_LINEAR:
-        w.backward.mask = BNF_UNMASKED
-    elif y is not None:
-        w.backward.mask = BNF_FROM_Y
-        w.backward.y = cnp.PyArray_DATA(<cnp.ndarray>y)
-    elif residual is not None:
-        w.backward.mask = BNF_FROM_X_RESIDUAL
-        w.backward.residual = cnp.PyArray_DATA(<cnp.ndarray>residual)
-    else:
-        w.backward.mask = BNF_FROM_X
-
-
-cdef int close_given(Work *w, Py_ssize_t channels, double count, sums, out) except -1:
-    """What settle_backward makes of sums gathered here, made of those of a larger batch."""
-    read_parameter(SUMS_NAMES[0], sums[0], channels, 0.0, w.dweight, out)
-    read_parameter(SUMS_NAMES[1], sums[1], channels, 0.0, w.var, out)
-    bnf_close_backward(w.scale, count, 0, channels, w.inv_std, w.var, w.dweight, w.dy_factor,
-                       w.x_factor, w.constant)
-    return 0
-
-
-cdef void choose_steps(Work *w, bint gathers, cnp.ndarray dx, cnp.ndarray dresidual) noexcept:
-    cdef Py_ssize_t c
-    if gathers:
-        w.gather, w.settle = gather_gradients, settle_backward
-    if dx is not None:
-        w.spread = spread_backward
-        w.backward.dx = cnp.PyArray_DATA(dx)
-        if dresidual is not None:
-            w.backward.dresidual = cnp.PyArray_DATA(dresidual)
-    elif dresidual is not None:   # g alone, which is dx under constants and a factor of one
-        w.spread = spread_backward
-        w.backward.dx = cnp.PyArray_DATA(dresidual)
-        w.backward.through_moments = False
-        w.backward.dy_factor = w.ones
-        for c in range(w.shape.channels):
-            w.ones[c] = 1.0
+cdef struct Backward:
+    Activation act
+    double count
+    bint needs_x, needs_weight, needs_bias, needs_residual
+    bint is_part   # of the batch that sums are of
 
 
 def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out,
@@ -1087,54 +1027,98 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     With count 0 the statistics are constants: nothing flows through them.  With sums, the
     (dweight, dbias) of a batch of count values that x is a part of, nothing is summed here.
     """
-    cdef Work w
-    cdef bnf_shape shape
+    cdef Backward options
     if dy is None:
         raise TypeError("dy is None; expected the gradient of the output, shaped as x")
-    if not backward_is_common(dy, x, axis, residual, y, out, &shape):
-        seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=out,
+    options.act, options.is_part = read_activation(activation), sums is not None
+    options.count = _arrays.batch_size(count)
+    options.needs_x, options.needs_weight, options.needs_bias, options.needs_residual = needs
+    axis, dy, x = as_axis(axis), as_array("dy", dy), as_array("x", x)
+    residual, y, target = as_array("residual", residual), as_array("y", y), as_target("out", out)
+    vectors = (as_vector("stats.mean", mean, target), as_vector("stats.inv_std", inv_std, target),
+               as_vector("weight", weight, target), as_vector("bias", bias, target),
+               None if sums is None else as_vector(SUMS_NAMES[0], sums[0], target),
+               None if sums is None else as_vector(SUMS_NAMES[1], sums[1], target))
+    found = differentiate(dy, x, axis, residual, y, target, &options, vectors)
+    if found is None:
+        seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=target,
                                  out_may_be=("x", "dy"))
-        if not backward_is_common(seen.dy, seen.x, seen.axis, seen.residual, seen.y, seen.out,
-                                  &shape):
-            _arrays.refuse_uncommon()
         _arrays.check_parameters_apart(
-            out, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
+            target, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
         if sums is not None:
-            _arrays.check_parameters_apart(out, **dict(zip(SUMS_NAMES, sums, strict=True)))
-        found = backward(seen.dy, seen.x, mean, inv_std, count, weight, bias, seen.axis,
-                         seen.residual, activation, seen.y, seen.out, needs, sums)
-        return (seen.give(found[0]) if needs[0] else None, found[1], found[2],
-                seen.restore(found[3]))
-    cdef Activation act = read_activation(activation)
-    cdef cnp.ndarray array = <cnp.ndarray>x, dx = None, dresidual = None
-    _arrays.check_count(count, shape.outer * shape.inner, sums is not None)
-    cdef bint empty = cnp.PyArray_SIZE(array) == 0, has_batch = count != 0
-    cdef bint gathers = sums is None and (needs[1] or needs[2] or (needs[0] and has_batch))
-    cdef Py_ssize_t c
-    memset(&w, 0, sizeof(w))
-    if not empty:
-        plan_work(&w, array, shape, gathers, 2 + (y is not None or residual is not None),
-                  needs[0] + needs[3], BACKWARD, act, residual is not None or needs[3])
-    reserve(&w, shape.channels, w.plan.blocks.count if not empty else 1)
+            _arrays.check_parameters_apart(target, **dict(zip(SUMS_NAMES, sums, strict=True)))
+        found = differentiate(seen.dy, seen.x, axis, seen.residual, seen.y, seen.out, &options,
+                              vectors)
+        if found is None:
+            _arrays.refuse_uncommon()
+        if options.needs_x:
+            found = (seen.give(found[0]), *found[1:])
+    return found if out is None or not options.needs_x else (out, *found[1:])
+
+
+cdef bint look_backward(bnf_call *call, object dy, object x, object axis, object residual,
+                        object y, object out) noexcept:
+    """Take shape, type and pointers of what a backward reads; no if it is not the common case."""
+    if not (see(x, axis, &call.shape) and is_like(dy, <cnp.ndarray>x)
+            and (residual is None or is_like(residual, <cnp.ndarray>x))
+            and (y is None or is_like(y, <cnp.ndarray>x))
+            and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
+                                 and apart(<cnp.ndarray>out, dy)
+                                 and not overlaps(<cnp.ndarray>out, residual)
+                                 and not overlaps(<cnp.ndarray>out, y)))):
+        return False
+    call.type = <bnf_type>type_of(<cnp.ndarray>x)
+    call.dy, call.x, call.residual, call.output = (
+        data_of(dy), data_of(x), data_of(residual), data_of(y))
+    return True
+
+
+cdef object differentiate(object dy, object x, object axis, object residual, object y, object out,
+                          Backward *options, tuple vectors):
+    """`backward` of arrays; None if they are not the common case."""
+    cdef bnf_call call
+    cdef bnf_shape shape
+    cdef int threads
+    cdef Py_ssize_t values
+    if not see(x, axis, &shape):
+        return None
+    threads = most_threads(<cnp.ndarray>x)
+    dx = None if not options.needs_x else new_like(<cnp.ndarray>x) if out is None else out
+    dresidual = new_like(<cnp.ndarray>x) if options.needs_residual else None
+    dweight = new_vector(shape.channels) if options.needs_weight else None
+    dbias = new_vector(shape.channels) if options.needs_bias else None
+    found = (dx, dweight, dbias, dresidual)
+    memset(&call, 0, sizeof(call))
+    if (not look_backward(&call, dy, x, axis, residual, y, out)
+            or not same_shape(call.shape, shape)
+            or not (dx is None or is_like(dx, <cnp.ndarray>x))
+            or not (dresidual is None or is_like(dresidual, <cnp.ndarray>x))):
+        return None
+    values = shape.outer * shape.inner
+    if not (options.count >= values if options.is_part
+            else options.count == 0 or options.count == values):
+        _arrays.refuse_batch_size(options.count, values, options.is_part)
+    call.direction, call.count = BNF_BACKWARD, options.count
+    call.activation, call.slope = options.act.code, options.act.slope
+    call.dx, call.dresidual = data_of(dx), data_of(dresidual)
+    call.has_sums = options.is_part
+    call.gathers = not options.is_part and (options.needs_weight or options.needs_bias
+                                            or (options.needs_x and options.count != 0))
+    bnf_call_plan(&call, threads)
+    reserve(&call)
     try:
-        read_parameter("stats.mean", mean, shape.channels, 0.0, w.mean, out)
-        read_parameter("stats.inv_std", inv_std, shape.channels, 1.0, w.inv_std, out)
-        read_parameter("weight", weight, shape.channels, 1.0, w.weight, out)
-        read_parameter("bias", bias, shape.channels, 0.0, w.shift, out)
-        for c in range(shape.channels):
-            w.scale[c] = w.dy_factor[c] = w.weight[c] * w.inv_std[c]
-        if sums is not None:
-            close_given(&w, shape.channels, count, sums, out)
-        if needs[0]:
-            dx = new_like(array) if out is None else <cnp.ndarray>out
-        if needs[3]:
-            dresidual = new_like(array)
-        if not empty:
-            fill_backward(&w, array, dy, residual, y, act)
-            w.backward.through_moments = has_batch
-            choose_steps(&w, gathers, dx, dresidual)
-            run_work(&w)
-        return (dx, vector_of(w.dweight, shape.channels) if needs[1] else None,
-                vector_of(w.slot_a, shape.channels) if needs[2] else None, dresidual)
+        read_parameter("stats.mean", vectors[0], shape.channels, 0.0, call.mean, out)
+        read_parameter("stats.inv_std", vectors[1], shape.channels, 1.0, call.inv_std, out)
+        read_parameter("weight", vectors[2], shape.channels, 1.0, call.weight, out)
+        read_parameter("bias", vectors[3], shape.channels, 0.0, call.shift, out)
+        if options.is_part:
+            read_parameter(SUMS_NAMES[0], vectors[4], shape.channels, 0.0, call.dweight, out)
+            read_parameter(SUMS_NAMES[1], vectors[5], shape.channels, 0.0, call.dbias, out)
+        run(&call)
+        if dweight is not None:
+            copy_numbers(dweight, call.dweight)
+        if dbias is not None:
+            copy_numbers(dbias, call.dbias)
     finally:
-        free(w.memory)
+        bnf_call_release(&call)
+    return found

@@ -1,6 +1,6 @@
 """How many threads a call may use: who asked for what, and what the machine grants.
 
-The number is, in this order: one in a child forked after threads had started (see `_after_fork`);
+The number is, in this order: one in a child forked after threads had started (`src/threads.c`);
 what `num_threads` or `set_num_threads` asked for in this thread; what `set_num_threads` asked for
 in the main thread; `BNFAST_NUM_THREADS`; `OMP_NUM_THREADS`; the cores this process may use by its
 affinity and its cgroup's quota; and no more than somebody lowered OpenMP's own number to in this
@@ -11,7 +11,6 @@ and results are the same to the bit for any number.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -115,7 +114,7 @@ def limit() -> int:
 
 def describe() -> tuple[int, str]:
     """Return the number of threads and where it comes from, for people to read."""
-    if _one_thread_only:
+    if threads_lost():
         return 1, "forked after threads had started"
     number, source = _asked_here.get(), "asked for in this thread"
     if number is None:
@@ -129,6 +128,11 @@ def describe() -> tuple[int, str]:
 def openmp_limit() -> int:
     """Return what OpenMP's own number was lowered to; `_core` has its own, which knows."""
     return 0
+
+
+def threads_lost() -> bool:
+    """Return whether a fork lost OpenMP's threads; `_core` has its own, which knows."""
+    return False
 
 
 @contextmanager
@@ -225,32 +229,3 @@ def _process_default() -> int:
     if not _default:
         _default, _default_source = _from_machine()
     return _default
-
-
-# ---- fork
-
-_one_thread_only = False
-
-# Packages that use the libgomp we use (CONTRIBUTING, "OpenMP runtime") and start its threads
-# without our knowing.
-_SHARE_OUR_RUNTIME = ("torch",)
-
-
-def _after_fork() -> None:
-    """In a forked child: stay on one thread where OpenMP threads may have been running.
-
-    The child inherits libgomp's record of its threads but not the threads, and its first parallel
-    region would wait for them for ever.
-    """
-    global _one_thread_only
-    core = sys.modules.get("bnfast._core")
-    if core is not None:
-        core.forget_calls()
-    if (core is not None and core.pool_started()) or any(
-        name in sys.modules for name in _SHARE_OUR_RUNTIME
-    ):
-        _one_thread_only = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -25,7 +25,6 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenBatc
 _RUNNING = ("running_mean", "running_var")
 _NAMES = (*_RUNNING, "weight", "bias")
 _STATE = ("weight", "bias", *_RUNNING, "num_batches_tracked")
-_MOST_BATCHES = np.iinfo(np.int64).max
 
 
 class FrozenBatchNorm(_core.FixedMap):
@@ -248,7 +247,7 @@ class BatchNorm:
         own = {name: a for name in _STATE if (a := getattr(self, name)) is not None}
         for name, a in own.items():
             if name == "num_batches_tracked":
-                _check_counter(a)
+                _arrays.check_counter(a)
             else:
                 _arrays.check_updatable(f"the layer's {name}", a, self.num_features)
         return own
@@ -293,7 +292,7 @@ class BatchNorm:
             As `batch_norm`; every statistic and counter is then as it was.
         """
         x = self._checked(x)
-        if not self.training and self.track_running_stats:
+        if not self.training and self._has_running_stats():
             return _core.normalize(
                 x,
                 self.running_mean,
@@ -314,7 +313,7 @@ class BatchNorm:
             and (update_stats is True or _arrays.truth("update_stats", update_stats))
             and self._observer is None
         )
-        if updates:
+        if updates and self.momentum is None:
             self._check_counting()
         if residual is not None and type(residual) is not np.ndarray:
             residual = _arrays.array("residual", residual)
@@ -324,7 +323,7 @@ class BatchNorm:
             self.running_var if updates else None,
             self.weight,
             self.bias,
-            self._momentum() if updates else 0.0,
+            self.momentum if updates else 0.0,  # None: the core's, of the counter
             self.eps,
             self.axis,
             self.ddof,
@@ -444,8 +443,8 @@ class BatchNorm:
     def _check_counting(self) -> None:
         """Refuse a batch counter that cannot count this batch; there need be none."""
         if self.num_batches_tracked is not None:
-            _check_counter(self.num_batches_tracked)
-            _check_room(self.num_batches_tracked)
+            _arrays.check_counter(self.num_batches_tracked)
+            _arrays.check_room(self.num_batches_tracked)
         elif self.momentum is None:
             raise TypeError(
                 "num_batches_tracked is None; expected an array of int64, for the cumulative "
@@ -458,6 +457,10 @@ class BatchNorm:
         if self.num_batches_tracked is None:
             return 1.0
         return 1 / (int(self.num_batches_tracked) + 1)
+
+    def _has_running_stats(self) -> bool:
+        """Whether evaluation takes running statistics; where one of them is missing, it says so."""
+        return self.running_mean is not None or self.running_var is not None
 
     def _checked(self, x: Any) -> Tensor:
         """Return `x` as an array, of this layer's rank and channels."""
@@ -553,23 +556,6 @@ def _check_keys(found: set[str], own: set[str], prefix: str, layer: str) -> None
         raise RuntimeError(f"state of {layer}: {'; '.join(parts)}")
 
 
-def _check_counter(counter: Any) -> None:
-    """Refuse a batch counter that cannot be written."""
-    name = "num_batches_tracked"
-    if not isinstance(counter, np.ndarray) or counter.dtype != np.int64 or counter.shape != ():
-        raise TypeError(
-            f"{name} is {_arrays.kind(counter)}; expected an array of int64 of shape ()"
-        )
-    if not counter.flags.writeable:
-        raise ValueError(f"{name} is read-only; expected a writeable array to count in")
-
-
-def _check_room(counter: Tensor) -> None:
-    """Refuse a counter that does not hold a count, or could not hold the next one."""
-    if not 0 <= int(counter) < _MOST_BATCHES:
-        raise ValueError(f"num_batches_tracked is {counter}; expected 0 to {_MOST_BATCHES - 1}")
-
-
 def _entries(state: Any, prefix: Any) -> dict[str, Any]:
     """Return the entries under the prefix, by what follows it."""
     if not isinstance(state, Mapping):
@@ -590,7 +576,7 @@ def _entry(name: str, value: Any, own: Tensor) -> Tensor:
     kinds = "iu" if own.dtype.kind == "i" else "f"
     if entry.dtype.kind not in kinds and entry.dtype.name != "bfloat16":
         raise TypeError(f"{name} has dtype {entry.dtype}; expected one like {own.dtype}")
-    if kinds == "iu" and not 0 <= int(entry) <= _MOST_BATCHES:
-        raise ValueError(f"{name} is {entry}; expected 0 to {_MOST_BATCHES}")
+    if kinds == "iu" and not 0 <= int(entry) <= _arrays.MOST_BATCHES:
+        raise ValueError(f"{name} is {entry}; expected 0 to {_arrays.MOST_BATCHES}")
     with np.errstate(over="ignore"):  # a variance past float32 is infinite there, as in PyTorch
         return entry.astype(own.dtype)

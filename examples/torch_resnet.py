@@ -95,7 +95,7 @@ def main() -> None:
     labels, test_labels = torch.from_numpy(data.train_labels), torch.from_numpy(data.test_labels)
 
     plain = network()
-    ours = bnfast.torch.convert(copy.deepcopy(plain), fuse=True)
+    ours = bnfast.torch.convert(copy.deepcopy(plain))
     print(bnfast.torch.report(ours))
     losses = {}
     for name, model in (("PyTorch", plain), ("bnfast", ours)):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from . import fuse as _fuse
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -24,31 +23,44 @@ def convert(model: _Model, fuse: bool = False) -> _Model:
     """Make every batch norm of a model run on bnfast, in place.
 
     Layers stay the objects they are, with their parameters, buffers, hooks and modes; only their
-    class changes. Converting twice changes nothing more.
+    class changes. Converting twice changes nothing more. PyTorch's own ``BatchNorm1d``, ``2d``,
+    ``3d`` and ``SyncBatchNorm`` are converted, and no class derived from them.
 
     Parameters
     ----------
     model : torch.nn.Module
         Or a single batch norm.
     fuse : bool
-        Also let a batch norm take over the ReLU behind it, and an addition between the two, where
-        `torch.fx` can tell that nobody else looks at the values between.
+        Only False is accepted. Whole models are not fused: a recorded graph of a forward is not
+        the forward. To fuse an addition and an activation into a batch norm, pass `residual` and
+        `activation` to the layers of this module.
 
     Returns
     -------
     torch.nn.Module
         `model`.
 
+    Raises
+    ------
+    TypeError
+        If `model` is no `torch.nn.Module`.
+    ValueError
+        If `fuse` is true. The model is then as it was.
+
     See Also
     --------
     report : what was converted, what was not, and why.
     revert : the way back.
     """
+    _check_model(model)
+    if fuse:
+        raise ValueError(
+            f"fuse is {fuse!r:.60}; expected False: a recorded graph of a forward is not the "
+            "forward. To fuse, pass residual= and activation= to bnfast.torch's layers"
+        )
     for module in model.modules():
         if type(module) in OURS and _why_not(module) is None:
             module.__class__ = OURS[type(module)]
-    if fuse:
-        _fuse.fuse(model)
     return model
 
 
@@ -63,10 +75,15 @@ def revert(model: _Model) -> _Model:
     -------
     torch.nn.Module
         `model`, its layers PyTorch's own again, with the state they have now.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no `torch.nn.Module`.
     """
+    _check_model(model)
     theirs = {ours: their for their, ours in OURS.items()}
     for module in model.modules():
-        _fuse.unfuse(module)
         if type(module) in theirs:
             module.__class__ = theirs[type(module)]
     return model
@@ -82,27 +99,22 @@ class Report:
         Names of the layers that run on bnfast.
     left : dict of str to str
         Names of the batch norms that do not, and why.
-    fused : dict of str to str
-        Names of the layers that took over what follows them, and what that is.
-    unfused : dict of str to str
-        Names of layers that could not, and of modules whose forward could not be traced, and why.
     """
 
     converted: tuple[str, ...]
     left: dict[str, str]
-    fused: dict[str, str]
-    unfused: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} batch norms run on bnfast, {len(self.fused)} fused"]
-        lines += [f"{name}: fused with {what}" for name, what in self.fused.items()]
-        lines += [f"{name}: not fused, {why}" for name, why in self.unfused.items()]
+        lines = [f"{len(self.converted)} batch norms run on bnfast"]
         lines += [f"{name}: left to PyTorch, {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
 
 def report(model: nn.Module) -> Report:
-    """Say which batch norms of a model run on bnfast, what they are fused with, and why not.
+    """Say which batch norms of a model run on bnfast, and why others do not.
+
+    Only modules derived from PyTorch's batch norms are named. A batch norm of another kind, such as
+    a `FrozenBatchNorm2d`, or a call of ``torch.nn.functional.batch_norm`` in a forward is not seen.
 
     Parameters
     ----------
@@ -112,39 +124,46 @@ def report(model: nn.Module) -> Report:
     -------
     Report
         The model itself goes by the name "(model)". ``print`` shows it a line each.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no `torch.nn.Module`.
     """
-    found = Report((), {}, {}, {})
-    converted = []
+    _check_model(model)
+    converted, left = [], {}
     for path, module in model.named_modules():
         name = path or "(model)"
-        if isinstance(module, BatchNormOnCPU):
+        if isinstance(module, BatchNormOnCPU):  # or a class made of it, as parametrizations do
             converted.append(name)
         elif (why := _why_not(module)) is not None:
-            found.left[name] = why
+            left[name] = why
         elif type(module) in OURS:
-            found.left[name] = "convert has not been called"
-        if (reason := _fuse.reason_of(module)) is not None:
-            found.unfused[name] = reason
-        for fusion in _fuse.fusions_of(module):
-            inside = f"{path}." if path else ""
-            found.fused.update({inside + layer: what for layer, what in fusion.fused.items()})
-            found.unfused.update({inside + layer: why for layer, why in fusion.kept.items()})
-    return replace(found, converted=tuple(converted))
+            left[name] = "convert has not been called"
+    return Report(tuple(converted), left)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        what = model if isinstance(model, type) else type(model)
+        name = f"{what.__module__}.{what.__qualname__}"
+        raise TypeError(
+            f"model is {'the class' if what is model else 'of type'} {name}; "
+            "expected a torch.nn.Module"
+        )
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Return why convert leaves a batch norm alone; None for those it takes, and for the rest."""
+    """Return why convert leaves a batch norm alone; None for those it takes and other modules."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", "")
         return f"a scripted {scripted}" if "BatchNorm" in scripted else None
-    if not isinstance(module, _BatchNorm | _LazyNormBase):
+    if not isinstance(module, _BatchNorm):
         return None
     if kind in OURS:
         patched = "forward" in vars(module)
         return "its forward was replaced on the instance" if patched else None
-    if isinstance(module, BatchNormOnCPU):  # or a class made of it, as parametrizations do
-        return None
     if isinstance(module, _LazyNormBase):
         return f"{kind.__name__} becomes a batch norm at its first forward; convert after that"
-    return f"{kind.__name__} is a class of its own with a forward of its own"
+    return f"{kind.__name__} is a class of its own, derived from PyTorch's"

@@ -36,7 +36,7 @@ _NUMPY_TYPES = {
 }
 try:
     import ml_dtypes
-except ImportError:
+except ModuleNotFoundError:
     pass
 else:
     _NUMPY_TYPES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)

@@ -8,7 +8,9 @@ from cases import by_direction
 from layers import SmallResNet
 from torch import nn
 
+import bnfast
 import bnfast.torch
+from bnfast.torch import convert, report, revert
 
 
 def kinds(model):
@@ -20,11 +22,11 @@ def test_convert_and_revert_keep_every_object():
     model.stem.train()
     before = {name: (m, m.training) for name, m in model.named_modules()}
     tensors = {name: t.data_ptr() for name, t in model.state_dict().items()}
-    assert bnfast.torch.convert(model) is model
+    assert convert(model) is model
     assert kinds(model) == {bnfast.torch.BatchNorm2d}
-    assert bnfast.torch.convert(model) is model  # again changes nothing
-    assert len(bnfast.torch.report(model).converted) == 6
-    assert bnfast.torch.revert(model) is model
+    assert convert(model) is model  # again changes nothing
+    assert len(report(model).converted) == 6
+    assert revert(model) is model
     assert kinds(model) == {nn.BatchNorm2d}
     assert {name: (m, m.training) for name, m in model.named_modules()} == before
     assert {name: t.data_ptr() for name, t in model.state_dict().items()} == tensors
@@ -32,11 +34,92 @@ def test_convert_and_revert_keep_every_object():
 
 def test_a_batch_norm_alone_and_a_shared_one():
     layer = nn.BatchNorm1d(3)
-    assert bnfast.torch.convert(layer) is layer
+    assert convert(layer) is layer
     assert type(layer) is bnfast.torch.BatchNorm1d
     shared = nn.BatchNorm2d(3)
-    model = bnfast.torch.convert(nn.Sequential(shared, nn.Sequential(shared)))
+    model = convert(nn.Sequential(shared, nn.Sequential(shared)))
     assert model[0] is model[1][0] is shared
+
+
+def snapshot(model):
+    """Everything of a model but the values of its tensors."""
+    return {
+        name: {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items()}
+        | {"module": m, "class": type(m)}
+        for name, m in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_fuse_is_refused_and_nothing_changes(converted):
+    model = SmallResNet().eval()
+    model.stem.train()
+    model.stem.register_forward_hook(lambda *args: None)
+    if converted:
+        convert(model)
+    before, state = snapshot(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError,
+        match=r"^fuse is True; expected False: a recorded graph of a forward is not the forward",
+    ):
+        convert(model, fuse=True)
+    assert snapshot(model) == before
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+class Remembers(nn.Module):
+    """A forward of branches and side effects, which no graph recorded once can stand for."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.seen, self.factor = [], 2.0
+
+    def forward(self, x):
+        y = torch.relu(self.bn(x))
+        self.seen.append(y)
+        return y * self.factor if isinstance(y, torch.Tensor) else y
+
+
+def test_a_models_forward_stays_its_own(ran):
+    theirs = Remembers()
+    ours = convert(copy.deepcopy(theirs), fuse=False)
+    assert type(ours) is Remembers
+    assert ours.seen == []  # nothing was run
+    for factor in (2.0, 5.0):
+        x = torch.randn(4, 3, 2, 2)
+        theirs.factor = ours.factor = factor
+        want = theirs(x)
+        assert not ran()
+        torch.testing.assert_close(ours(x), want)
+        assert by_direction(ran()) == {"forward": 1}
+    assert [type(y) for y in ours.seen] == [torch.Tensor] * 2
+    assert report(ours).converted == ("bn",)
+    assert type(revert(ours)) is Remembers
+
+
+def test_modules_added_after_converting_run(ran):
+    model = convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    model.append(nn.Flatten())
+    assert model(torch.randn(4, 3, 2, 2)).shape == (4, 12)
+    assert by_direction(ran()) == {"forward": 1}
+
+
+@pytest.mark.parametrize("function", [convert, revert, report])
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (None, "model is of type builtins.NoneType"),
+        ([nn.BatchNorm2d(3)], "model is of type builtins.list"),
+        (nn.BatchNorm2d, "model is the class torch.nn.modules.batchnorm.BatchNorm2d"),
+        (bnfast.BatchNorm2d(3), "model is of type bnfast.layers.BatchNorm2d"),
+        (torch.ones(3), "model is of type torch.Tensor"),
+    ],
+    ids=["None", "list", "class", "NumPy layer", "tensor"],
+)
+def test_what_is_no_module_is_refused(function, model, said):
+    with pytest.raises(TypeError, match=f"^{said}; expected a torch.nn.Module$"):
+        function(model)
 
 
 def test_what_is_left_is_reported(ran):
@@ -44,25 +127,45 @@ def test_what_is_left_is_reported(ran):
         def forward(self, x):
             return super().forward(x) + 1
 
+    class Derived(nn.BatchNorm2d):
+        pass
+
+    scripted = torch.jit.script(nn.BatchNorm2d(3))
     patched = nn.BatchNorm2d(3)
     patched.forward = patched.forward
     model = nn.ModuleDict(
-        {"own": Own(3), "patched": patched, "lazy": nn.LazyBatchNorm2d(), "fine": nn.BatchNorm2d(3)}
+        {
+            "own": Own(3),
+            "derived": Derived(3),
+            "patched": patched,
+            "lazy": nn.LazyBatchNorm2d(),
+            "scripted": scripted,
+            "fine": nn.BatchNorm2d(3),
+        }
     )
-    assert set(bnfast.torch.report(model).left) == set(model)
-    report = bnfast.torch.report(bnfast.torch.convert(model))
-    assert report.converted == ("fine",)
-    assert set(report.left) == {"own", "patched", "lazy"}
-    assert "own: left to PyTorch, Own is a class of its own" in str(report)
+    assert set(report(model).left) == set(model)
+    model["other"] = nn.LazyInstanceNorm2d()  # is no batch norm
+    found = report(convert(model))
+    assert found.converted == ("fine",)
+    assert found.left == {
+        "own": "Own is a class of its own, derived from PyTorch's",
+        "derived": "Derived is a class of its own, derived from PyTorch's",
+        "patched": "its forward was replaced on the instance",
+        "lazy": "LazyBatchNorm2d becomes a batch norm at its first forward; convert after that",
+        "scripted": "a scripted BatchNorm2d",
+    }
+    assert str(found).splitlines()[:2] == [
+        "1 batch norms run on bnfast",
+        "own: left to PyTorch, Own is a class of its own, derived from PyTorch's",
+    ]
     assert type(model["own"]) is Own
     x = torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(model["own"](x), nn.BatchNorm2d(3)(x) + 1)
     assert not ran()
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_convolutions_take_our_layers_in(fused, ran):
-    model = bnfast.torch.convert(SmallResNet(), fuse=fused)
+def test_convolutions_take_our_layers_in(ran):
+    model = convert(SmallResNet(), fuse=False)
     model(torch.randn(8, 3, 8, 8))
     model.eval()
     conv, norm = model.stem[0], model.stem[1]
@@ -74,7 +177,7 @@ def test_convolutions_take_our_layers_in(fused, ran):
 
 
 def test_fx_keeps_our_layers_whole(ran):
-    model = bnfast.torch.convert(SmallResNet()).eval()
+    model = convert(SmallResNet()).eval()
     graph = torch.fx.symbolic_trace(model)
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     norms = [name for name in called if type(graph.get_submodule(name)) in kinds(model)]
@@ -87,7 +190,7 @@ def test_fx_keeps_our_layers_whole(ran):
 
     torch.testing.assert_close(fuse(copy.deepcopy(model))(x), model(x))
     assert by_direction(ran()) == {"inference": 12}
-    folded = fuse(bnfast.torch.revert(copy.deepcopy(model)))
+    folded = fuse(revert(copy.deepcopy(model)))
     assert not kinds(folded)
     torch.testing.assert_close(folded(x), model(x))
     assert by_direction(ran()) == {"inference": 6}

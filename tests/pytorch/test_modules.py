@@ -302,6 +302,17 @@ def test_other_types_and_places(ran):
     check_falls_through(layer, lambda layer: layer(empty), ran)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_activations_of_what_falls_through(training, activation, ran):
+    x, residual = torch.randn(2, 4, 3, 2, 2)
+    layer = bnfast.torch.BatchNorm2d(3).train(training)
+    want = copy.deepcopy(layer)(-x, residual, activation)
+    assert len(ran()) == 1
+    torch.testing.assert_close(layer(torch._neg_view(x), residual, activation), want)
+    assert not ran()
+
+
 def test_traced_by_jit():
     layer = bnfast.torch.BatchNorm2d(3).eval()
     x = torch.randn(4, 3, 2, 2)

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -250,6 +252,44 @@ def test_freed_memory_is_not_read(name, ran):
     with pytest.raises(RuntimeError, match="not allocated"):
         ours(batch())
     assert not ran()
+
+
+# Frees one tensor that a backward needs, PyTorch's layer first, which says what is expected.
+FREED = """
+import sys
+import torch, bnfast.torch
+name, training = sys.argv[1], sys.argv[2] == "True"
+for kind in (torch.nn.BatchNorm2d, bnfast.torch.BatchNorm2d):
+    layer = kind(3).train(training)
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    given = x * 1
+    y = layer(given)
+    freed = given if name == "x" else layer.weight
+    freed.untyped_storage().resize_(0)
+    print("freed", flush=True)
+    try:
+        y.backward(torch.ones_like(y))
+    except RuntimeError as error:
+        print("not allocated" in str(error), flush=True)
+"""
+
+
+@TRAINING
+@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the backward does not look again whether saved tensors still have memory",
+)
+def test_memory_freed_before_the_backward_is_not_read(name, training):
+    """In a process of its own, which may crash."""
+    command = [sys.executable, "-c", FREED, name, str(training)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    expected = "freed\nTrue\n"
+    if not done.stdout.startswith(expected + "freed\n"):
+        pytest.fail(f"the program itself failed: {done.stderr}")
+    assert done.returncode == 0
+    assert done.stdout == 2 * expected
 
 
 # ---- Modes

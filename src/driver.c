@@ -1,0 +1,372 @@
+/* Sums are gathered block by block into slots; settling turns a group's slots into what spreading
+ * multiplies with.  moments() spreads nothing, inference gathers nothing. */
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "driver.h"
+#include "float_env.h"
+#include "moments.h"
+#include "threads.h"
+
+/* What computes in the environment of float_env.h is never inlined, so that no arithmetic is moved
+ * out of it. */
+#define APART __attribute__((noinline))
+
+static struct {
+    int isa;
+    const bnf_table *table;
+    bnf_caches caches;
+} in_use;
+
+static atomic_llong dispatches[BNF_DIRECTIONS][BNF_TYPES][BNF_LAYOUTS][BNF_MOST_ISAS]
+                              [BNF_ACTIVATIONS][2];
+
+/* ---- Forward, inference, moments */
+
+static void open_forward(bnf_call *call)
+{
+    call->forward = (bnf_forward){
+        .shape = call->shape,
+        .x = call->x,
+        .residual = call->residual,
+        .y = call->y,
+        .mean = call->mean,
+        .scale = call->scale,
+        .shift = call->shift,
+        .activation = call->activation,
+        .slope = call->slope,
+        .stream = call->plan.stream,
+    };
+}
+
+static void open_inference(bnf_call *call)
+{
+    if (call->has_var)
+        for (ptrdiff_t c = 0; c < call->shape.channels; c++)
+            call->scale[c] *= 1 / sqrt(call->var[c] + call->eps);
+    open_forward(call);
+}
+
+static void gather_moments(bnf_call *call, bnf_tile tile, ptrdiff_t block)
+{
+    const ptrdiff_t row = block * call->shape.channels;
+    call->kernels->moments(call->x, call->shape, tile, call->slot_a + row, call->slot_b + row);
+}
+
+static void settle_moments(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+{
+    bnf_merge_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_a, call->slot_b);
+}
+
+static void settle_forward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+{
+    settle_moments(call, c0, c1);
+    bnf_close_forward(call->count, call->eps, c0, c1, call->m2, call->weight, call->var,
+                      call->inv_std, call->scale);
+}
+
+static void spread_forward(bnf_call *call, bnf_tile tile)
+{
+    call->kernels->apply(&call->forward, tile);
+}
+
+/* ---- Backward */
+
+static bnf_mask mask_of(const bnf_call *call)
+{
+    if (call->activation == BNF_LINEAR)
+        return BNF_UNMASKED;
+    if (call->output)
+        return BNF_FROM_Y;
+    return call->residual ? BNF_FROM_X_RESIDUAL : BNF_FROM_X;
+}
+
+static void close_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+{
+    bnf_close_backward(call->scale, call->count, c0, c1, call->inv_std, call->dbias, call->dweight,
+                       call->dy_factor, call->x_factor, call->constant);
+}
+
+static void open_backward(bnf_call *call)
+{
+    for (ptrdiff_t c = 0; c < call->shape.channels; c++) {
+        call->scale[c] = call->dy_factor[c] = call->weight[c] * call->inv_std[c];
+        call->ones[c] = 1.0;
+    }
+    if (call->has_sums)
+        close_backward(call, 0, call->shape.channels);
+    /* The residual's gradient alone is g: what dx is under constants and a factor of one. */
+    const bool alone = !call->dx;
+    call->backward = (bnf_backward){
+        .shape = call->shape,
+        .dy = call->dy,
+        .x = call->x,
+        .residual = call->residual,
+        .y = call->output,
+        .dx = alone ? call->dresidual : call->dx,
+        .dresidual = alone ? NULL : call->dresidual,
+        .mean = call->mean,
+        .scale = call->scale,
+        .shift = call->shift,
+        .dy_factor = alone ? call->ones : call->dy_factor,
+        .x_factor = call->x_factor,
+        .constant = call->constant,
+        .activation = call->activation,
+        .slope = call->slope,
+        .mask = mask_of(call),
+        .through_moments = !alone && call->count != 0,
+        .stream = call->plan.stream,
+    };
+}
+
+static void gather_gradients(bnf_call *call, bnf_tile tile, ptrdiff_t block)
+{
+    const ptrdiff_t row = block * call->shape.channels;
+    call->kernels->grad_sums(&call->backward, tile, call->slot_a + row, call->slot_b + row);
+}
+
+static void settle_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+{
+    bnf_add_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_a);
+    bnf_add_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_b);
+    bnf_close_sums(c0, c1, call->inv_std, call->slot_b, call->dweight);
+    close_backward(call, c0, c1);
+}
+
+static void spread_backward(bnf_call *call, bnf_tile tile)
+{
+    call->kernels->grad_input(&call->backward, tile);
+}
+
+/* ---- Running statistics */
+
+static void move_average(void *running, bool wide, double momentum, const double *batch,
+                         ptrdiff_t channels)
+{
+    float *narrow_values = running;
+    double *wide_values = running;
+    for (ptrdiff_t c = 0; c < channels; c++) {
+        const double old = wide ? wide_values[c] : (double)narrow_values[c];
+        const double new = (1 - momentum) * old + momentum * batch[c];
+        if (wide)
+            wide_values[c] = new;
+        else
+            narrow_values[c] = (float)new;
+    }
+}
+
+static APART void move_averages(bnf_call *call, bnf_running running, double momentum, double ddof)
+{
+    const ptrdiff_t channels = call->shape.channels;
+    double *var = call->scale; /* which has done its work */
+    for (ptrdiff_t c = 0; c < channels; c++)
+        var[c] = bnf_variance(call->m2[c], call->count, ddof);
+    move_average(running.mean, running.wide_mean, momentum, call->mean, channels);
+    move_average(running.var, running.wide_var, momentum, var, channels);
+}
+
+/* ---- All steps over all tiles.  Which thread takes a tile may vary; what it computes may not. */
+
+static bool gathers(const bnf_call *call)
+{
+    return call->direction == BNF_MOMENTS || call->direction == BNF_FORWARD || call->gathers;
+}
+
+static bool spreads(const bnf_call *call) { return call->y || call->dx || call->dresidual; }
+
+static void gather_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t group)
+{
+    const bnf_plan *plan = &call->plan;
+    const bnf_tile tile =
+        bnf_block_tile(call->shape, plan->blocks, block, group * plan->group, plan->group);
+    call->steps->gather(call, tile, block);
+}
+
+static void settle_group(bnf_call *call, ptrdiff_t group)
+{
+    const ptrdiff_t c0 = group * call->plan.group, c1 = c0 + call->plan.group;
+    call->steps->settle(call, c0, c1 < call->shape.channels ? c1 : call->shape.channels);
+}
+
+static void spread_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t width)
+{
+    const bnf_plan *plan = &call->plan;
+    call->steps->spread(
+        call, bnf_block_tile(call->shape, plan->spread, block, width * plan->width, plan->width));
+}
+
+/* All steps of one group of channels, while the caches hold it. */
+static void run_group(void *context, ptrdiff_t group)
+{
+    bnf_call *call = context;
+    for (ptrdiff_t block = 0; block < call->plan.blocks.count; block++)
+        gather_tile(call, block, group);
+    settle_group(call, group);
+    spread_tile(call, 0, group);
+}
+
+/* A block's tiles side by side, as they lie in memory. */
+static void gather_one(void *context, ptrdiff_t i)
+{
+    bnf_call *call = context;
+    gather_tile(call, i / call->plan.groups, i % call->plan.groups);
+}
+
+static void spread_one(void *context, ptrdiff_t i)
+{
+    bnf_call *call = context;
+    spread_tile(call, i / call->plan.widths, i % call->plan.widths);
+}
+
+static void run_tiles(bnf_call *call, int threads)
+{
+    const bnf_plan *plan = &call->plan;
+    if (plan->fused) {
+        bnf_share_out(plan->groups, threads, BNF_DYNAMIC, run_group, call);
+        return;
+    }
+    if (gathers(call)) {
+        bnf_share_out(plan->blocks.count * plan->groups, threads, BNF_STATIC, gather_one, call);
+        for (ptrdiff_t group = 0; group < plan->groups; group++)
+            settle_group(call, group);
+    }
+    if (spreads(call))
+        bnf_share_out(plan->spread.count * plan->widths, threads, BNF_STATIC, spread_one, call);
+}
+
+static void count_dispatch(const bnf_call *call)
+{
+    const bool residual = call->residual || call->dresidual;
+    atomic_fetch_add_explicit(&dispatches[call->direction][call->type][call->plan.layout]
+                                         [in_use.isa][call->activation][residual],
+                              1, memory_order_relaxed);
+}
+
+static APART void compute(bnf_call *call)
+{
+    count_dispatch(call);
+    call->steps->open(call);
+    if (call->bytes < BNF_SMALL_BYTES)
+        run_tiles(call, 1);
+    else {
+        const int threads = bnf_begin_work(call->plan.threads, call->most_threads);
+        run_tiles(call, threads);
+        bnf_end_work(threads);
+    }
+}
+
+/* ---- What driver.h declares */
+
+static bool has_values(bnf_shape shape)
+{
+    return shape.outer > 0 && shape.channels > 0 && shape.inner > 0;
+}
+
+void bnf_call_plan(bnf_call *call, int threads)
+{
+    static const bnf_steps steps[BNF_DIRECTIONS] = {
+        [BNF_MOMENTS] = {open_forward, gather_moments, settle_moments, NULL},
+        [BNF_FORWARD] = {open_forward, gather_moments, settle_forward, spread_forward},
+        [BNF_BACKWARD] = {open_backward, gather_gradients, settle_backward, spread_backward},
+        [BNF_INFERENCE] = {open_inference, NULL, NULL, spread_forward},
+    };
+    static const ptrdiff_t itemsize[BNF_TYPES] = {
+        [BNF_F32] = 4, [BNF_F64] = 8, [BNF_F16] = 2, [BNF_BF16] = 2};
+    const bnf_shape shape = call->shape;
+    const int reads = 1 + (call->dy != NULL) + (call->residual || call->output);
+    const int writes = (call->y != NULL) + (call->dx != NULL) + (call->dresidual != NULL);
+    if (!has_values(shape))
+        return;
+    if (call->direction == BNF_FORWARD)
+        call->count = (double)(shape.outer * shape.inner);
+    call->steps = &steps[call->direction];
+    call->bytes =
+        shape.outer * shape.channels * shape.inner * itemsize[call->type] * (reads + writes);
+    call->most_threads = threads;
+    call->plan = bnf_make_plan(shape, itemsize[call->type], gathers(call), reads, writes,
+                               in_use.caches, bnf_share_of(threads));
+    call->kernels = &in_use.table->kernels[call->type][call->plan.layout];
+}
+
+enum { VECTORS = 12 };
+
+bool bnf_is_countable(ptrdiff_t channels, ptrdiff_t blocks)
+{
+    return channels <= PTRDIFF_MAX / (ptrdiff_t)sizeof(double) / (VECTORS + 1 + 2 * blocks);
+}
+
+bool bnf_call_reserve(bnf_call *call)
+{
+    double **vectors[VECTORS] = {
+        &call->mean,      &call->weight,   &call->shift,    &call->scale,
+        &call->var,       &call->inv_std,  &call->dweight,  &call->dbias,
+        &call->dy_factor, &call->x_factor, &call->constant, &call->ones,
+    };
+    const ptrdiff_t channels = call->shape.channels;
+    const ptrdiff_t blocks = gathers(call) ? call->plan.blocks.count : 0;
+    if (!bnf_is_countable(channels, blocks))
+        return false;
+    call->memory = calloc((size_t)((VECTORS + 2 * blocks) * channels + 1), sizeof(double));
+    if (!call->memory)
+        return false;
+    for (int i = 0; i < VECTORS; i++)
+        *vectors[i] = call->memory + i * channels;
+    call->slot_a = call->memory + VECTORS * channels;
+    call->slot_b = call->slot_a + blocks * channels;
+    /* The whole batch's are in the first row once its blocks are merged. */
+    if (blocks > 0 && call->direction == BNF_BACKWARD)
+        call->dbias = call->slot_a;
+    else if (blocks > 0)
+        call->mean = call->slot_a, call->m2 = call->slot_b;
+    return true;
+}
+
+void bnf_call_run(bnf_call *call)
+{
+    if (!has_values(call->shape))
+        return;
+    const bnf_float_env found = bnf_enter_float_env();
+    compute(call);
+    bnf_leave_float_env(found);
+}
+
+void bnf_call_release(bnf_call *call) { free(call->memory); }
+
+void bnf_move_running(bnf_call *call, bnf_running running, double momentum, double ddof)
+{
+    const bnf_float_env found = bnf_enter_float_env();
+    move_averages(call, running, momentum, ddof);
+    bnf_leave_float_env(found);
+}
+
+void bnf_use_isa(int index)
+{
+    in_use.isa = index;
+    in_use.table = bnf_isa_table(index);
+}
+
+int bnf_isa_in_use(void) { return in_use.isa; }
+
+void bnf_use_caches(bnf_caches caches) { in_use.caches = caches; }
+
+bnf_caches bnf_caches_in_use(void) { return in_use.caches; }
+
+long long bnf_dispatches(bnf_kind kind)
+{
+    return atomic_load(&dispatches[kind.direction][kind.type][kind.layout][kind.isa]
+                                  [kind.activation][kind.residual]);
+}
+
+void bnf_forget_dispatches(void)
+{
+    atomic_llong *first = &dispatches[0][0][0][0][0][0];
+    for (size_t i = 0; i < sizeof dispatches / sizeof *first; i++)
+        atomic_store(first + i, 0);
+}
+
+const bnf_driver bnf_driver_table = {
+    sizeof(bnf_call), bnf_call_plan,    bnf_call_reserve,
+    bnf_call_run,     bnf_call_release, bnf_move_running,
+};

@@ -1,0 +1,130 @@
+/* One whole call over a tensor, without an interpreter: plan it, gather its sums, settle what
+ * follows from them, spread the result.
+ *
+ *     bnf_call call = {.direction = BNF_FORWARD, .type = BNF_F32, .shape = {32, 64, 49}, ...};
+ *     bnf_call_plan(&call, threads);        kernels and tiles; writes nothing
+ *     if (!bnf_call_reserve(&call)) ...     numbers per channel; false: there is no memory
+ *     call.weight[c] = ..., call.shift[c] = ...
+ *     bnf_call_run(&call);
+ *     ... call.mean[c], call.var[c] ...     and, in training, bnf_move_running(&call, ...)
+ *     bnf_call_release(&call);
+ */
+#ifndef BNFAST_DRIVER_H
+#define BNFAST_DRIVER_H
+
+#include "bnfast.h"
+
+typedef enum {
+    BNF_MOMENTS,
+    BNF_FORWARD,
+    BNF_BACKWARD,
+    BNF_INFERENCE,
+    BNF_DIRECTIONS
+} bnf_direction;
+
+/* A call on fewer bytes runs on one thread, and is over before another call could have begun. */
+#define BNF_SMALL_BYTES 65536
+
+typedef struct bnf_call bnf_call;
+typedef void bnf_open_step(bnf_call *call);
+typedef void bnf_gather_step(bnf_call *call, bnf_tile tile, ptrdiff_t block);
+typedef void bnf_settle_step(bnf_call *call, ptrdiff_t channel0, ptrdiff_t channel1);
+typedef void bnf_spread_step(bnf_call *call, bnf_tile tile);
+
+/* What the steps of a direction are; gather and settle, or spread, are NULL where it has none. */
+typedef struct {
+    bnf_open_step *open;
+    bnf_gather_step *gather;
+    bnf_settle_step *settle;
+    bnf_spread_step *spread;
+} bnf_steps;
+
+struct bnf_call {
+    /* What is asked: set before bnf_call_plan; zero what does not apply. */
+    bnf_direction direction;
+    bnf_type type;
+    bnf_shape shape;
+    bnf_activation activation;
+    double slope;  /* of leaky_relu */
+    double eps;    /* forward, and inference with has_var */
+    double count;  /* backward: values per channel of the batch; 0: its statistics are constants */
+    bool has_var;  /* inference: scale is to be divided by sqrt(var + eps) */
+    bool has_sums; /* backward: dweight and dbias are given, those of the whole batch */
+    bool gathers;  /* backward: they are to be summed here */
+    const void *x, *residual;
+    const void *dy, *output; /* backward; output: the forward's, from which the mask is read */
+    void *y;                 /* forward, inference */
+    void *dx, *dresidual;    /* backward; NULL: not wanted */
+
+    /* Numbers per channel, float64: the caller sets those that go in between bnf_call_reserve and
+     * bnf_call_run (an inference may point at its own instead of reserving), and reads those that
+     * come out after it.
+     *     moments                                        out: mean, m2
+     *     forward     in: weight, shift                  out: mean, m2, var, inv_std
+     *     inference   in: mean, scale, shift (, var)
+     *     backward    in: mean, inv_std, weight, shift (, dweight, dbias)    out: dweight, dbias */
+    double *mean, *m2, *var, *inv_std, *weight, *scale, *shift, *dweight, *dbias;
+
+    /* The driver's own. */
+    bnf_plan plan;
+    ptrdiff_t bytes;  /* of all tensors */
+    int most_threads; /* that it was granted, were it alone */
+    const bnf_kernels *kernels;
+    const bnf_steps *steps;
+    bnf_forward forward;
+    bnf_backward backward;
+    double *memory; /* of all numbers per channel, and of the slots */
+    double *dy_factor, *x_factor, *constant, *ones;
+    double *slot_a, *slot_b; /* a row per block: means and M2s, or sums of g and g*(x - mean) */
+};
+
+void bnf_call_plan(bnf_call *call, int threads);
+bool bnf_call_reserve(bnf_call *call);
+void bnf_call_run(bnf_call *call);
+void bnf_call_release(bnf_call *call);
+
+/* Running statistics, float32 or float64 (wide), a value per channel. */
+typedef struct {
+    void *mean, *var;
+    bool wide_mean, wide_var;
+} bnf_running;
+
+/* running = (1 - momentum) * running + momentum * batch, after a forward has run; the batch's
+ * variance is over count - ddof.  Apart from the call, since it comes after all that can fail. */
+void bnf_move_running(bnf_call *call, bnf_running running, double momentum, double ddof);
+
+/* Whether so many numbers per channel can be counted in bytes. */
+bool bnf_is_countable(ptrdiff_t channels, ptrdiff_t blocks);
+
+/* The instruction set and the caches that calls are planned for, of the whole process.  A set must
+ * be chosen before the first call, and changed by tests alone. */
+void bnf_use_isa(int index);
+int bnf_isa_in_use(void);
+void bnf_use_caches(bnf_caches caches);
+bnf_caches bnf_caches_in_use(void);
+
+/* How many calls there were of a kind; counts are exact from any number of threads. */
+#define BNF_MOST_ISAS 8
+typedef struct {
+    bnf_direction direction;
+    bnf_type type;
+    bnf_layout layout;
+    int isa;
+    bnf_activation activation;
+    bool residual;
+} bnf_kind;
+long long bnf_dispatches(bnf_kind kind);
+void bnf_forget_dispatches(void);
+
+/* The entry points as a table, for other extension modules of the same build. */
+typedef struct {
+    size_t call_size; /* sizeof(bnf_call): another one is of another build */
+    void (*plan)(bnf_call *call, int threads);
+    bool (*reserve)(bnf_call *call);
+    void (*run)(bnf_call *call);
+    void (*release)(bnf_call *call);
+    void (*move_running)(bnf_call *call, bnf_running running, double momentum, double ddof);
+} bnf_driver;
+extern const bnf_driver bnf_driver_table;
+
+#endif

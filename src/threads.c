@@ -1,0 +1,238 @@
+/* Tiles are shared out by OpenMP, of whose runtime a process has one, whoever else uses it. */
+#define _GNU_SOURCE
+#include <link.h>
+#include <omp.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include "float_env.h"
+#include "threads.h"
+
+static struct {
+    atomic_bool started, lost;
+    bool set_up, forked; /* forked: without exec, before this library was loaded */
+    pid_t home;          /* the process that all of this is about */
+    int openmp_default;
+    _Atomic uint64_t at_work; /* calls in the upper half, their threads in the lower */
+} state;
+
+static int least(int a, int b) { return a < b ? a : b; }
+static int most_of(int a, int b) { return a > b ? a : b; }
+
+/* ---- Forks
+ *
+ * libgomp keeps a thread's pool in thread-local memory.  A forked process inherits that memory but
+ * none of the pool's threads, and its next parallel region would wait for them for ever.  Memory
+ * that is all zero says that there never was a pool. */
+
+typedef struct {
+    uintptr_t runtime; /* an address in the runtime's code */
+    bool used;
+} pool_search;
+
+static int look_for_pool(struct dl_phdr_info *info, size_t size, void *context)
+{
+    pool_search *search = context;
+    const ElfW(Phdr) *local = NULL;
+    bool is_runtime = false;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr) *part = &info->dlpi_phdr[i];
+        if (part->p_type == PT_TLS)
+            local = part;
+        if (part->p_type == PT_LOAD &&
+            search->runtime - (info->dlpi_addr + part->p_vaddr) < part->p_memsz)
+            is_runtime = true;
+    }
+    if (!is_runtime)
+        return 0;
+    if (size < offsetof(struct dl_phdr_info, dlpi_tls_data) + sizeof info->dlpi_tls_data)
+        search->used = true; /* a loader that does not say */
+    else if (local && info->dlpi_tls_data) {
+        const char *bytes = info->dlpi_tls_data;
+        search->used = bytes[0] != 0 || memcmp(bytes, bytes + 1, local->p_memsz - 1) != 0;
+    }
+    return 1;
+}
+
+/* Whether this thread may have a pool of the runtime's. */
+static bool has_pool(void)
+{
+    pool_search search = {(uintptr_t)omp_get_max_threads, false};
+    dl_iterate_phdr(look_for_pool, &search);
+    return search.used;
+}
+
+/* Linux marks a process that was forked and has not executed a program of its own since. */
+static bool was_forked(void)
+{
+    const unsigned forked_no_exec = 0x40; /* PF_FORKNOEXEC */
+    char line[1024];
+    unsigned flags = 0;
+    FILE *file = fopen("/proc/self/stat", "r");
+    if (!file)
+        return false;
+    const char *end = fgets(line, sizeof line, file) ? strrchr(line, ')') : NULL;
+    fclose(file);
+    return end && sscanf(end, ") %*c %*d %*d %*d %*d %*d %u", &flags) == 1 &&
+           flags & forked_no_exec;
+}
+
+/* Asked in the parent: in the child, the loader's lock may be held by a thread that is not there.
+ */
+static _Thread_local bool loses_pool;
+
+static void before_fork(void) { loses_pool = atomic_load(&state.started) || has_pool(); }
+
+static void after_fork_in_child(void)
+{
+    if (loses_pool)
+        atomic_store(&state.lost, true);
+    atomic_store(&state.started, false);
+    atomic_store(&state.at_work, 0); /* those calls are in the parent */
+    state.home = getpid();
+}
+
+bool bnf_threads_lost(void)
+{
+    static _Thread_local bool looked;
+    if (state.home != getpid()) /* by a system call that runs no handlers */
+        atomic_store(&state.lost, true);
+    if (state.forked && !looked) {
+        looked = true;
+        if (has_pool())
+            atomic_store(&state.lost, true);
+    }
+    return atomic_load(&state.lost);
+}
+
+void bnf_threads_setup(void)
+{
+    if (state.set_up)
+        return;
+    state.set_up = true;
+    state.home = getpid();
+    state.forked = was_forked();
+    bnf_threads_lost(); /* this thread may have one later by right */
+    state.openmp_default = omp_get_max_threads();
+    pthread_atfork(before_fork, NULL, after_fork_in_child);
+}
+
+/* ---- Threads that can be had
+ *
+ * libgomp ends the process where it cannot create a thread. */
+
+static void *wait_for_release(void *gate)
+{
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+/* How many of so many threads the system grants beside this one, found out by creating them. */
+static int granted(int wanted)
+{
+    enum { MOST = 1024 };
+    pthread_t threads[MOST];
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    int created = 0;
+    pthread_mutex_lock(&gate);
+    while (created < least(wanted, MOST) &&
+           !pthread_create(&threads[created], NULL, wait_for_release, &gate))
+        created++;
+    pthread_mutex_unlock(&gate);
+    for (int i = 0; i < created; i++)
+        pthread_join(threads[i], NULL);
+    return created;
+}
+
+/* A team of so many, or of as many as there can be.  Once a thread has had a team, its pool keeps
+ * the threads. */
+static int team_of(int threads)
+{
+    static _Thread_local int largest = 1;
+    if (threads > largest && !omp_in_parallel())
+        threads = largest = most_of(largest, 1 + granted(threads - 1));
+    return threads;
+}
+
+/* ---- Sharing out */
+
+void bnf_share_out(ptrdiff_t tasks, int threads, bnf_schedule schedule, bnf_task *task,
+                   void *context)
+{
+    if (threads > 1 && !bnf_threads_lost())
+        threads = team_of(threads);
+    else
+        threads = 1;
+    if (threads < 2) {
+        for (ptrdiff_t i = 0; i < tasks; i++)
+            task(context, i);
+        return;
+    }
+    atomic_store(&state.started, true);
+#pragma omp parallel num_threads(threads)
+    {
+        const bnf_float_env found = bnf_enter_float_env();
+        if (schedule == BNF_DYNAMIC) {
+#pragma omp for schedule(dynamic)
+            for (ptrdiff_t i = 0; i < tasks; i++)
+                task(context, i);
+        } else {
+#pragma omp for schedule(static)
+            for (ptrdiff_t i = 0; i < tasks; i++)
+                task(context, i);
+        }
+        bnf_leave_float_env(found);
+    }
+}
+
+bool bnf_threads_started(void) { return atomic_load(&state.started); }
+
+int bnf_threads_lowered(void)
+{
+    const int number = omp_get_max_threads();
+    return number < state.openmp_default ? number : 0;
+}
+
+int bnf_openmp_version(void) { return _OPENMP; }
+
+/* ---- Calls at the same time
+ *
+ * Each thread that calls has a pool of OpenMP's to itself, so that a pool of them would start the
+ * square of what the machine has.  A call takes an even share, and no more than is left: that is
+ * one where an outer pool is as large as the machine, and all where a call is alone. */
+
+static int calls_of(uint64_t at_work) { return (int)(at_work >> 32); }
+static int threads_of(uint64_t at_work) { return (int)(at_work & UINT32_MAX); }
+static uint64_t one_call(int threads) { return ((uint64_t)1 << 32) + (uint64_t)threads; }
+
+static int share_beside(uint64_t at_work, int most)
+{
+    return most_of(1, least(most / (calls_of(at_work) + 1), most - threads_of(at_work)));
+}
+
+int bnf_share_of(int most) { return share_beside(atomic_load(&state.at_work), most); }
+
+int bnf_begin_work(int wanted, int most)
+{
+    uint64_t found = atomic_load(&state.at_work);
+    int threads;
+    do
+        threads = least(wanted, share_beside(found, most));
+    while (!atomic_compare_exchange_weak(&state.at_work, &found, found + one_call(threads)));
+    return threads;
+}
+
+void bnf_end_work(int threads) { atomic_fetch_sub(&state.at_work, one_call(threads)); }
+
+void bnf_at_work(int *calls, int *threads)
+{
+    const uint64_t found = atomic_load(&state.at_work);
+    *calls = calls_of(found);
+    *threads = threads_of(found);
+}

@@ -1,0 +1,81 @@
+"""What a user's code or a signal handler raises inside a call comes out as it was raised."""
+
+import copy
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import bnfast.torch
+from bnfast import _core
+
+ERRORS = pytest.mark.parametrize("kind", [TimeoutError, KeyError, KeyboardInterrupt])
+
+
+@pytest.fixture
+def interrupt(kind):
+    """A function whose call ends in an exception of a signal handler's."""
+    error = kind("the user's")
+
+    def handler(*args):
+        raise error
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    yield lambda *args, **options: signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+class Calls(nn.Module):
+    """A module that calls something, then gives back what it got."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        self.call()
+        return x
+
+
+def in_a_forward(layer, interrupt):
+    return nn.Sequential(layer, Calls(interrupt))
+
+
+def in_a_hook(layer, interrupt):
+    layer.register_forward_pre_hook(interrupt)
+    return layer
+
+
+def in_a_parameter(layer, interrupt):
+    # Without `unsafe` it would be called here.
+    parametrize.register_parametrization(layer, "weight", Calls(interrupt), unsafe=True)
+    return layer
+
+
+@ERRORS
+@pytest.mark.parametrize("place", [in_a_forward, in_a_hook, in_a_parameter])
+def test_from_the_users_code(place, kind, interrupt):
+    model = place(bnfast.torch.BatchNorm2d(3), interrupt)
+    with pytest.raises(kind, match="the user's"):
+        model(torch.randn(4, 3, 2, 2))
+
+
+@ERRORS
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_from_the_middle_of_a_forward(training, kind, interrupt, monkeypatch):
+    layer = bnfast.torch.BatchNorm2d(3).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    monkeypatch.setattr(_core, "forward" if training else "normalize", interrupt)
+    with pytest.raises(kind, match="the user's"):
+        layer(torch.randn(4, 3, 2, 2))
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+
+
+@ERRORS
+def test_from_the_middle_of_a_backward(kind, interrupt, monkeypatch):
+    y = bnfast.torch.BatchNorm2d(3)(torch.randn(4, 3, 2, 2))
+    monkeypatch.setattr(_core, "backward", interrupt)
+    with pytest.raises(kind, match="the user's"):
+        y.sum().backward()
