@@ -478,7 +478,7 @@ class SyncBatchNorm(BatchNorm):
         )
         others = (x, residual, out, *given)
         move = None if rates is None else self._move(*rates, channels, seen.x.dtype, others)
-        target = np.empty(seen.x.shape, seen.x.dtype) if seen.out is None else seen.out
+        target = np.empty_like(seen.x) if seen.out is None else seen.out
         mine = moments(seen.x, axis=seen.axis)
         return _ForwardCall(
             x, residual, seen, target, weight, bias, eps, activation, observer, move, mine
@@ -577,10 +577,8 @@ class SyncBatchNorm(BatchNorm):
             self._check_gradients()
             for grad, new in zip((self.weight_grad, self.bias_grad), sums, strict=True):
                 totals.append((np.asarray(grad), _sum(cast("Tensor", grad), new)))
-        arguments.update(
-            count=saved.stats.count, out=np.empty(seen.x.shape, seen.x.dtype), needs=wanted
-        )
-        return _BackwardCall(seen, arguments, sums, totals)
+        arguments.update(count=saved.stats.count, out=np.empty_like(seen.x), needs=wanted)
+        return _BackwardCall(arguments, sums, totals)
 
 
 class _ForwardCall(NamedTuple):
@@ -623,19 +621,18 @@ class _ForwardCall(NamedTuple):
 class _BackwardCall(NamedTuple):
     """A backward with all that it takes, read and checked, and room for the input's gradient."""
 
-    seen: _arrays.Canonical
     arguments: dict[str, Any]
     # The gradients of weight and bias over this part.
     sums: Sequence[Any]
     # The layer's arrays that they are added into, and what these become.
     totals: Sequence[tuple[Tensor, Tensor]]
 
-    def finish(self, sums: tuple[Vector, Vector]) -> tuple[Tensor, Tensor | None]:
+    def finish(self, sums: tuple[Vector, Vector]) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of input and residual."""
         dx, _, _, dresidual = _core.backward(**self.arguments, sums=sums)
         for grad, total in self.totals:
             grad[...] = total
-        return self.seen.restore(dx), self.seen.restore(dresidual)
+        return dx, dresidual
 
 
 def _maybe_array(name: str, value: Any) -> Tensor | None:
