@@ -252,6 +252,11 @@ cdef cnp.ndarray new_like(cnp.ndarray x):
         cnp.PyDataMem_SetHandler(current)
 
 
+def new_output(cnp.ndarray x):
+    """An array like x for a result, of the memory that results take."""
+    return new_like(x)
+
+
 def release_memory():
     """Give back the memory that is kept for coming results.
 

@@ -478,7 +478,7 @@ class SyncBatchNorm(BatchNorm):
         )
         others = (x, residual, out, *given)
         move = None if rates is None else self._move(*rates, channels, seen.x.dtype, others)
-        target = np.empty_like(seen.x) if seen.out is None else seen.out
+        target = _core.new_output(seen.x) if seen.out is None else seen.out
         mine = moments(seen.x, axis=seen.axis)
         return _ForwardCall(
             x, residual, seen, target, weight, bias, eps, activation, observer, move, mine
@@ -577,7 +577,7 @@ class SyncBatchNorm(BatchNorm):
             self._check_gradients()
             for grad, new in zip((self.weight_grad, self.bias_grad), sums, strict=True):
                 totals.append((np.asarray(grad), _sum(cast("Tensor", grad), new)))
-        arguments.update(count=saved.stats.count, out=np.empty_like(seen.x), needs=wanted)
+        arguments.update(count=saved.stats.count, out=_core.new_output(seen.x), needs=wanted)
         return _BackwardCall(arguments, sums, totals)
 
 
