@@ -25,15 +25,15 @@ CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
-COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/torch/*.py))
-C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.[ch] tools/*.c)
+COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
+C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.[ch])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-torch test-distributed test-onnx test-neon test-avx512-emulated \
-    sanitize sanitize-test coverage coverage-test tsan tsan-test matrix lint format docs bench \
+    sanitize sanitize-test coverage coverage-test tsan matrix lint format docs bench \
     bench-compare bench-suite bench-pytest dist sdist wheels test-wheels clean
 
 help:  ## this list
@@ -99,31 +99,10 @@ coverage-test: $(if $(TORCH),$(VENV)/.bnfast-pytorch) $(VENV)/.bnfast-engines $(
 matrix: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## how many tests each kernel has; writes tests/MATRIX.md
 	$(PY) -m pytest --matrix tests/MATRIX.md $(ARGS)
 
-# gcc's OpenMP says nothing to ThreadSanitizer, which then takes every barrier for a race. LLVM's
-# does, through its tool Archer.
-CLANG ?= clang
-ARCHER = $(shell find "$$($(CLANG) -print-resource-dir)/../../.." -name libarcher.so 2>/dev/null)
-tsan:  ## the parallel tests on a build with ThreadSanitizer, by clang and its OpenMP
-	@command -v $(CLANG) >/dev/null && test -e "$(ARCHER)" && \
-	    test -e "$$($(CLANG) -print-file-name=libclang_rt.tsan-$$(uname -m).a)" || { \
-	    echo "bnfast: tsan needs clang with ThreadSanitizer and OpenMP (Debian, Ubuntu: apt install clang libclang-rt-dev libomp-dev)" >&2; \
-	    exit 1; }
-	@mkdir -p .tsan
-	@CC=$(CLANG) BNFAST_SANITIZE=thread $(MAKE) --no-print-directory VENV=.tsan/venv EDITABLE= tsan-test
-
-TSAN_TESTS = reproducible large memory threads
-TSAN_PYTHON = $(VENV)/bin/python-tsan
-tsan-test: $(VENV)/.bnfast-test $(TSAN_PYTHON)
-	cd .tsan && OMP_WAIT_POLICY=passive OMP_TOOL_LIBRARIES="$(ARCHER)" \
-	    TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0:halt_on_error=1 \
-	    $(abspath $(TSAN_PYTHON)) -m pytest -c ../pyproject.toml --rootdir=.. -m "not slow" \
-	    $(TSAN_TESTS:%=../tests/test_%.py) $(ARGS)
-
-EMBED = from sysconfig import get_config_var as var, get_path; library = var("LIBDIR"); \
-    print("-I" + get_path("include"), "-L" + library, "-Wl,-rpath," + library, \
-    "-lpython" + var("LDVERSION"), var("LIBS"), var("SYSLIBS"), var("LINKFORSHARED"))
-$(TSAN_PYTHON): tools/instrumented_python.c | $(CREATED)
-	$(CLANG) -fsanitize=thread $< $$($(PY) -c '$(EMBED)') -o $@
+tsan: $(VENV)/.bnfast-test  ## whole calls in a C program under ThreadSanitizer, by clang and its OpenMP
+	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import targets; \
+	    sys.exit(targets.ARCHER is None and 'bnfast: tsan needs clang with ThreadSanitizer and OpenMP (Debian, Ubuntu: apt install clang libclang-rt-dev libomp-dev)')"
+	$(PY) -m pytest tests/test_driver_program.py -k ThreadSanitizer $(ARGS)
 
 test-torch: $(VENV)/.bnfast-pytorch  ## the PyTorch drop-in; TORCH=, TORCH_INDEX= say which PyTorch and where from
 	$(PY) -m pytest tests/pytorch $(ARGS)
@@ -206,7 +185,7 @@ test-wheels: $(VENV)/.bnfast-wheels  ## the suite, each of these wheels installe
 	$(PY) tools/wheels.py test $(WHEELHOUSE) $(WHEEL_PYTHONS) $(if $(ARGS),-- $(ARGS))
 
 clean:  ## everything made here but the virtual environment
-	rm -rf build dist wheelhouse docs/_build .sanitize .cover .tsan *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist wheelhouse docs/_build .sanitize .cover *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f bnfast/*.so bnfast/_core.c $(INSTALLED)
 	find bnfast tests bench examples tools docs -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -17,9 +17,20 @@ from setuptools.errors import CCompilerError, ExecError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
+# Arithmetic is IEEE 754's whatever CFLAGS ask for: these undo -ffast-math and each of its parts,
+# which give other bits and take NaN and infinities for impossible.
+EXACT = [
+    "-fno-fast-math",
+    "-fno-unsafe-math-optimizations",
+    "-fno-associative-math",
+    "-fno-reciprocal-math",
+    "-fno-finite-math-only",
+    "-fsigned-zeros",
+    "-fno-rounding-math",
+]
 # Contraction would let the compiler fuse what another build does not, and change bits;
 # link-time optimisation would let code cross from one instruction set to another.
-COMMON = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-lto", "-Wall", "-Wextra"]
+COMMON = ["-std=c11", "-O2", *EXACT, "-ffp-contract=off", "-fno-lto", "-Wall", "-Wextra"]
 # Python's own flags ask for debug information, ten times the code; CFLAGS=-g keeps it.
 if "-g" not in os.environ.get("CFLAGS", "").split():
     COMMON.append("-g0")
@@ -40,15 +51,22 @@ OPENMP = ["-fopenmp"]  # for src/threads.c
 # The compiler's own conventions of other vector widths and nested braces are not ours.
 KERNEL = [*COMMON, "-Wno-missing-braces"]
 
-# The instruction sets of a processor that have kernels, and their flags. Every processor has
-# "scalar" beside them, or alone: plain C for whatever the compiler takes for the baseline.
+# The instruction sets of a processor that have kernels, and their flags. Every other processor has
+# "scalar" alone: plain C for whatever the compiler takes for the baseline.
+# Where CFLAGS ask for newer instructions (-march=native), each set still has its own alone, or
+# else the bits of one would be another's.
+X86_64 = ["-march=x86-64", "-mfpmath=sse", "-mno-avx"]
 ISA_FLAGS = {
     "x86_64": {
-        "sse2": [],
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
-        "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mf16c"],
+        "scalar": X86_64,
+        "sse2": X86_64,
+        "avx2": [*X86_64, "-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            *X86_64,
+            *("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mf16c"),
+        ],
     },
-    "aarch64": {"neon": []},
+    "aarch64": {"scalar": [], "neon": []},
 }
 SAME_PROCESSOR = {"amd64": "x86_64", "arm64": "aarch64"}
 
@@ -74,7 +92,7 @@ def library(name, sources, flags):
 
 
 def libraries():
-    isas = {"scalar": [], **ISA_FLAGS.get(processor(), {})}
+    isas = ISA_FLAGS.get(processor(), {"scalar": []})
     kernels = [
         library(f"bnfast_{isa}", [f"src/kernels_{isa}.c"], [*KERNEL, *flags])
         for isa, flags in isas.items()
@@ -99,7 +117,9 @@ def extension():
         ],
         depends=[f"src/{file}" for file in os.listdir(os.path.join(ROOT, "src"))],
         extra_compile_args=COMMON,
-        extra_link_args=[*OPENMP, *SANITIZE, *COVERAGE],
+        # CFLAGS are in the link too, where -ffast-math adds code that changes the floating-point
+        # environment of the process that loads it.
+        extra_link_args=["-O2", *EXACT, *OPENMP, *SANITIZE, *COVERAGE],
     )
 
 

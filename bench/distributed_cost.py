@@ -61,7 +61,7 @@ class Point(NamedTuple):
 def rank_main(transport: str, size: int, rank: int, directory: str, repeats: int) -> None:
     group, barrier, gather, end = join(transport, size, rank, directory)
     from bnfast import Moments
-    from bnfast.distributed import all_reduce, ranks_of, summed
+    from bnfast.distributed import Summing, all_reduce, ranks_of
 
     ranks = ranks_of(group)
     points = []
@@ -70,7 +70,11 @@ def rank_main(transport: str, size: int, rank: int, directory: str, repeats: int
         everyone = [mine] * size
         times = [
             median(lambda mine=mine: all_reduce(mine, group), barrier, repeats),
-            median(lambda mine=mine: summed(ranks, (mine.mean, mine.m2)), barrier, repeats),
+            median(
+                lambda mine=mine: Summing(ranks, len(mine.mean)).summed(mine.mean, mine.m2),
+                barrier,
+                repeats,
+            ),
             median(lambda all_=everyone: Moments.merge_all(all_), barrier, repeats),
         ]
         points.append(gather(times).max(axis=0).tolist())

@@ -242,7 +242,7 @@ def compare_pools(shape, situations):
 # ---- fork: who hangs
 
 
-def report_fork(before, guard):
+def report_fork(before):
     """Print, in a subprocess, how many threads a forked child computed on."""
     x = {}
     exec(PREPARE, x)
@@ -253,8 +253,6 @@ def report_fork(before, guard):
         from bnfast import _threads
 
         signal.alarm(10)  # ends the child where it would wait for ever
-        if not guard:
-            _threads._one_thread_only = False
         exec(USES["bnfast"], x)
         os.write(write, str(_threads.limit()).encode())
         os._exit(0)
@@ -263,16 +261,14 @@ def report_fork(before, guard):
 
 
 def fork():
-    """Fork after parallel work of bnfast or PyTorch, with and without the fork guard."""
+    """Fork after parallel work of bnfast or PyTorch."""
     print("\nA child forked after parallel work calls bnfast: threads it ran on, or hangs (10 s)")
     for name in ("bnfast", "torch"):
         if not installed(name):
             continue
-        for guard in (True, False):
-            call = f"o.report_fork({USES[name]!r}, {guard})"
-            found = in_subprocess(f"import openmp_runtime as o; {call}")
-            outcome = "hangs" if found is None else f"{found} thread(s)"
-            print(f"  after {name:<7} guard {'on ' if guard else 'off'}: {outcome}")
+        found = in_subprocess(f"import openmp_runtime as o; o.report_fork({USES[name]!r})")
+        outcome = "hangs" if found is None else f"{found} thread(s)"
+        print(f"  after {name:<7} {outcome}")
 
 
 # ---- bundle: what carrying a libgomp would cost

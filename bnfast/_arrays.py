@@ -282,7 +282,7 @@ def _axis(axis: Any, x: Array) -> int:
     number = integer("axis", axis)
     if not -x.ndim <= number < x.ndim:
         raise ValueError(
-            f"axis is {number}; expected {-x.ndim} to {x.ndim - 1} for x of shape {x.shape}"
+            f"axis is {shown(number)}; expected {-x.ndim} to {x.ndim - 1} for x of shape {x.shape}"
         )
     return number % x.ndim
 
@@ -576,11 +576,16 @@ def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]
         raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
 
 
+def decimal(text: str) -> int | None:
+    """Return a setting in the environment as a number; None if it is no plain one of 64 bits."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+
 def channel_count(name: str, value: Any) -> int:
     """Return a number of channels; memory may still not suffice for so many."""
     number = integer(name, value)
     if not 0 <= number <= _MOST_CHANNELS:
-        raise ValueError(f"{name} is {number}; expected 0 to {_MOST_CHANNELS}")
+        raise ValueError(f"{name} is {shown(number)}; expected 0 to {_MOST_CHANNELS}")
     return number
 
 
@@ -614,7 +619,7 @@ def check_ddof(value: Any) -> int:
     """Return the correction of the running variance: m - ddof values."""
     number = integer("ddof", value)
     if number not in (0, 1):
-        raise ValueError(f"ddof is {number}; expected 0 or 1")
+        raise ValueError(f"ddof is {shown(number)}; expected 0 or 1")
     return number
 
 
@@ -622,7 +627,7 @@ def batch_size(count: Any) -> float:
     """Return the values per channel of a batch, exact as far as memory reaches."""
     number = integer("stats.count", count)
     if not 0 <= number < 2**63:
-        raise ValueError(f"stats.count is {count}; expected 0 to {2**63 - 1}")
+        raise ValueError(f"stats.count is {shown(number)}; expected 0 to {2**63 - 1}")
     return float(number)
 
 

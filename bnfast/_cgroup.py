@@ -37,7 +37,7 @@ def folders(controller: str, root: str = "/") -> list[str]:
 def read(folder: str, name: str) -> str:
     """Return a file's text, empty where it cannot be read."""
     try:
-        with open(os.path.join(folder, name), encoding="ascii", errors="replace") as file:
+        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
             return file.read()
     except OSError:
         return ""

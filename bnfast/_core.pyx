@@ -256,6 +256,11 @@ cdef cnp.ndarray new_like(cnp.ndarray x):
         cnp.PyDataMem_SetHandler(current)
 
 
+def new_output(cnp.ndarray x not None):
+    """An array like x for a result, of the memory that results take."""
+    return new_like(x)
+
+
 def release_memory():
     """Give back the memory that is kept for coming results.
 
@@ -464,6 +469,11 @@ cdef int sort_axes(cnp.ndarray x, int *order) noexcept:
             return -1
         stride *= cnp.PyArray_DIM(x, order[j])
     return n
+
+
+cdef inline bint is_tensor(object x) noexcept:
+    """Whether a result can be made for x: what else has to be right with it is seen later."""
+    return cnp.PyArray_CheckExact(x) and type_of(<cnp.ndarray>x) != BNF_TYPES
 
 
 cdef bint see(object tensor, object axis, bnf_shape *shape) noexcept:
@@ -790,7 +800,7 @@ cdef object apply_given(object x, object axis, object residual, object out, Infe
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
-    if not see(x, axis, &shape):
+    if not is_tensor(x):
         return None
     threads = most_threads(<cnp.ndarray>x)
     y = new_like(<cnp.ndarray>x) if out is None else out
@@ -909,9 +919,8 @@ cdef class FixedMap:
     cdef object apply(self, object x, object residual, object out):
         """The map of arrays; None if they are not the common case."""
         cdef bnf_call call
-        cdef bnf_shape shape
         cdef int threads
-        if not see(x, self.axis, &shape):
+        if not is_tensor(x):
             return None
         threads = most_threads(<cnp.ndarray>x)
         y = new_like(<cnp.ndarray>x) if out is None else out

@@ -6,9 +6,10 @@ The pool itself is `src/pages.c`; `_core` asks here once, at its first large res
 from __future__ import annotations
 
 import os
+import resource
 from typing import TYPE_CHECKING
 
-from . import _cgroup
+from . import _arrays, _cgroup
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,11 +29,12 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
     own = environ.get("BNFAST_CACHE_BYTES", "").strip()
     if not own:
         return None
-    if not (own.isascii() and own.isdecimal() and int(own) < 2**63):
+    number = _arrays.decimal(own)
+    if number is None or number >= 2**63:
         raise ImportError(
-            f"BNFAST_CACHE_BYTES is {own!r}; expected a number of bytes, 0 to keep none"
+            f"BNFAST_CACHE_BYTES is {own!r:.60}; expected a number of bytes, 0 to keep none"
         )
-    return int(own), "BNFAST_CACHE_BYTES"
+    return number, "BNFAST_CACHE_BYTES"
 
 
 def _from_machine(root: str = "/") -> tuple[int, str]:
@@ -56,8 +58,6 @@ def _cgroup_limits(root: str) -> list[int]:
 
 
 def _address_space() -> list[int]:
-    import resource
-
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return [] if soft == resource.RLIM_INFINITY else [soft]
 

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, SupportsIndex
+from functools import wraps
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from . import _arrays, _cgroup
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Mapping
+    from contextvars import Token
+    from typing import ParamSpec, TypeVar
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
@@ -82,7 +86,7 @@ def get_num_threads() -> int:
     return limit()
 
 
-def num_threads(n: SupportsIndex) -> AbstractContextManager[None]:
+def num_threads(n: SupportsIndex) -> _Asking:
     """Set how many threads bnfast may use inside a ``with`` block, in the calling thread.
 
     Blocks nest, and blocks in different threads do not disturb one another.
@@ -95,7 +99,9 @@ def num_threads(n: SupportsIndex) -> AbstractContextManager[None]:
     Returns
     -------
     context manager
-        Restores the former number on the way out. It also decorates a function.
+        Restores the former number on the way out. It also decorates a function, but none whose
+        body runs after its call has returned (``async def``, a generator); in a generator, a
+        block must not contain a ``yield``.
 
     Raises
     ------
@@ -104,7 +110,7 @@ def num_threads(n: SupportsIndex) -> AbstractContextManager[None]:
     ValueError
         If `n` is out of range.
     """
-    return _asking(_checked(n))
+    return _Asking(_checked(n))
 
 
 def limit() -> int:
@@ -135,20 +141,64 @@ def threads_lost() -> bool:
     return False
 
 
-@contextmanager
-def _asking(n: int) -> Iterator[None]:
-    token = _asked_here.set(n)
-    try:
-        yield
-    finally:
-        _asked_here.reset(token)
+class _Asking:
+    """The number of threads in a block, or while a function runs: what `num_threads` returns."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._token: Token[int | None] | None = None
+
+    def __enter__(self) -> None:
+        if self._token is not None:
+            raise RuntimeError("this num_threads is in use; expected another one inside its block")
+        self._token = _asked_here.set(self._n)
+
+    def __exit__(self, *error: object) -> None:
+        token, self._token = self._token, None
+        if token is not None:
+            _asked_here.reset(token)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function, whose calls may then run at the same time."""
+        _check_runs_when_called(function)
+
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            with _Asking(self._n):
+                return function(*args, **kwargs)
+
+        return run
+
+
+def _check_runs_when_called(function: Any) -> None:
+    """Refuse what runs once its call has returned, where the number would not hold any more.
+
+    A generator's body runs in turns with whoever iterates, in one context: what it asked for would
+    hold for both.
+    """
+    import inspect
+
+    expected = "expected a function that runs when it is called"
+    if not callable(function) or isinstance(function, type | staticmethod):
+        raise TypeError(f"num_threads decorates {_arrays.shown(function)}; {expected}")
+    for kind, is_one in (
+        ("a generator function", inspect.isgeneratorfunction),
+        ("a coroutine function", inspect.iscoroutinefunction),
+        ("an asynchronous generator function", inspect.isasyncgenfunction),
+    ):
+        if is_one(function) or is_one(type(function).__call__):
+            raise TypeError(
+                f"num_threads decorates {_arrays.shown(function)}, {kind}, whose body runs after "
+                f"the call has returned; {expected} (in the body, put `with num_threads(n):` "
+                "around what neither yields nor awaits)"
+            )
 
 
 def _checked(n: SupportsIndex) -> int:
     expected = f"an integer from 1 to {MAX_THREADS}"
     number = _arrays.integer("n", n, expected)
     if not 1 <= number <= MAX_THREADS:
-        raise ValueError(f"n is {number}; expected {expected}")
+        raise ValueError(f"n is {_arrays.shown(number)}; expected {expected}")
     return number
 
 
@@ -164,14 +214,15 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
     """
     own = environ.get("BNFAST_NUM_THREADS", "").strip()
     if own:
-        if not own.isdecimal() or not 1 <= int(own) <= MAX_THREADS:
+        number = _arrays.decimal(own)
+        if number is None or not 1 <= number <= MAX_THREADS:
             raise ImportError(
-                f"BNFAST_NUM_THREADS is {own!r}; expected an integer from 1 to {MAX_THREADS}"
+                f"BNFAST_NUM_THREADS is {own!r:.60}; expected an integer from 1 to {MAX_THREADS}"
             )
-        return int(own), "BNFAST_NUM_THREADS"
-    omp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if omp.isdecimal() and int(omp) >= 1:
-        return min(int(omp), MAX_THREADS), "OMP_NUM_THREADS"
+        return number, "BNFAST_NUM_THREADS"
+    omp = _arrays.decimal(environ.get("OMP_NUM_THREADS", "").split(",")[0].strip())
+    if omp is not None and omp >= 1:
+        return min(omp, MAX_THREADS), "OMP_NUM_THREADS"
     return None
 
 

@@ -12,16 +12,18 @@ Imported only by name, and nothing here imports PyTorch, mpi4py or Dask before i
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import suppress
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
 from . import _arrays, _core
 from ._threads import num_threads
-from .functional import BatchStats, Gradients, batch_norm_backward, normalize
-from .layers import BatchNorm, Saved
+from .functional import BatchStats, _wanted, normalize
+from .layers import BatchNorm, Saved, _sum
 from .moments import Moments, moments
 
 if TYPE_CHECKING:
@@ -43,8 +45,10 @@ class Ranks(NamedTuple):
     """The processes of a group, whichever library started them."""
 
     size: int
-    # An array of the same shape and dtype on every rank -> all of them, (size, ...), by rank.
-    gather: Callable[[Tensor], Tensor]
+    # Takes an array, of the same shape and dtype on every rank, and fills another, (size, ...),
+    # with those of all, by rank. One step of the interpreter: an exception of a signal handler
+    # finds it not begun, or over.
+    gather: Callable[[Tensor, Tensor], object]
 
 
 def ranks_of(group: Any) -> Ranks:
@@ -73,109 +77,198 @@ def ranks_of(group: Any) -> Ranks:
 
 
 def _torch_ranks(group: Any, torch: Any) -> Ranks:
-    size = torch.distributed.get_world_size(group)
+    def gather(mine: Tensor, rows: Tensor) -> object:
+        given, wanted = [torch.from_numpy(mine)], [list(torch.from_numpy(rows))]
+        # `torch.distributed.all_gather` is many steps, and between two of them its work gets lost.
+        return list(map(methodcaller("wait"), map(group.allgather, [wanted], [given])))
 
-    def gather(mine: Tensor) -> Tensor:
-        rows = np.empty((size, *mine.shape), mine.dtype)
-        torch.distributed.all_gather(
-            list(torch.from_numpy(rows)), torch.from_numpy(mine), group=group
-        )
-        return rows
-
-    return Ranks(size, gather)
+    return Ranks(torch.distributed.get_world_size(group), gather)
 
 
 def _mpi_ranks(comm: Any, mpi: Any) -> Ranks:
     if comm == mpi.COMM_NULL or comm.Is_inter():
         kind = "MPI.COMM_NULL" if comm == mpi.COMM_NULL else "an intercommunicator"
         raise ValueError(f"group is {kind}; expected an intracommunicator with this process in it")
-    size = comm.Get_size()
-
-    def gather(mine: Tensor) -> Tensor:
-        rows = np.empty((size, *mine.shape), mine.dtype)
-        comm.Allgather(mine, rows)
-        return rows
-
-    return Ranks(size, gather)
+    return Ranks(comm.Get_size(), comm.Allgather)
 
 
-# ---- Exchanges. Every rank takes part in each of them, also one with nothing or with an error to
-# report: the others would wait for it.
+# ---- Exchanges
 
-_REFUSED = -1
-
-
-@contextmanager
-def taking_part(ranks: Ranks, refusal: Tensor) -> Iterator[None]:
-    """If the body fails, send a refusal in place of what the others wait for, and raise."""
-    try:
-        yield
-    except Exception:
-        ranks.gather(refusal)
-        raise
+# Where a gathered row has its number of channels, its sum of squares or its status, none of which
+# is below zero: that it did not come yet, or that its rank could not take part.
+_UNSENT, _REFUSED = -2, -1
+_MOST_VALUES = int(np.iinfo(np.int64).max)
 
 
-def no_moments() -> Tensor:
-    """Return the refusal that `merged` understands."""
-    return np.array([_REFUSED, 0])
+class Exchange:
+    """One rank's part in what a call sends round its group: begun, it is taken to the end.
 
-
-def merged(ranks: Ranks, mine: Moments) -> Moments:
-    """Return the moments of all ranks, merged in the order of ranks.
-
-    Two rounds: only ranks that agree on the number of channels can gather as many numbers.
+    All that can be refused is refused in the `with` block of an exchange, before anything is sent.
+    Whatever is raised there, also by a signal handler while this rank waits, a refusal takes the
+    place of what the others wait for, so that they raise as well and nobody is out of step.
     """
-    sizes = ranks.gather(np.array([len(mine.mean), mine.count]))
-    channels, counts = sizes[:, 0], sizes[:, 1]
-    _refuse_together(channels == _REFUSED)
-    if (channels != channels[0]).any():
-        raise ValueError(
-            f"the moments have {_in_words(channels.tolist())} channels on ranks 0 to "
-            f"{ranks.size - 1}; expected the same number on all"
-        )
-    numbers = ranks.gather(np.stack([mine.mean, mine.m2]))
-    return Moments.merge_all(
-        Moments(count, mean, m2) for count, (mean, m2) in zip(counts.tolist(), numbers, strict=True)
+
+    def __enter__(self) -> None:
+        """Begin; what was raised before the others cannot be told."""
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if error is not None:
+            # Both libraries' own errors: the group is broken, and what is on its way says it.
+            with suppress(RuntimeError):
+                self._make_up()
+
+    def _make_up(self) -> None:
+        """Do what the others still wait for."""
+        raise NotImplementedError
+
+
+class Merging(Exchange):
+    """The merge of all ranks' moments, in the order of ranks.
+
+    Two gathers: only ranks that agree on the number of channels can gather as many numbers.
+
+    Parameters
+    ----------
+    ranks : Ranks
+    training : bool
+        Whether one value per channel in all is an error.
+    """
+
+    def __init__(self, ranks: Ranks, training: bool = False) -> None:
+        self._ranks, self._training = ranks, training
+        self._sizes = np.full((ranks.size, 2), _UNSENT, np.int64)
+        self._numbers = np.empty((ranks.size, 2, 0))
+        self._move: Move | None = None
+
+    def merged(self, mine: Moments, move: Move | None = None) -> Moments:
+        """Return the moments of all ranks, once running statistics have moved towards them.
+
+        They move on every rank or on none, whatever is raised meanwhile.
+        """
+        numbers = np.stack([mine.mean, mine.m2])
+        self._numbers = np.full((self._ranks.size, *numbers.shape), float(_UNSENT))
+        self._move = move
+        size = np.array([numbers.shape[1], mine.count], np.int64)
+        self._ranks.gather(size, self._sizes)
+        if disagreement := self._disagreement():
+            raise disagreement
+        if numbers.size:
+            self._ranks.gather(numbers, self._numbers)
+        if refusal := self._refusal():
+            raise refusal
+        return self._finish()
+
+    def _disagreement(self) -> Exception | None:
+        """Return the error that sizes are for all ranks."""
+        channels, counts = self._sizes.T.tolist()
+        on_all = f"ranks 0 to {self._ranks.size - 1}"
+        if _REFUSED in channels:
+            return _refusal(channels)
+        if len(set(channels)) > 1:
+            return ValueError(
+                f"the moments have {_in_words(channels)} channels on {on_all}; expected the same "
+                "number on all"
+            )
+        if sum(counts) > _MOST_VALUES:
+            return ValueError(
+                f"the moments have {_in_words(counts)} values per channel on {on_all}, "
+                f"{sum(counts)} together; expected at most {_MOST_VALUES}"
+            )
+        if self._training and sum(counts) == 1:
+            return ValueError(
+                "Expected more than 1 value per channel when training, got one on all "
+                f"{self._ranks.size} ranks together"
+            )
+        return None
+
+    def _refusal(self) -> Exception | None:
+        """Return the error of a rank that agreed on sizes and was then interrupted."""
+        return _refusal(self._numbers[:, 1, :1].ravel().tolist())
+
+    def _finish(self) -> Moments:
+        with np.errstate(all="ignore"):  # whatever one rank's caller would have it raise
+            batch = Moments.merge_all(
+                Moments(count, mean, m2)
+                for count, (mean, m2) in zip(self._sizes[:, 1].tolist(), self._numbers, strict=True)
+            )
+            if self._move is not None:
+                self._move(batch)
+        return batch
+
+    def _make_up(self) -> None:
+        if self._sizes[0, 0] == _UNSENT:
+            self._ranks.gather(np.array([_REFUSED, 0], np.int64), self._sizes)
+        elif self._disagreement() is None:
+            if _UNSENT in self._numbers[0, 1, :1]:
+                refused = np.full(self._numbers.shape[1:], float(_REFUSED))
+                self._ranks.gather(refused, self._numbers)
+            elif self._refusal() is None:
+                self._finish()
+
+
+class Summing(Exchange):
+    """The sum of all ranks' gradients of weight and bias, in the order of ranks.
+
+    One gather: the forward before it has made sure of the channels.
+    """
+
+    def __init__(self, ranks: Ranks, channels: int) -> None:
+        self._ranks = ranks
+        self._rows = np.full((ranks.size, 1 + 2 * channels), float(_UNSENT))
+
+    def summed(self, weight: Vector, bias: Vector) -> tuple[Vector, Vector]:
+        """Return the sums."""
+        self._ranks.gather(np.concatenate([[0.0], weight, bias]), self._rows)
+        if refusal := _refusal(self._rows[:, 0].tolist()):
+            raise refusal
+        total = self._rows[0, 1:]
+        with np.errstate(all="ignore"):  # whatever one rank's caller would have it raise
+            for row in self._rows[1:, 1:]:
+                total = total + row
+        return total[: len(weight)], total[len(weight) :]
+
+    def _make_up(self) -> None:
+        if self._rows[0, 0] == _UNSENT:
+            refused = np.full(self._rows.shape[1:], float(_REFUSED))
+            self._ranks.gather(refused, self._rows)
+
+
+def _refusal(status: Sequence[float]) -> RuntimeError | None:
+    refused = [rank for rank, number in enumerate(status) if number == _REFUSED]
+    if not refused:
+        return None
+    return RuntimeError(
+        f"rank {_in_words(refused)} could not take part; its own exception says why"
     )
 
 
-def merged_batch(ranks: Ranks, mine: Moments) -> Moments:
-    """Return the moments of a training batch, which must have more than one value a channel."""
-    batch = merged(ranks, mine)
-    if batch.count == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got one on all "
-            f"{ranks.size} ranks together"
-        )
-    return batch
+class Move(NamedTuple):
+    """What moves running statistics towards a batch from where they were: twice is as once."""
+
+    # Of mean and variance: what writes them, and what they were.
+    running: Sequence[tuple[Callable[[Vector], object], Vector]]
+    momentum: float
+    ddof: int
+    # What counts the batch.
+    count_batch: Callable[[], object] | None
+
+    def __call__(self, batch: Moments) -> None:
+        if self.running and batch.count:
+            for (write, old), new in zip(
+                self.running, (batch.mean, batch.var(self.ddof)), strict=True
+            ):
+                write((1 - self.momentum) * old + self.momentum * new)
+        if self.count_batch is not None:
+            self.count_batch()
 
 
-def no_sums(channels: int) -> Vector:
-    """Return the refusal that `summed` understands."""
-    sums = np.zeros(1 + 2 * channels)
-    sums[0] = _REFUSED
-    return sums
-
-
-def summed(ranks: Ranks, mine: tuple[Any, Any]) -> tuple[Vector, Vector]:
-    """Return the gradients of weight and bias added up in the order of ranks.
-
-    One round: the forward before it has made sure of the channels.
-    """
-    rows = ranks.gather(np.concatenate([[0.0], *mine]))
-    _refuse_together(rows[:, 0] == _REFUSED)
-    total = rows[0]
-    with np.errstate(invalid="ignore", over="ignore"):  # an infinite channel stays its own
-        for row in rows[1:]:
-            total = total + row
-    weight, bias = np.split(total[1:], 2)
-    return weight, bias
-
-
-def _refuse_together(refused: NDArray[np.bool_]) -> None:
-    if refused.any():
-        which = _in_words(np.flatnonzero(refused).tolist())
-        raise RuntimeError(f"rank {which} could not take part; its own exception says why")
+def plain_activation(value: Any) -> Activation:
+    """Return an activation in Python's own types, which run nobody's code where they are used."""
+    if value is None:
+        return None
+    code, slope = _arrays.activation(value)
+    (name,) = (name for name, known in _arrays.ACTIVATIONS.items() if known == code)
+    return (name, slope) if name == "leaky_relu" else name
 
 
 def _in_words(values: Sequence[object]) -> str:
@@ -207,10 +300,12 @@ def all_reduce(moments: Moments, group: Any = None) -> Moments:
     TypeError
         If `group` is something else, or `moments` is (then RuntimeError on the other processes).
     ValueError
-        On every process, if they have different numbers of channels; if this process is not in
-        `group`.
+        On every process, if they have different numbers of channels, or more than ``2**63 - 1``
+        values per channel together. On this process, if it has more than that alone, or if the
+        attributes of `moments` were changed into what are no moments (then RuntimeError on the
+        other processes); if it is not in `group`.
     RuntimeError
-        If `group` is None and there is no default one.
+        If another process could not take part; if `group` is None and there is no default one.
 
     Notes
     -----
@@ -218,13 +313,27 @@ def all_reduce(moments: Moments, group: Any = None) -> Moments:
     channel and process. A process that fails to call is waited for as long as the group's own
     timeout says.
     """
-    ranks = ranks_of(group)
-    with taking_part(ranks, no_moments()):
-        if not isinstance(moments, Moments):
-            raise TypeError(
-                f"moments is {moments!r:.60} of type {type(moments).__name__}; expected Moments"
-            )
-    return merged(ranks, moments)
+    exchange = Merging(ranks_of(group))
+    with exchange:
+        return exchange.merged(_sendable(moments))
+
+
+def _sendable(given: Any) -> Moments:
+    """Return moments as they are now, their attributes being anybody's to change."""
+    if not isinstance(given, Moments):
+        raise TypeError(f"moments is {_arrays.kind(given)}; expected Moments")
+    mine = Moments(given.count, given.mean, given.m2)
+    _check_count(mine.count)
+    return mine
+
+
+def _check_count(count: int) -> None:
+    if count > _MOST_VALUES:
+        raise ValueError(f"moments.count is {count}; expected at most {_MOST_VALUES}")
+
+
+_PARAMETERS = ("weight", "bias")
+_RUNNING = ("running_mean", "running_var")
 
 
 class SyncBatchNorm(BatchNorm):
@@ -254,9 +363,13 @@ class SyncBatchNorm(BatchNorm):
 
     Notes
     -----
-    In training every process must make the same calls. One whose arguments are refused tells the
-    others, which raise RuntimeError, and nobody is left waiting. In evaluation nothing is
-    exchanged.
+    In training every process must make the same calls. Whatever one of them cannot do (arguments,
+    parameters, statistics or options that do not fit, no memory) it refuses before anything is
+    exchanged, and tells the others, which raise RuntimeError: statistics, counters, gradients and
+    outputs are as they were on all, nobody is left waiting, and the next call finds all in step.
+    So it is where a signal handler raises something while a process waits in a forward, unless
+    all have their numbers by then: the statistics have moved on every process in that case, and
+    the exception comes out on one. In evaluation nothing is exchanged.
 
     `weight_grad` and `bias_grad` are those of this process' part, like the gradients of any other
     layer: add them up, or average them, over the processes with the rest.
@@ -321,102 +434,209 @@ class SyncBatchNorm(BatchNorm):
             As `BatchNorm`; also, on every process, if all of them together have one value a
             channel, or have different numbers of channels.
         RuntimeError
-            If another process refused its arguments; if `group` is None and there is no default
-            one. Statistics and counters are then as they were.
+            If another process could not take part, whose own exception says why; if `group` is
+            None and there is no default one. Statistics and counters are then as they were.
         """
         if not self.training:
             return super().__call__(x, residual, out, update_stats=update_stats)
-        ranks = ranks_of(self.group)
-        with taking_part(ranks, no_moments()):
-            x = self._checked(x)
-            if residual is not None:
-                residual = _arrays.array("residual", residual)
-            if update_stats:
-                self._check_counting()
-            seen = _arrays.Canonical(x, self.axis, residual=residual, out=out)
-            self._check_state(seen.x.dtype, x, residual, out)
-            mine = moments(seen.x, axis=seen.axis)
-        batch = merged_batch(ranks, mine)
-        var = batch.var()
-        y: Tensor = seen.give(
-            _core.normalize(
-                seen.x,
-                batch.mean,
-                var,
-                self.weight,
-                self.bias,
-                self.eps,
-                seen.axis,
-                seen.residual,
-                self.activation,
-                seen.out,
-            )
-        )
-        if self._observer is not None:
-            self._observer(batch)
-            return y
-        if update_stats:
-            self._move_running(batch)
-        with np.errstate(invalid="ignore"):
-            stats = BatchStats(batch.mean, var, 1 / np.sqrt(var + self.eps), batch.count)
-        self._keep(x, stats, residual, y, out)
+        exchange = Merging(ranks_of(self.group), training=True)
+        with exchange:
+            call = self._forward_call(x, residual, out, update_stats)
+            batch = exchange.merged(call.mine, call.move)
+        y, stats = call.finish(batch)
+        if call.observer is None:
+            self._keep(call.x, stats, call.residual, y, out)
         return y
 
-    def _check_state(self, dtype: np.dtype[Any], *tensors: Any) -> None:
-        """Refuse what `_core.forward` would, before anything is exchanged."""
-        _arrays.eps(self.eps, training=True)
-        _arrays.check_parameters_apart(tensors[-1], weight=self.weight, bias=self.bias)
-        if self.running_mean is not None:
-            for name in ("running_mean", "running_var"):
-                _arrays.running_statistic(name, getattr(self, name), self.num_features, dtype)
-            _arrays.check_running_apart(
-                self.running_mean, self.running_var, *tensors, self.weight, self.bias
-            )
+    def _forward_call(
+        self, x: Any, residual: Any, out: Tensor | None, update_stats: bool
+    ) -> _ForwardCall:
+        """Read all that a training forward takes, and refuse what does not fit.
 
-    def _move_running(self, batch: Moments) -> None:
-        momentum = self._momentum()
-        if self.running_mean is not None and self.running_var is not None and batch.count:
-            with np.errstate(invalid="ignore", over="ignore"):  # what a float32 can hold
-                for running, new in (
-                    (self.running_mean, batch.mean),
-                    (self.running_var, batch.var(self.ddof)),
-                ):
-                    running[...] = (1 - momentum) * running.astype(np.float64) + momentum * new
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
+        After the exchange nobody could be told: nothing is looked at again, and there is room for
+        the results. Options and parameters may run Python code of the caller's, so arrays are
+        looked at last.
+        """
+        observer = self._observer
+        updates = (
+            observer is None
+            and _arrays.truth("update_stats", update_stats)
+            and _arrays.truth("track_running_stats", self.track_running_stats)
+        )
+        rates = self._rates() if updates else None
+        channels = _arrays.channel_count("num_features", self.num_features)
+        eps, activation = _arrays.eps(self.eps, training=True), plain_activation(self.activation)
+        axis = _arrays.integer("axis", self.axis)
+        x = self._checked(x)
+        residual = _maybe_array("residual", residual)
+        given = [_maybe_array(name, getattr(self, name)) for name in _PARAMETERS]
+        seen = _arrays.Canonical(x, axis, residual=residual, out=out)
+        _arrays.check_channels(seen.shape, axis, channels)
+        weight, bias = (
+            None if value is None else _arrays.parameter(name, value, channels, out)
+            for name, value in zip(_PARAMETERS, given, strict=True)
+        )
+        others = (x, residual, out, *given)
+        move = None if rates is None else self._move(*rates, channels, seen.x.dtype, others)
+        target = _core.new_output(seen.x) if seen.out is None else seen.out
+        mine = moments(seen.x, axis=seen.axis)
+        return _ForwardCall(
+            x, residual, seen, target, weight, bias, eps, activation, observer, move, mine
+        )
 
-    def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
-        ranks = ranks_of(self.group)
-        given: dict[str, Any] = {
-            "axis": self.axis,
-            "activation": self.activation,
-            "residual": saved.residual,
-            "y": saved.y,
+    def _rates(self) -> tuple[float, int]:
+        """Return momentum and ddof, the batch being one that can be counted."""
+        self._check_counting()
+        return _arrays.real("momentum", self._momentum()), _arrays.check_ddof(self.ddof)
+
+    def _move(
+        self,
+        momentum: float,
+        ddof: int,
+        channels: int,
+        dtype: np.dtype[Any],
+        others: Sequence[Tensor | None],
+    ) -> Move:
+        """Return what moves the running statistics, which share no memory with the others."""
+        pair = [getattr(self, name) for name in _RUNNING]
+        running = []
+        if any(value is not None for value in pair):
+            for name, value in zip(_RUNNING, pair, strict=True):
+                old = _arrays.running_statistic(name, value, channels, dtype).astype(np.float64)
+                running.append((partial(np.copyto, np.asarray(value), casting="same_kind"), old))
+            _arrays.check_running_apart(*pair, *others)
+        counter, count = self.num_batches_tracked, None
+        if counter is not None:
+            count = partial(np.copyto, np.asarray(counter), int(counter) + 1)
+        return Move(running, momentum, ddof, count)
+
+    def backward(self, dy: ArrayLike) -> Any:
+        """Return the gradient of the last training forward's input, through all ranks' batch.
+
+        Adds the gradients of weight and bias over this process' part into `weight_grad` and
+        `bias_grad`.
+
+        Parameters
+        ----------
+        dy : array_like
+            Gradient with respect to that forward's output.
+
+        Returns
+        -------
+        dx, dresidual : ndarray
+            As in `BatchNorm`.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As `BatchNorm`; RuntimeError also if another process could not take part. `weight_grad`
+            and `bias_grad` are then as they were.
+        """
+        if not self.training:
+            return super().backward(dy)  # which says why not
+        saved = self._saved
+        channels = self.num_features if saved is None else len(saved.stats.mean)
+        exchange = Summing(ranks_of(self.group), channels)
+        with exchange:
+            if saved is None or saved.x is None:
+                return super().backward(dy)  # which says why not
+            call = self._backward_call(dy, saved)
+            sums = exchange.summed(*call.sums)
+        dx, dresidual = call.finish(sums)
+        return (dx, dresidual) if saved.had_residual else dx
+
+    def _backward_call(self, dy: Any, saved: Saved) -> _BackwardCall:
+        """Read all that a backward takes, refuse what does not fit, and sum over this part."""
+        axis, activation = _arrays.integer("axis", self.axis), plain_activation(self.activation)
+        affine = _arrays.truth("affine", self.affine)
+        dy = _maybe_array("dy", dy)
+        needs = ["x"] + ["residual"] * saved.had_residual
+        wanted = _wanted(needs, saved.residual, activation, saved.y, None)
+        mean, _, inv_std, _ = saved.stats
+        given = {name: getattr(self, name) for name in _PARAMETERS}
+        parameters = {
+            name: None if value is None else _arrays.parameter(name, value, len(mean))
+            for name, value in given.items()
         }
-        with taking_part(ranks, no_sums(self.num_features)):
+        seen = _arrays.Canonical(saved.x, axis, dy=dy, residual=saved.residual, y=saved.y)
+        arguments: dict[str, Any] = {
+            "dy": seen.dy,
+            "x": seen.x,
+            "mean": mean,
+            "inv_std": inv_std,
+            **parameters,
+            "axis": seen.axis,
+            "residual": seen.residual,
+            "activation": activation,
+            "y": seen.y,
+        }
+        only_sums = (False, True, True, False)
+        _, *sums, _ = _core.backward(**arguments, count=0, out=None, needs=only_sums)
+        totals: list[Any] = []
+        if affine:
             self._check_gradients()
-            mine = batch_norm_backward(
-                dy,
-                saved.x,
-                saved.stats._replace(count=0),
-                self.weight,
-                self.bias,
-                needs=("weight", "bias"),
-                **given,
-            )
-        sums = summed(ranks, (mine.weight, mine.bias))
-        wanted = [name for name in needs if name not in ("weight", "bias")]
-        through = batch_norm_backward(
-            dy,
-            saved.x,
-            saved.stats,
+            for grad, new in zip((self.weight_grad, self.bias_grad), sums, strict=True):
+                totals.append((np.asarray(grad), _sum(cast("Tensor", grad), new)))
+        arguments.update(count=saved.stats.count, out=_core.new_output(seen.x), needs=wanted)
+        return _BackwardCall(arguments, sums, totals)
+
+
+class _ForwardCall(NamedTuple):
+    """A training forward with all that it takes, read and checked, and room for its result."""
+
+    x: Tensor
+    residual: Tensor | None
+    seen: _arrays.Canonical
+    target: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    activation: Activation
+    observer: Callable[[Moments], None] | None
+    move: Move | None
+    mine: Moments
+
+    def finish(self, batch: Moments) -> tuple[Tensor, BatchStats]:
+        """Return the output, and what the batch was normalised with."""
+        with np.errstate(all="ignore"):
+            var = batch.var()
+            stats = BatchStats(batch.mean, var, 1 / np.sqrt(var + self.eps), batch.count)
+            if self.observer is not None:
+                self.observer(batch)
+        _core.normalize(
+            self.seen.x,
+            batch.mean,
+            var,
             self.weight,
             self.bias,
-            needs=wanted,
-            sums=sums,
-            **given,
+            self.eps,
+            self.seen.axis,
+            self.seen.residual,
+            self.activation,
+            self.target,
         )
-        return through._replace(weight=mine.weight, bias=mine.bias)
+        return self.seen.give(self.target), stats
+
+
+class _BackwardCall(NamedTuple):
+    """A backward with all that it takes, read and checked, and room for the input's gradient."""
+
+    arguments: dict[str, Any]
+    # The gradients of weight and bias over this part.
+    sums: Sequence[Any]
+    # The layer's arrays that they are added into, and what these become.
+    totals: Sequence[tuple[Tensor, Tensor]]
+
+    def finish(self, sums: tuple[Vector, Vector]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of input and residual."""
+        dx, _, _, dresidual = _core.backward(**self.arguments, sums=sums)
+        for grad, total in self.totals:
+            grad[...] = total
+        return dx, dresidual
+
+
+def _maybe_array(name: str, value: Any) -> Tensor | None:
+    return None if value is None else _arrays.array(name, value)
 
 
 # ---- Dask
@@ -450,7 +670,9 @@ def dask_moments(x: Any, axis: int = 1) -> Any:
     TypeError
         If `x` is no Dask array, or has another dtype.
     ValueError
-        If `x` has fewer than two dimensions, no such axis, or an unknown number of channels.
+        If `x` has fewer than two dimensions, no such axis, or an unknown number of channels; from
+        ``compute()``, if its blocks are not what its chunks say, or have different numbers of rows
+        in different channels.
 
     See Also
     --------
@@ -481,7 +703,7 @@ def dask_moments(x: Any, axis: int = 1) -> Any:
     # What reads a block and what sums it become one task here; older Dasks leave the graph below
     # a delayed call as it is.
     (records,) = dask.optimize(records)
-    return dask.delayed(_from_records)(records)
+    return dask.delayed(_from_records)(records, x.shape[axis])
 
 
 def dask_normalize(
@@ -586,6 +808,7 @@ def _merge_blocks(parts: Any, axis: Sequence[int], keepdims: bool) -> Moments:
 
 def _merge_to_records(parts: Any, axis: Sequence[int], keepdims: bool) -> Tensor:
     total = _merge_blocks(parts, axis, keepdims)
+    _check_count(total.count)
     records = np.empty(len(total.mean), _RECORD)
     records["count"], records["mean"], records["m2"] = total.count, total.mean, total.m2
     return records
@@ -599,9 +822,19 @@ def _leaves(parts: Any) -> Iterator[Moments]:
         yield parts
 
 
-def _from_records(records: Tensor) -> Moments:
-    count = int(records["count"][0]) if len(records) else 0
-    return Moments(count, records["mean"].copy(), records["m2"].copy())
+def _from_records(records: Tensor, channels: int) -> Moments:
+    """Return what is in the records, if the blocks were what the array's chunks say."""
+    if len(records) != channels:
+        raise ValueError(
+            f"the blocks of x have {len(records)} channels; expected the {channels} of its shape"
+        )
+    counts = sorted(set(records["count"].tolist()))
+    if len(counts) > 1:
+        raise ValueError(
+            f"the blocks of x have {_in_words(counts)} values in channels of different blocks; "
+            "expected as many in each"
+        )
+    return Moments(sum(counts), records["mean"].copy(), records["m2"].copy())
 
 
 def _normalize_block(

@@ -70,8 +70,9 @@ class BatchStats(NamedTuple):
         """
         means = _arrays.constant("mean", mean)
         variances = _arrays.constant("var", var, len(means))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            inv_std = 1 / np.sqrt(variances + _arrays.eps(eps, False))
+        added = _arrays.eps(eps, False)
+        with np.errstate(all="ignore"):
+            inv_std = 1 / np.sqrt(variances + added)
         return cls(means, variances, inv_std, 0)
 
 

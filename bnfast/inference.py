@@ -64,7 +64,7 @@ def fold(
     -------
     weight, bias : ndarray
         New arrays of the dtype of `weight`, whatever that of `bias`: computed in float64 and
-        rounded once, to nearest even.
+        rounded once, to nearest even. What is beyond that type becomes infinite.
 
     Raises
     ------
@@ -85,9 +85,11 @@ def fold(
     axis = _checked_axis("out_axis", out_axis, weight.ndim)
     groups = _checked_groups(groups, weight)
     mean, scale, shift = _checked_affine(bn)
-    new_weight = weight * _along(scale, weight, axis, groups, "output")
-    new_bias = (_checked_bias(bias, mean.size) - mean) * scale + shift
-    return _rounded(new_weight, dtype), _rounded(new_bias, dtype)
+    along = _along(scale, weight, axis, groups, "output")
+    old_bias = _checked_bias(bias, mean.size)
+    with np.errstate(all="ignore"):
+        new_weight, new_bias = weight * along, (old_bias - mean) * scale + shift
+    return rounded(new_weight, dtype), rounded(new_bias, dtype)
 
 
 def fold_before(
@@ -128,7 +130,7 @@ def fold_before(
     -------
     weight, bias : ndarray
         New arrays of the dtype of `weight`, whatever that of `bias`: computed in float64 and
-        rounded once, to nearest even.
+        rounded once, to nearest even. What is beyond that type becomes infinite.
 
     Raises
     ------
@@ -148,19 +150,16 @@ def fold_before(
     groups = _checked_groups(groups, weight)
     mean, scale, shift = _checked_affine(bn)
     padded = _arrays.truth("padded", padded)
-    at_zero = shift - mean * scale
+    with np.errstate(all="ignore"):
+        at_zero = shift - mean * scale
     _refuse_uneven(at_zero, padded=padded, transposed=axis == 0 and weight.ndim > 2)
 
-    through = weight * _along(at_zero, weight, axis, groups, "input")
-    if axis == 1:
-        added = through.sum(axis=tuple(range(1, weight.ndim)))
-    else:
-        rows, *others = weight.shape
-        grouped = through.reshape(groups, rows // groups, *others)
-        added = grouped.sum(axis=(1, *range(3, grouped.ndim))).reshape(-1)
-    new_weight = weight * _along(scale, weight, axis, groups, "input")
-    new_bias = _checked_bias(bias, added.size) + added
-    return _rounded(new_weight, dtype), _rounded(new_bias, dtype)
+    along = _along(scale, weight, axis, groups, "input")
+    old_bias = _checked_bias(bias, weight.shape[0] if axis == 1 else weight.shape[1] * groups)
+    with np.errstate(all="ignore"):
+        through = weight * _along(at_zero, weight, axis, groups, "input")
+        new_weight, new_bias = weight * along, old_bias + _summed(through, axis, groups)
+    return rounded(new_weight, dtype), rounded(new_bias, dtype)
 
 
 def recompute_statistics(
@@ -247,21 +246,21 @@ def _checked_floats(name: str, values: ArrayLike) -> Array:
     return array
 
 
-def _rounded(values: Wide, dtype: np.dtype[Any]) -> Array:
-    """Round to nearest even, once.
+def rounded(values: Wide, dtype: np.dtype[Any]) -> Array:
+    """Round to nearest even, once; what is beyond the type becomes infinite.
 
     `ml_dtypes` makes a bfloat16 of a float64 by way of float32, which would be twice. Rounded to
     odd on the way there (toward zero, with a last bit that tells whether anything was lost), no
     number lies on the middle between two bfloat16 unless it did before.
     """
-    if not _arrays.is_bfloat16(dtype):
-        return values.astype(dtype)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
+        if not _arrays.is_bfloat16(dtype):
+            return values.astype(dtype)
         single = values.astype(np.float32)
-    beyond = np.abs(single) > np.abs(values)
-    odd = np.where(beyond, np.nextafter(single, np.float32(0)), single)
-    odd.view(np.uint32)[...] |= odd != values
-    return odd.astype(dtype)
+        beyond = np.abs(single) > np.abs(values)
+        odd = np.where(beyond, np.nextafter(single, np.float32(0)), single)
+        odd.view(np.uint32)[...] |= odd != values
+        return odd.astype(dtype)
 
 
 def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
@@ -278,7 +277,9 @@ def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
 def _checked_axis(name: str, axis: SupportsIndex, ndim: int) -> int:
     number = _arrays.integer(name, axis)
     if not -ndim <= number < ndim:
-        raise ValueError(f"{name} is {number}; expected an axis of a weight with {ndim} axes")
+        raise ValueError(
+            f"{name} is {_arrays.shown(number)}; expected an axis of a weight with {ndim} axes"
+        )
     return number % ndim
 
 
@@ -286,7 +287,8 @@ def _checked_groups(groups: SupportsIndex, weight: Wide) -> int:
     number = _arrays.integer("groups", groups)
     if number < 1 or weight.shape[0] % number:
         raise ValueError(
-            f"groups is {number}; expected a divisor of the weight's first axis, {weight.shape[0]}"
+            f"groups is {_arrays.shown(number)}; expected a divisor of the weight's first axis, "
+            f"{weight.shape[0]}"
         )
     return number
 
@@ -302,7 +304,8 @@ def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Channels, Channels
             f"bn has the activation {bn.activation!r}, which does not fold; "
             "expected a layer without one, and the activation applied afterwards"
         )
-    frozen = bn if isinstance(bn, FrozenBatchNorm) else bn.freeze()
+    with np.errstate(all="ignore"):
+        frozen = bn if isinstance(bn, FrozenBatchNorm) else bn.freeze()
     mean, scale, shift = (
         np.asarray(values, np.float64) for values in (frozen.mean, frozen.scale, frozen.shift)
     )
@@ -326,6 +329,15 @@ def _along(values: Channels, weight: Wide, axis: int, groups: int, role: str) ->
         return values.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
     by_group = values.reshape(groups, -1).repeat(weight.shape[0] // groups, axis=0)
     return by_group.reshape(by_group.shape + (1,) * (weight.ndim - 2))
+
+
+def _summed(through: Wide, axis: int, groups: int) -> Channels:
+    """Add up what each output of a layer gets from all its inputs, which are along `axis`."""
+    if axis == 1:
+        return np.asarray(through.sum(axis=tuple(range(1, through.ndim))))
+    rows, *others = through.shape
+    grouped = through.reshape(groups, rows // groups, *others)
+    return np.asarray(grouped.sum(axis=(1, *range(3, grouped.ndim)))).reshape(-1)
 
 
 def _refuse_uneven(at_zero: Channels, *, padded: bool, transposed: bool) -> None:
@@ -409,7 +421,7 @@ def _write_statistics(layers: Sequence[BatchNorm], totals: Sequence[Moments]) ->
             )
     exact = [values for moments in totals for values in (moments.mean, moments.var(ddof=1))]
     running = [a for layer in layers for a in (layer.running_mean, layer.running_var)]
-    with np.errstate(over="ignore"):  # a float32 layer holds what float32 can
+    with np.errstate(all="ignore"):  # a float32 layer holds what float32 can
         for target, values in zip(running, exact, strict=True):
             if target is not None:
                 target[...] = values

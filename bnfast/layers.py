@@ -340,7 +340,9 @@ class BatchNorm:
         if not self.training:
             return y
         if self._observer is not None:
-            self._observer(Moments(count, mean, var * count))
+            with np.errstate(all="ignore"):
+                m2 = var * count
+            self._observer(Moments(count, mean, m2))
             return y
         self._keep(x, BatchStats(mean, var, inv_std, count), residual, y, out)
         return y
@@ -401,7 +403,9 @@ class BatchNorm:
         stats = BatchStats.from_population(self.running_mean, self.running_var, self.eps)
         scale = stats.inv_std
         if self.weight is not None:
-            scale = _arrays.constant("weight", self.weight, self.num_features) * scale
+            weight = _arrays.constant("weight", self.weight, self.num_features)
+            with np.errstate(all="ignore"):
+                scale = weight * scale
         shift = np.zeros(self.num_features) if self.bias is None else self.bias
         return FrozenBatchNorm(stats.mean, scale, shift, self.axis, self.activation)
 
@@ -543,7 +547,7 @@ def _fill(value: int, *arrays: Tensor | None) -> None:
 
 def _sum(total: Tensor, new: Any) -> Any:
     """Return what `total` is to become, in its own type, of which it holds what it can."""
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(all="ignore"):
         return (total + new).astype(total.dtype, copy=False)
 
 
@@ -580,5 +584,5 @@ def _entry(name: str, entry: Tensor, own: Tensor) -> Tensor:
         raise TypeError(f"{name} has dtype {entry.dtype}; expected one like {own.dtype}")
     if kinds == "iu" and not 0 <= int(entry) <= _arrays.MOST_BATCHES:
         raise ValueError(f"{name} is {entry}; expected 0 to {_arrays.MOST_BATCHES}")
-    with np.errstate(over="ignore"):  # a variance past float32 is infinite there, as in PyTorch
+    with np.errstate(all="ignore"):  # a variance past float32 is infinite there, as in PyTorch
         return entry.astype(own.dtype)

@@ -50,7 +50,7 @@ class Moments:
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
         self.count: int = _arrays.integer("count", count)
         if self.count < 0:
-            raise ValueError(f"count is {count}; expected 0 or more")
+            raise ValueError(f"count is {_arrays.shown(count)}; expected 0 or more")
         self.mean: Vector = _vector("mean", mean)
         self.m2: Vector = _vector("m2", m2)
         if self.mean.shape != self.m2.shape:
@@ -99,7 +99,7 @@ class Moments:
             return self._made(kept.count, kept.mean.copy(), kept.m2.copy())
         count = self.count + other.count
         share = other.count / count
-        with np.errstate(invalid="ignore", over="ignore"):  # an infinite channel stays its own
+        with np.errstate(all="ignore"):  # an infinite channel stays its own
             delta = other.mean - self.mean
             mean = self.mean + delta * share
             m2 = self.m2 + (other.m2 + delta * delta * (self.count * share))
@@ -129,7 +129,8 @@ class Moments:
     def var(self, ddof: float = 0) -> Vector:
         """Return the variance, M2 / (count - ddof); NaN where ``count <= ddof``."""
         values = self.count - _arrays.real("ddof", ddof)
-        return self.m2 / values if values > 0 else np.full_like(self.m2, np.nan)
+        with np.errstate(all="ignore"):
+            return self.m2 / values if values > 0 else np.full_like(self.m2, np.nan)
 
     def std(self, ddof: float = 0) -> Vector:
         """Return the standard deviation, the root of `var`."""
@@ -207,4 +208,5 @@ def _vector(name: str, value: ArrayLike) -> Vector:
         raise TypeError(f"{name} has dtype {vector.dtype}; expected numbers that float64 holds")
     if vector.ndim != 1:
         raise ValueError(f"{name} has shape {vector.shape}; expected (channels,)")
-    return vector.astype(np.float64)
+    with np.errstate(all="ignore"):  # a long double may be beyond float64
+        return vector.astype(np.float64)

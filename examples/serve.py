@@ -10,6 +10,9 @@ The standard library's HTTP server is for a demonstration, not for the open inte
 
     POST /frozen or /folded   {"images": n rows of 64 numbers from 0 to 1}
     ->                        {"digits": [n], "logits": [[10], ...], "worker": process id}
+    what is wrong with it ->  {"error": a sentence}
+
+A request may take ten seconds to arrive, however its client keeps sending.
 
 An image's answer is the same, to the bit, in whatever batch it comes: the load test
 compares.  bnfast's layers see to that themselves, as do the sigmoids; a product of
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import http.client
+import io
 import json
 import os
 import signal
@@ -32,6 +36,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +54,9 @@ PIXELS = 64
 MOST_IMAGES = 256
 MOST_BYTES = 1 << 20
 MOST_DISCARDED = 1 << 24
-SECONDS_TO_SEND = 10.0  # what a client may be silent for
-SECONDS_TO_STOP = 15.0  # what is left of the workers then is killed
+SECONDS_FOR_HEADERS = 5.0  # what a client may take to send these, however busily it sends
+SECONDS_TO_SEND = 10.0  # the same for all of a request, and again for taking its answer
+SECONDS_TO_STOP = 25.0  # what is left of the workers then is killed: longer than an answer takes
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 
 
@@ -113,11 +119,52 @@ def parse(body: bytes) -> Floats:
     return values.astype(np.float32)
 
 
+class TimedReader(io.RawIOBase):
+    """Reads from a connection until a time is up, which no byte that arrives puts off."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.start = time.monotonic()
+        self.allow("the headers", SECONDS_FOR_HEADERS)
+
+    def allow(self, what: str, seconds: float) -> None:
+        """Set what is read next, and when it must be here, counted from the start."""
+        self.what, self.seconds = what, seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.start + self.seconds - time.monotonic()
+        if left > 0:
+            self.connection.settimeout(left)
+            with suppress(TimeoutError):
+                return self.connection.recv_into(buffer)
+        raise BadRequest(408, f"{self.what} took more than {self.seconds:g} s")
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request, in JSON whatever happens."""
+    """Answers one request, in JSON whatever is wrong with it."""
 
     server: Server
-    timeout = SECONDS_TO_SEND
+    requestline = request_version = command = ""  # until there is a first line
+    default_request_version = "HTTP/1.0"  # of a bad line: 0.9 would have no status
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.reader = TimedReader(self.connection)
+        self.rfile = io.BufferedReader(self.reader)
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except BadRequest as error:
+            self.answer(error.status, {"error": str(error)})
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Word what the base class refuses as everything else is."""
+        self.answer(code, {"error": message or HTTPStatus(code).phrase})
 
     def do_GET(self) -> None:
         if self.path == "/":
@@ -128,11 +175,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"error": f"no {self.path}"})
 
     def do_POST(self) -> None:
-        try:
-            network, images = self.network(), parse(self.body())
-        except BadRequest as error:
-            self.answer(error.status, {"error": str(error)})
-            return
+        network, images = self.network(), parse(self.body())
         logits = infer(network, images)
         digits = logits.argmax(axis=1).tolist()
         self.answer(200, {"digits": digits, "logits": logits.tolist(), "worker": os.getpid()})
@@ -148,25 +191,25 @@ class Handler(BaseHTTPRequestHandler):
             raise BadRequest(411, "expected a Content-Length")
         if not (given.isascii() and given.isdigit()):
             raise BadRequest(400, f"Content-Length is {given!r}; expected a number")
+        self.reader.allow("the request", SECONDS_TO_SEND)
         if len(given) > 9 or int(given) > MOST_BYTES:
             if len(given) <= 9:
                 self.discard(min(int(given), MOST_DISCARDED))
             raise BadRequest(413, f"{given} bytes; expected at most {MOST_BYTES}")
-        try:
-            body = self.rfile.read(int(given))
-        except TimeoutError as error:
-            raise BadRequest(408, f"silent for {SECONDS_TO_SEND:.0f} s") from error
+        body = self.rfile.read(int(given))
         if len(body) < int(given):
             raise BadRequest(400, f"{len(body)} bytes of a body of {given}")
         return body
 
     def discard(self, count: int) -> None:
         """Read what a client is still sending: closed upon, it would never see its answer."""
-        with suppress(TimeoutError):
+        with suppress(BadRequest):
             while count > 0 and (got := len(self.rfile.read(min(count, 1 << 16)))):
                 count -= got
 
     def answer(self, status: int, content: dict[str, Any], **headers: str) -> None:
+        self.connection.settimeout(SECONDS_TO_SEND)
+        self.close_connection = True
         body = json.dumps(content).encode()
         self.send_response(status)
         for name, value in headers.items():
@@ -174,7 +217,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
         """Keep stderr for what goes wrong."""

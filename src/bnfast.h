@@ -12,6 +12,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* setup.py undoes such flags; any other build must go without them. */
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error "bnfast needs exact arithmetic: build it without -ffast-math and its parts"
+#endif
+
 typedef enum { BNF_F32, BNF_F64, BNF_F16, BNF_BF16, BNF_TYPES } bnf_type;
 typedef enum { BNF_PLANAR, BNF_INTERLEAVED, BNF_LAYOUTS } bnf_layout;
 typedef enum { BNF_LINEAR, BNF_RELU, BNF_RELU6, BNF_LEAKY_RELU, BNF_ACTIVATIONS } bnf_activation;

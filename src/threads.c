@@ -31,40 +31,44 @@ static int most_of(int a, int b) { return a > b ? a : b; }
  * that is all zero says that there never was a pool. */
 
 typedef struct {
-    uintptr_t runtime; /* an address in the runtime's code */
-    bool used;
-} pool_search;
+    uintptr_t code;      /* an address in the runtime's code */
+    size_t module, size; /* of its thread-local memory; 0: not found */
+} runtime_memory;
 
-static int look_for_pool(struct dl_phdr_info *info, size_t size, void *context)
+static int look_for_runtime(struct dl_phdr_info *info, size_t size, void *context)
 {
-    pool_search *search = context;
-    const ElfW(Phdr) *local = NULL;
-    bool is_runtime = false;
+    runtime_memory *runtime = context;
+    size_t local = 0;
+    bool found = false;
     for (int i = 0; i < info->dlpi_phnum; i++) {
         const ElfW(Phdr) *part = &info->dlpi_phdr[i];
         if (part->p_type == PT_TLS)
-            local = part;
+            local = part->p_memsz;
         if (part->p_type == PT_LOAD &&
-            search->runtime - (info->dlpi_addr + part->p_vaddr) < part->p_memsz)
-            is_runtime = true;
+            runtime->code - (info->dlpi_addr + part->p_vaddr) < part->p_memsz)
+            found = true;
     }
-    if (!is_runtime)
-        return 0;
-    if (size < offsetof(struct dl_phdr_info, dlpi_tls_data) + sizeof info->dlpi_tls_data)
-        search->used = true; /* a loader that does not say */
-    else if (local && info->dlpi_tls_data) {
-        const char *bytes = info->dlpi_tls_data;
-        search->used = bytes[0] != 0 || memcmp(bytes, bytes + 1, local->p_memsz - 1) != 0;
+    if (found && size >= offsetof(struct dl_phdr_info, dlpi_tls_data)) {
+        runtime->module = info->dlpi_tls_modid;
+        runtime->size = local;
     }
-    return 1;
+    return found;
 }
 
 /* Whether this thread may have a pool of the runtime's. */
 static bool has_pool(void)
 {
-    pool_search search = {(uintptr_t)omp_get_max_threads, false};
-    dl_iterate_phdr(look_for_pool, &search);
-    return search.used;
+#if defined(__x86_64__) || defined(__aarch64__)
+    extern void *__tls_get_addr(size_t index[2]); /* of the loader: module, offset */
+    runtime_memory runtime = {.code = (uintptr_t)omp_get_max_threads};
+    dl_iterate_phdr(look_for_runtime, &runtime);
+    if (runtime.module == 0 || runtime.size == 0)
+        return true;
+    const char *bytes = __tls_get_addr((size_t[2]){runtime.module, 0});
+    return bytes[0] != 0 || memcmp(bytes, bytes + 1, runtime.size - 1) != 0;
+#else
+    return true; /* the loader counts offsets from elsewhere, where that is not known */
+#endif
 }
 
 /* Linux marks a process that was forked and has not executed a program of its own since. */

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 import tracemalloc
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ except ImportError:
     bfloat16 = None
 
 # Sanitizers have larger frames and keep freed memory: what both are cannot be measured there.
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "") or sys.executable.endswith("-tsan")
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 DTYPES = (np.float32, np.float64)
 HALVES = (
     np.float16,

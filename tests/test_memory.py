@@ -213,7 +213,7 @@ def test_nothing_is_kept_where_nothing_may_be():
     assert run_python(code, BNFAST_CACHE_BYTES="0").split() == ["0", "0"]
 
 
-@pytest.mark.parametrize("value", ["-1", "1e9", "64M", "many", str(2**64)])
+@pytest.mark.parametrize("value", ["-1", "1e9", "64M", "many", str(2**64), "9" * 5000])
 def test_a_bound_that_is_no_number_is_named(value):
     with pytest.raises(ImportError, match=r"BNFAST_CACHE_BYTES is '.*expected a number of bytes"):
         _memory._from_environment({"BNFAST_CACHE_BYTES": value})

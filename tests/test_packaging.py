@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Where `make docs` and the examples write.
+WRITTEN = ("docs/_build/", "docs/_figures/", "docs/api/generated/", "examples/figures/")
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -42,13 +45,19 @@ def succeed(*command, cwd):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Copy the source tree, without anything built, so that building leaves the original alone."""
+    """Copy the source tree, so that building leaves the original alone.
+
+    Without anything compiled, but with something that `make docs` and the examples wrote.
+    """
     copy = tmp_path_factory.mktemp("tree") / "bnfast"
     built = ("*.so", "*.o", "*.a", "_core.c", "build", "_build", "_figures", "dist", "wheelhouse")
     ignore = shutil.ignore_patterns(
         *built, "*.egg-info", "__pycache__", ".git", ".venv*", ".*_cache", ".hypothesis"
     )
     shutil.copytree(ROOT, copy, ignore=ignore)
+    for folder in WRITTEN:
+        (copy / folder / "inner").mkdir(parents=True, exist_ok=True)
+        (copy / folder / "inner" / "written.svg").touch()
     return copy
 
 
@@ -76,10 +85,20 @@ def test_the_sdist_carries_all_sources(tree, sdist):
     files = [path for folder in folders for path in (tree / folder).rglob("*") if path.is_file()]
     files += [path for path in tree.iterdir() if path.is_file() and path.name != ".gitignore"]
     sources = {path.relative_to(tree).as_posix() for path in files}
-    made = {name for name in sources if "/figures/" in name or name == "bnfast/_core.c"}
-    assert sources - made <= names
+    written = {name for name in sources if name.startswith((*WRITTEN, "bnfast/_core.c"))}
+    assert len(written) >= len(WRITTEN)
+    assert sources - written <= names
+    assert not written & names
     assert {"src/bnfast.h", "src/kernels.inc.h", "bnfast/_core.pyx", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".a", "_core.c", ".pyc"))]
+
+
+def test_the_wheel_carries_every_module(tree, wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    modules = {path.relative_to(tree).as_posix() for path in (tree / "bnfast").rglob("*.py")}
+    assert "bnfast/onnx/__init__.py" in modules
+    assert modules <= names
 
 
 def test_the_wheel_carries_no_sources_and_is_small(wheel):
@@ -107,7 +126,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
         "assert abs(y.mean((0, 2))).max() < 1e-6\n"
         "print(bnfast.__file__)\n"
     )
-    done = succeed(python, "-W", "error", "-c", code, cwd=tmp_path)
+    done = succeed(python, "-I", "-W", "error", "-c", code, cwd=tmp_path)
     assert Path(done.stdout.strip()).is_relative_to(environment)
     listed = succeed(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     packages = {line.partition("==")[0].lower() for line in listed.splitlines()}

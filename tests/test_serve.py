@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -133,10 +133,20 @@ def test_bad_requests_are_refused(port, method, path, body, status, reason):
 def raw(port, sent):
     """Send bytes, close our side, and return what comes back."""
     with socket.create_connection((HOST, port), timeout=TIMEOUT) as connection:
-        connection.sendall(sent)
-        connection.shutdown(socket.SHUT_WR)
-        with connection.makefile("rb") as file:
-            return file.read()
+        with suppress(ConnectionError):  # answered before all was sent
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+        return rest(connection)
+
+
+def rest(connection):
+    """Read until the other side has closed, on bytes of ours that it has not read, too."""
+    got = b""
+    connection.settimeout(TIMEOUT)
+    with suppress(ConnectionError):
+        while part := connection.recv(1 << 16):
+            got += part
+    return got
 
 
 @pytest.mark.parametrize(
@@ -152,6 +162,76 @@ def raw(port, sent):
 def test_lengths_that_are_wrong(port, header, status):
     got = raw(port, f"POST /frozen HTTP/1.0\r\n{header}\r\n{{".encode())
     assert got.split()[1] == status
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "reason"),
+    [
+        (b"GARBAGE\r\n\r\n", b"400", "Bad request syntax ('GARBAGE')"),
+        (b"POST /frozen\r\n\r\n", b"400", "Bad HTTP/0.9 request type ('POST')"),
+        (b"GET / HTTP/x\r\n\r\n", b"400", "Bad request version ('HTTP/x')"),
+        (b"GET / HTTP/2.0\r\n\r\n", b"505", "Invalid HTTP version (2.0)"),
+        (b"GET /\xff\x00 HTTP/1.0\r\n\r\n", b"404", "no /\xff\x00"),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.0\r\n\r\n", b"414", "URI Too Long"),
+        (b"PUT /frozen HTTP/1.0\r\n\r\n", b"501", "Unsupported method ('PUT')"),
+        (b"GET / HTTP/1.0\r\n" + b"a: b\r\n" * 200 + b"\r\n", b"431", "Too many headers"),
+        (b"GET / HTTP/1.0\r\na: " + b"b" * 70_000 + b"\r\n\r\n", b"431", "Line too long"),
+    ],
+)
+def test_requests_that_are_no_http_get_json(port, sent, status, reason):
+    head, _, body = raw(port, sent).partition(b"\r\n\r\n")
+    assert head.split()[1] == status
+    assert b"Content-Type: application/json" in head
+    ((key, said),) = json.loads(body).items()
+    assert key == "error"
+    assert reason in said
+
+
+def test_a_head_request_gets_no_body(port):
+    head, _, body = raw(port, b"HEAD / HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.split()[1] == b"501"
+    assert body == b""
+
+
+def drip(port, head, byte):
+    """Send the head and then a byte a tenth of a second, until there is an answer; return that."""
+    with socket.create_connection((HOST, port), timeout=0.1) as connection:
+        connection.sendall(head)
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            with suppress(TimeoutError):
+                return connection.recv(1 << 16) + rest(connection)
+            with suppress(ConnectionError):  # closed, and what it answered is yet to be read
+                connection.sendall(byte)
+        raise AssertionError(f"served for {TIMEOUT} s")
+
+
+@pytest.mark.slow
+def test_clients_that_drip_are_told_to_stop():
+    """However they keep busy, the time for the headers and for all of a request is limited."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(SERVE.parent)!r})
+import serve
+serve.SECONDS_FOR_HEADERS, serve.SECONDS_TO_SEND = 1.0, 2.0
+sys.exit(serve.main(["--port", "0", "--steps", "20", "--workers", "1"]))
+"""
+    post = b"POST /frozen HTTP/1.0\r\nContent-Length: 100000\r\n"
+    with service("-c", code) as (_, port):
+        for head, byte, took in [
+            (b"P", b"O", "the headers took more than 1 s"),
+            (post + b"a: ", b"b", "the headers took more than 1 s"),
+            (post + b"\r\n", b" ", "the request took more than 2 s"),
+        ]:
+            start = time.monotonic()
+            got = drip(port, head, byte)
+            assert time.monotonic() - start < 10
+            assert got.split()[1] == b"408"
+            assert json.loads(got.partition(b"\r\n\r\n")[2]) == {"error": took}
+        # 100 MB are too many, and not read for longer than a request may take.
+        got = drip(port, post.replace(b"00000", b"00000000") + b"\r\n", b" ")
+        assert got.split()[1] == b"413"
+        assert ask(port, "GET", "/")[0] == 200
 
 
 def workers_of(port, number, without=()):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,26 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bnfast import _arrays
-from bnfast.distributed import (
-    Ranks,
-    merged_batch,
-    no_moments,
-    no_sums,
-    ranks_of,
-    summed,
-    taking_part,
-)
-from bnfast.moments import Moments
+from bnfast import _arrays, _core
+from bnfast.distributed import Merging, Move, Ranks, Summing, plain_activation, ranks_of
 
 from . import autograd, kernels
 from .convert import OURS
 from .modules import BatchNormOnCPU
 
 if TYPE_CHECKING:
-    from .kernels import Activation
+    from collections.abc import Sequence
 
-_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+    from numpy.typing import NDArray
+
+    from bnfast.moments import Moments
+
+    from .kernels import Activation, Gradients
+    from .modules import State
+
+_STATE = ("weight", "bias", "running_mean", "running_var")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -56,9 +55,13 @@ class SyncBatchNorm(BatchNormOnCPU):
     `torch.nn.modules.batchnorm._BatchNorm`.
 
     In training all ranks must make the same calls, backwards included, also a rank without
-    values. One whose input is refused tells the others, which raise RuntimeError, so that nobody
-    is left waiting. There are no second derivatives, and `torch.compile` leaves the layer out of
-    its graphs in training, as both would have to exchange numbers.
+    values; a backward exchanges numbers where the input needs a gradient, which must be so on all
+    ranks or on none. Whatever one of them cannot do it refuses before anything is exchanged, and
+    tells the others, which raise RuntimeError: statistics and counters are as they were on all,
+    nobody is left waiting, and the next call finds all in step. Hooks of autograd's own
+    (`torch.autograd.graph.saved_tensors_hooks`) run once statistics have moved, on all ranks.
+    There are no second derivatives, and `torch.compile` leaves the layer out of its graphs in
+    training, as both would have to exchange numbers.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class SyncBatchNorm(BatchNormOnCPU):
             return self._as_leaf(input, residual, activation)
         if not self._synchronises():
             return super().forward(input, residual, activation)
-        if input.device.type == "cpu":
+        if not isinstance(input, Tensor) or input.device.type in ("cpu", "meta"):
             return self._over_ranks(input, residual, activation)
         y = nn.SyncBatchNorm.forward(self, input)
         return autograd.activate(y if residual is None else y + residual, activation)
@@ -134,43 +137,63 @@ class SyncBatchNorm(BatchNormOnCPU):
     @torch.compiler.disable
     def _over_ranks(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
         ranks = ranks_of(self.process_group)
-        with taking_part(ranks, no_moments()):
-            x = x.resolve_neg()
-            self._check_call(x, residual, activation)
-            mine = kernels.moments(x)
-        batch = merged_batch(ranks, mine)
-        tensors = (x, self.weight, self.bias, residual)
-        y: Tensor = _SyncBatchNorm.apply(*tensors, batch, self.eps, activation, ranks)
-        if self._moves_statistics():
-            self._move_towards(batch)
+        exchange = Merging(ranks, training=True)
+        with exchange:
+            call = self._forward_call(x, residual, activation)
+            batch = exchange.merged(kernels.moments(call.x), call.move)
+        mean, inv_std = call.normalize(batch)
+        if not call.wants_gradient:
+            return call.y
+        tensors = (call.x, call.weight, call.bias, call.residual)
+        y: Tensor = _SyncBatchNorm.apply(*tensors, call, mean, inv_std, batch.count, ranks)
         return y
 
-    def _move_towards(self, batch: Moments) -> None:
-        if batch.count:
-            mean, var = (torch.from_numpy(numbers) for numbers in (batch.mean, batch.var()))
-            self._move_statistics(mean, var, batch.count)
-        elif self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+    def _forward_call(
+        self, x: Tensor, residual: Tensor | None, activation: Activation
+    ) -> _ForwardCall:
+        """Read all that a training forward takes, and refuse what does not fit.
 
-    def _check_call(self, x: Tensor, residual: Tensor | None, activation: Activation) -> None:
-        """Refuse what cannot be computed, before anything is exchanged."""
+        After the exchange nobody could be told: nothing is looked at again, and there is room for
+        the output.
+        """
         if kernels.is_transformed() or kernels.is_recorded():
             raise RuntimeError(
                 "SyncBatchNorm in training exchanges numbers with other processes, which is not "
                 "possible under transforms, tracing or fake tensors; call eval(), or use BatchNorm"
             )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input is {_arrays.kind(x)}; expected a tensor")
+        if x.device.type != "cpu":
+            raise ValueError(
+                f"SyncBatchNorm expected input tensor to be on GPU, or on the CPU, got {x.device}"
+            )
+        state, eps = self._state(), _arrays.eps(self.eps, training=True)
+        x = x.resolve_neg()
         self._check_input_dim(x)
         self._check_non_zero_input_channels(x)
+        self._check_tensors(x, residual, state)
+        weight, bias, *running = state
+        move = self._move(running) if self._moves_statistics() else None
+        wants_gradient = autograd._needs_gradient(x, weight, bias, residual)
+        kept = (x, weight, None if activation is None else bias)
+        if wants_gradient and any(t is not None and t.is_inference() for t in kept):
+            raise RuntimeError(
+                "Inference tensors cannot be saved for backward; expected clones of those made in "
+                "inference mode"
+            )
+        with torch.no_grad():
+            y = torch.empty_like(x)
+        activation = plain_activation(activation)
+        return _ForwardCall(x, weight, bias, residual, eps, activation, move, wants_gradient, y)
+
+    def _check_tensors(self, x: Tensor, residual: Tensor | None, state: State) -> None:
+        """Refuse tensors that the kernels cannot read, or that do not fit x."""
         if x.shape[1] != self.num_features:
             raise ValueError(f"expected {self.num_features} channels, got input {tuple(x.shape)}")
-        own = {name: getattr(self, name) for name in _PARAMETERS if getattr(self, name) is not None}
+        own = {name: t for name, t in zip(_STATE, state, strict=True) if t is not None}
         for name, tensor in {"input": x, "residual": residual, **own}.items():
-            if tensor is not None and not kernels.is_plain(tensor):
-                accepted = ", ".join(sorted(str(dtype) for dtype in kernels.DTYPES))
-                raise TypeError(
-                    f"{name} is a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}; "
-                    f"expected a dense tensor on the CPU, of {accepted}"
-                )
+            if tensor is not None:
+                _check_readable(name, tensor)
         wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         for name, tensor in own.items():
             if tensor.dtype is not wide:
@@ -186,9 +209,22 @@ class SyncBatchNorm(BatchNormOnCPU):
                 f"residual is of {residual.dtype} and shape {tuple(residual.shape)}; expected "
                 f"those of input, {x.dtype} and {tuple(x.shape)}"
             )
-        _arrays.eps(self.eps, training=True)
-        if activation is not None:
-            _arrays.activation(activation)
+
+    @torch.no_grad()
+    def _move(self, running: Sequence[Tensor | None]) -> Move:
+        """Return what moves the running statistics, known to be able to."""
+        momentum = _arrays.real("momentum", self._momentum())
+        pairs = []
+        for tensor in running:
+            if tensor is not None:
+                write, old = partial(_write, tensor), tensor.to(torch.float64, copy=True).numpy()
+                write(old)  # whatever cannot be written is refused
+                pairs.append((write, old))
+        tracked, count = self.num_batches_tracked, None
+        if tracked is not None:
+            tracked.copy_(tracked.clone())
+            count = partial(_copy, tracked, tracked.clone().add_(1))
+        return Move(pairs, momentum, 1, count)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _Model, process_group: Any = None) -> _Model:
@@ -230,8 +266,65 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
     return model
 
 
+def _check_readable(name: str, tensor: Any) -> None:
+    if kernels.is_plain(tensor):
+        return
+    if isinstance(tensor, Tensor):  # PyTorch's repr of one whose memory was freed would crash
+        found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
+    else:
+        found = _arrays.kind(tensor)
+    accepted = ", ".join(sorted(str(dtype) for dtype in kernels.DTYPES))
+    raise TypeError(
+        f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"
+    )
+
+
+@torch.no_grad()
+def _copy(target: Tensor, values: Tensor) -> None:
+    target.copy_(values)
+
+
+def _write(target: Tensor, values: NDArray[np.float64]) -> None:
+    _copy(target, torch.from_numpy(values))
+
+
+class _ForwardCall(NamedTuple):
+    """A training forward with all that it takes, read and checked, and room for its output."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    eps: float
+    activation: Activation
+    move: Move | None
+    wants_gradient: bool
+    y: Tensor
+
+    def normalize(self, batch: Moments) -> tuple[Tensor, Tensor]:
+        """Fill y; return the mean and 1 / sqrt(var + eps) that it was normalised with."""
+        with np.errstate(all="ignore"):  # whatever one rank's caller would have it raise
+            var = batch.var()
+            inv_std = 1 / np.sqrt(var + self.eps)
+        order = kernels._storage_order(self.x)
+        kernels._on_torch_threads(
+            _core.normalize,
+            kernels._array(self.x, order),
+            batch.mean,
+            var,
+            kernels._array(self.weight),
+            kernels._array(self.bias),
+            self.eps,
+            kernels._axis(order),
+            kernels._array(self.residual, order),
+            self.activation,
+            kernels._array(self.y, order),
+        )
+        return torch.from_numpy(batch.mean), torch.from_numpy(inv_std)
+
+
 class _SyncBatchNorm(torch.autograd.Function):
-    """A training forward on a part of a batch whose moments are known."""
+    """The gradient of a training forward that has been computed."""
 
     @staticmethod
     def forward(
@@ -240,43 +333,100 @@ class _SyncBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        batch: Moments,
-        eps: float,
-        activation: Activation,
+        call: _ForwardCall,
+        mean: Tensor,
+        inv_std: Tensor,
+        count: int,
         ranks: Ranks,
     ) -> Tensor:
-        var = batch.var()
-        inv_std = torch.from_numpy(1 / np.sqrt(var + eps))
-        mean = torch.from_numpy(batch.mean)
-        y = kernels.normalize(
-            x, mean, torch.from_numpy(var), weight, bias, residual, eps, activation
-        )
+        y, activation = call.y, call.activation
         autograd.save(ctx, x, weight, bias, residual, y, mean, inv_std, True, activation)
-        ctx.count, ctx.ranks = batch.count, ranks
+        ctx.count, ctx.ranks, ctx.channels = count, ranks, len(mean)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, y, mean, inv_std = ctx.saved_tensors
         needs = ctx.needs_input_grad
         masked = needs[3] and ctx.activation is not None
-        given = (dy.resolve_neg(), x, mean, inv_std, weight, bias, y)
-        activation = ctx.activation
+        dx = dresidual = None
         if needs[0]:
-            with taking_part(ctx.ranks, no_sums(len(mean))):
-                parts = kernels.backward(*given, False, activation, (False, True, True, False))
-            sums = summed(ctx.ranks, (parts[1], parts[2]))
-            dx, _, _, dresidual = kernels.backward(
-                *given, True, activation, (True, False, False, masked), ctx.count, sums
-            )
+            exchange = Summing(ctx.ranks, ctx.channels)
+            with exchange:
+                call = _backward_call(ctx, dy)
+                parts = call.over_part((False, True, True, False))[1:3]
+                gradients = _typed(parts, ctx.dtypes, needs)
+                dx = torch.empty_like(call.x)
+                sums = exchange.summed(*map(np.asarray, parts))
+            dresidual = call.through_batch(dx, ctx.count, masked, sums)
         else:  # nothing of it is the other ranks' business
-            parts = kernels.backward(*given, False, activation, (False, *needs[1:3], masked))
-            dx, dresidual = None, parts[3]
-        dweight, dbias = (
-            part.to(dtype) if needed and part is not None else None
-            for part, dtype, needed in zip(parts[1:3], ctx.dtypes, needs[1:3], strict=True)
-        )
+            call = _backward_call(ctx, dy)
+            _, *others, dresidual = call.over_part((False, *needs[1:3], masked))
+            gradients = _typed(others, ctx.dtypes, needs)
         if needs[3] and not masked:  # the gradient of a sum is that of its terms
-            dresidual = dy
-        return dx, dweight, dbias, dresidual, None, None, None, None
+            dresidual = call.dy
+        return dx, *gradients, dresidual, None, None, None, None, None
+
+
+def _backward_call(ctx: Any, dy: Tensor) -> _BackwardCall:
+    """Read all that a backward takes, and refuse what the kernels cannot read."""
+    x, weight, bias, y, mean, inv_std = ctx.saved_tensors
+    call = _BackwardCall(dy.resolve_neg(), x, mean, inv_std, weight, bias, y, ctx.activation)
+    _check_readable("the output's gradient", call.dy)
+    saved = {"input": x, "weight": weight, "bias": bias, "output": y, "mean": mean, "std": inv_std}
+    for name, tensor in saved.items():
+        if tensor is not None and not kernels.is_plain(tensor):
+            raise RuntimeError(f"the {name}'s memory was freed; expected it for the backward")
+    return call
+
+
+class _BackwardCall(NamedTuple):
+    """A backward with all that it takes, read and checked."""
+
+    dy: Tensor
+    x: Tensor
+    mean: Tensor
+    inv_std: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    y: Tensor | None
+    activation: Activation
+
+    def over_part(self, needs: tuple[bool, ...]) -> Gradients:
+        """Return gradients for a mean and a variance that are constants."""
+        tensors = (self.dy, self.x, self.mean, self.inv_std, self.weight, self.bias, self.y)
+        return kernels.backward(*tensors, False, self.activation, needs)
+
+    def through_batch(
+        self, dx: Tensor, count: int, masked: bool, sums: tuple[Any, Any]
+    ) -> Tensor | None:
+        """Fill x's gradient, of a batch that x is a part of; return the residual's if masked."""
+        order = kernels._storage_order(self.x)
+        *_, dresidual = kernels._on_torch_threads(
+            _core.backward,
+            kernels._array(self.dy, order),
+            kernels._array(self.x, order),
+            kernels._array(self.mean),
+            kernels._array(self.inv_std),
+            count,
+            kernels._array(self.weight),
+            kernels._array(self.bias),
+            kernels._axis(order),
+            None,
+            self.activation,
+            kernels._array(self.y, order),
+            kernels._array(dx, order),
+            (True, False, False, masked),
+            sums,
+        )
+        return None if dresidual is None else kernels._tensor(dresidual, self.x, order)
+
+
+def _typed(
+    parts: Sequence[Tensor | None], dtypes: Sequence[Any], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of weight and bias as these are, None where not needed."""
+    return [
+        part.to(dtype) if needed and part is not None else None
+        for part, dtype, needed in zip(parts, dtypes, needs[1:3], strict=True)
+    ]

@@ -1,8 +1,13 @@
-"""What ranks found together, held against one process on the whole batch, in the paper's words."""
+"""What ranks found together, held against one process on the whole batch, in the paper's words.
+
+And what they raised together: the rank at fault its own error, and the others whose it is.
+"""
 
 import numpy as np
+import pytest
 import reference
 from cases import bits
+from launch import Raised
 from tolerance import (
     SECOND_ORDER,
     assert_within,
@@ -54,3 +59,34 @@ def check_running_statistics(p, of, momentum):
         bound = running_bound(old, new, error, momentum, p.x.dtype)
         assert_within(of[0][key], want, bound, key)
     assert all(rank["num_batches_tracked"] == 1 for rank in of)
+
+
+# The rank at fault, which the fixture `bad` numbers.
+AT_FAULT = pytest.mark.parametrize("at_fault", ["first", "last"])
+
+
+def told(bad):
+    return Raised("RuntimeError", f"rank {bad} could not take part; its own exception says why")
+
+
+def check_raised(raised, bad, own):
+    for rank, error in enumerate(raised):
+        if rank == bad:
+            assert f"{error.kind}: {error.text}".startswith(own)
+        else:
+            assert error == told(bad)
+
+
+def check_interrupted(raised, bad):
+    """Whether the others have gone on: all or none of them."""
+    assert raised[bad] == Raised("TimeoutError", "time is up")
+    others = [found for rank, found in enumerate(raised) if rank != bad]
+    gone_on = not isinstance(others[0], Raised)
+    assert all(not isinstance(one, Raised) if gone_on else one == told(bad) for one in others)
+    return gone_on
+
+
+def check_whole(parts, want):
+    """To a few roundings of terms as large as the largest."""
+    got = np.concatenate(parts)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())

@@ -8,8 +8,10 @@ this file is one rank: it calls the scenarios in order and pickles what they ret
 import importlib.util
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,8 @@ class Rank(NamedTuple):
     group: Any
     # Collective: a group of these ranks only; None on the others.
     group_of: Any
+    # Where all ranks can leave files for each other.
+    directory: Path
 
 
 class Raised(NamedTuple):
@@ -46,6 +50,43 @@ def attempt(call, *args, **options):
         return call(*args, **options)
     except Exception as error:  # noqa: BLE001  # which one is what the tests look at
         return Raised(type(error).__name__, str(error))
+
+
+@contextmanager
+def interrupted_soon(this, bad, name):
+    """A signal handler raises TimeoutError on one rank, while it waits for the others.
+
+    What is yielded starts that on the rank at fault, and on the others waits until it was done.
+    Python runs the handler once the rank has got what it was waiting for.
+    """
+    done = this.directory / f"{name}-{bad}"
+
+    def time_is_up(*_):
+        raise TimeoutError("time is up")
+
+    def interrupt():
+        time.sleep(0.2)  # in which the rank gets where it waits
+        os.kill(os.getpid(), signal.SIGALRM)
+        done.touch()
+
+    thread = threading.Thread(target=interrupt)
+
+    def start():
+        if this.rank == bad:
+            thread.start()
+            return
+        end = time.monotonic() + SECONDS / 2
+        while not done.exists():
+            assert time.monotonic() < end, "nobody was interrupted"
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    try:
+        yield start
+    finally:
+        if this.rank == bad:
+            thread.join()
+        signal.signal(signal.SIGALRM, before)
 
 
 # ---- The parent
@@ -132,7 +173,7 @@ def _joined(transport, size, directory, rank):
             comm = world.Split(0 if world.rank in ranks else MPI.UNDEFINED)
             return None if comm == MPI.COMM_NULL else comm
 
-        yield Rank(world.rank, world.size, world, group_of)
+        yield Rank(world.rank, world.size, world, group_of, Path(directory))
         return
 
     from datetime import timedelta
@@ -148,7 +189,7 @@ def _joined(transport, size, directory, rank):
         group = dist.new_group(ranks)
         return group if int(rank) in ranks else None
 
-    yield Rank(int(rank), size, None, group_of)
+    yield Rank(int(rank), size, None, group_of, Path(directory))
     dist.barrier()
     os._exit(0)  # PyTorch aborts now and then where its threads are taken down
 

@@ -15,7 +15,11 @@ import bnfast
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
 
-from bnfast.distributed import dask_moments, dask_normalize  # noqa: E402
+from bnfast.distributed import (  # noqa: E402
+    _merge_to_records,
+    dask_moments,
+    dask_normalize,
+)
 
 SHAPE, AXIS = (60, 6, 14), 1
 CHUNKS = {
@@ -153,6 +157,43 @@ class TestRefusals:
             dask_normalize(x, np.ones(6), np.ones(6), eps=-1)
         with pytest.raises(ValueError, match="activation is 'gelu'"):
             dask_normalize(x, np.ones(6), np.ones(6), activation="gelu")
+
+
+class TestBlocksThatAreNot:
+    """What an array of unknown or wrong chunks holds is known when it is computed."""
+
+    def test_as_many_rows_in_each_channel(self, values):
+        x = da.from_array(values[:, :, 0], (7, 6))
+        halves = x[x[:, 0] > 3][:, :3], x[x[:, 3] > 3][:, 3:]
+        assert len(halves[0].compute()) != len(halves[1].compute())
+        both = da.concatenate(halves, axis=1, allow_unknown_chunksizes=True)
+        with pytest.raises(ValueError, match=r"blocks of x have \d+, \d+ values in channels"):
+            dask_moments(both).compute()
+
+    @pytest.mark.parametrize("channels", [5, 7, 0])
+    def test_of_as_many_channels_as_the_shape(self, channels):
+        def block(numbers):
+            return np.ones((len(numbers), channels))
+
+        x = da.map_blocks(block, da.ones((20, 6), chunks=(7, 6)), dtype=float)
+        with pytest.raises(
+            ValueError, match=f"blocks of x have {channels} channels; expected the 6"
+        ):
+            dask_moments(x).compute()
+
+    def test_of_the_same_channels(self):
+        def block(numbers, block_id=None):
+            return np.ones((len(numbers), 6 + block_id[0]))
+
+        x = da.map_blocks(block, da.ones((20, 6), chunks=(7, 6)), dtype=float)
+        with pytest.raises(ValueError, match="have 7 channels; expected 6"):
+            dask_moments(x).compute()
+
+    def test_countable(self):
+        """Blocks that are one value repeated may have more rows than any memory."""
+        many = bnfast.Moments(2**62, [0.0], [0.0])
+        with pytest.raises(ValueError, match=f"count is {2**63}; expected at most"):
+            _merge_to_records([[many], [many]], (0,), False)
 
 
 # ---- A cluster of processes

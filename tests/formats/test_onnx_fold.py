@@ -448,11 +448,11 @@ def test_numbers_that_do_not_fit_are_left():
     model = om.build(MATMUL, w=om.normal(RNG, 3, 4), **om.numbers(RNG, 3))
     assert_left(model, "weight of shape (3, 4) has 4 output channels")
     model = om.build(MATMUL, w=om.normal(RNG, 3, 3), **om.numbers(RNG, 3) | {"s": np.ones(2, "f4")})
-    assert_left(model, "as a layer, its bias has shape (3,); expected (2,)")
+    assert_left(model, "its B has shape (3,); expected (2,)")
     model = om.build(MATMUL, w=om.normal(RNG, 3, 3), **om.numbers(RNG, 3) | {"s": np.ones(3, "i4")})
-    assert_left(model, "as a layer, its weight has dtype int32")
+    assert_left(model, "its scale, 's', is of type INT32")
     model = om.build(MATMUL, w=np.ones((3, 3), "i4"), **om.numbers(RNG, 3))
-    assert_left(model, "the weight of MatMul 'c' is of int32")
+    assert_left(model, "the weight of MatMul 'c', 'w', is of type INT32")
 
 
 def test_unloaded_data_are_left(tmp_path):
@@ -512,6 +512,56 @@ def test_types(dtype):
         om.assert_equivalent(
             folded, model, {"x": om.normal(RNG, 3, 6, dtype=kind)}, 6, om.run_reference
         )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rounded_once(dtype):
+    """Just above the middle between two numbers, where float32 is at the middle."""
+    kind = np.dtype(dtype if dtype != "bfloat16" else pytest.importorskip("ml_dtypes").bfloat16)
+    step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
+    body = f"""({dtype}[N,1] x) => ({dtype}[N,1] y) {{
+        c = Gemm(x, w, b) y = BN<epsilon=0.0>(c, s, o, m, v)
+    }}"""
+    one, zero = np.ones(1), np.zeros(1)
+    for scale, expected in [
+        (1 + step / 2 + 2.0**-40, 1 + step),
+        (1 + step / 2, 1),
+        (1 + 3 * step / 2 - 2.0**-40, 1 + step),
+        (1 + 3 * step / 2, 1 + 2 * step),
+    ]:
+        weights = {"w": np.ones((1, 1), kind), "b": np.ones(1, kind), "s": scale * one}
+        model = om.build(body, **weights, o=zero, m=zero, v=one)
+        got = om.constants(fold(model))
+        assert {a.dtype for a in got.values()} == {kind}
+        assert [float(a.reshape(())) for a in got.values()] == [expected, expected]
+
+
+def test_numbers_of_several_are_rounded_once():
+    """A batch norm before and two after: 1.5 units of float32's last place, not one and two."""
+    body = """(float[N,1] x) => (float[N,1] y) {
+        a = BN<epsilon=0.0>(x, s, o, m, v) b = MatMul(a, w)
+        c = BN<epsilon=0.0>(b, s, o, m, v) y = BN<epsilon=0.0>(c, s, o, m, v)
+    }"""
+    one, zero = np.ones(1), np.zeros(1)
+    scale = 1 + 2.0**-25 + 2.0**-26
+    model = om.build(body, w=np.ones((1, 1), "f4"), s=scale * one, o=zero, m=zero, v=one)
+    folded = fold(model)
+    assert not om.batch_norms(folded)
+    assert om.constants(folded)["w"] == np.float32(scale**3) == 1 + 2.0**-23
+
+
+def test_the_state_of_numpy_s_errors_decides_nothing():
+    body = MATMUL.replace("float", "float16")
+    weights = om.numbers(RNG, 3) | {"w": om.normal(RNG, 3, 3, dtype=np.float16)}
+    weights["s"] = np.array([1e30, 1e-30, 1e-9], np.float32)
+    small = weights | {"s": np.array([1, 1e-30, 1e-7], np.float32)}
+    for numbers, left in ((weights, 1), (small, 0)):
+        model = om.build(body, **numbers)
+        want = fold(model)
+        assert len(om.batch_norms(want)) == left
+        with np.errstate(all="raise"):
+            assert fold(model) == want
+            assert len(read(model)) == 1
 
 
 def test_statistics_keep_their_own_type():

@@ -20,7 +20,7 @@ from onnx.reference.op_run import OpRun  # noqa: E402
 
 import bnfast  # noqa: E402
 from bnfast import BatchNorm, conventions  # noqa: E402
-from bnfast.onnx import batch_normalization, read  # noqa: E402
+from bnfast.onnx import batch_normalization, fold, read  # noqa: E402
 
 RNG = np.random.default_rng(20150303)
 
@@ -127,6 +127,55 @@ def test_equal_names_are_told_apart():
     for node in model.graph.node:
         node.name = "bn"
     assert list(read(model)) == ["c", "y"]
+
+
+def named(*nodes):
+    """Return a model of batch norms in a row, each given by its name and its output."""
+    lines, value = [], "x"
+    for _, output in nodes:
+        lines.append(f"{output} = BN({value}, s, o, m, v)")
+        value = output
+    body = f"(float[N,3] x) => (float[N,3] {value}) {{ {' '.join(lines)} }}"
+    model = om.build(body, **om.numbers(RNG, 3))
+    for node, (name, _) in zip(model.graph.node, nodes, strict=True):
+        node.name = name
+    return model
+
+
+@pytest.mark.parametrize(
+    ("nodes", "names"),
+    [
+        # one's name is the output of another, which has no other name
+        ([("y", "h"), ("", "y")], ["h", "y"]),
+        ([("", "y"), ("y", "h")], ["y", "h"]),
+        # and the output that it goes by instead is the name of a third
+        ([("y", "h"), ("", "y"), ("h", "z")], ["h", "y", "z"]),
+        ([("a", "b"), ("b", "c"), ("c", "d"), ("", "a")], ["b", "c", "d", "a"]),
+        ([("n", "a"), ("n", "b"), ("a", "c"), ("b", "n")], ["a", "b", "c", "n"]),
+        # no two go by the same: names stay
+        ([("y", "h"), ("b", "y")], ["y", "b"]),
+        ([("y", "h"), ("h", "y")], ["y", "h"]),
+        ([("bn", "bn"), ("bn", "z")], ["bn", "z"]),
+    ],
+)
+def test_names_are_told_apart_from_outputs(nodes, names):
+    model = named(*nodes)
+    assert list(read(model)) == names
+    seen = []
+    fold(model, report=seen.append)
+    assert [outcome.name for outcome in seen] == names
+
+
+def test_the_names_of_other_nodes_change_none():
+    model = named(("y", "h"), ("b", "y"))
+    model.graph.node.append(helper.make_node("Relu", ["y"], ["b"]))
+    model.graph.node.append(helper.make_node("Relu", ["y"], ["z"], "h"))
+    assert list(read(model)) == ["y", "b"]
+
+
+def test_long_rows_of_clashing_names():
+    row = [(f"v{i}", f"v{i + 1}") for i in range(2000)]
+    assert list(read(named(*row, ("", "v0")))) == [*(f"v{i + 1}" for i in range(2000)), "v0"]
 
 
 def test_without_onnx_the_import_says_so():
@@ -294,6 +343,29 @@ def test_one_value_a_channel_is_its_own_mean():
     u = 2.0**-24
     np.testing.assert_allclose(mean, m * 0.9 + x[0].astype("f8") * 0.1, rtol=0, atol=8 * u)
     np.testing.assert_allclose(var, v.astype("f8") * 0.9, rtol=2 * u)
+
+
+def test_running_statistics_are_rounded_once():
+    """A mean just above the middle between two bfloat16, where float32 is at the middle."""
+    import ml_dtypes
+
+    x = np.array([[1 + 2.0**-8 + 2.0**-40], [1 + 2.0**-8 + 2.0**-40]])
+    one = np.ones(1, ml_dtypes.bfloat16)
+    _, mean, _ = batch_normalization(x, one, one, one, one, momentum=0.0, training_mode=1)
+    assert mean.dtype == one.dtype
+    assert float(mean[0]) == 1 + 2.0**-7
+
+
+def test_the_state_of_numpy_s_errors_decides_nothing():
+    x = np.array([[1e30, 1e-30, 0], [-1e30, -1e-30, 0]])
+    half = np.array([6e4, 6e-8, 0], np.float16)
+    arguments = (x, half, half, half, half, 1e-5, 1e-3)
+    for training in (0, 1):
+        want = batch_normalization(*arguments, training)
+        with np.errstate(all="raise"):
+            got = batch_normalization(*arguments, training)
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def test_an_empty_batch_changes_nothing():

@@ -1,8 +1,9 @@
 """The kernels without Python around them: cases for run_cases.c, and what it must answer.
 
-The program is built from src/ with the flags of setup.py, for this processor or another one. A
-case is a header, then the inputs; its answer is what the four kernels wrote. Both are written
-one after the other, in the byte order and sizes of every processor that has kernels.
+The program is built from src/ with the flags of setup.py, for this processor or another one; so is
+run_calls.c, which judges itself. A case is a header, then the inputs; its answer is what the four
+kernels wrote. Both are written one after the other, in the byte order and sizes of every processor
+that has kernels.
 """
 
 import os
@@ -104,18 +105,25 @@ def emulated_sources(simde):
 def compiled(job, folder, compiler="cc", more=()):
     """The object of (source, flags); `more` are flags beside these, such as -g."""
     source, flags = job
-    target = folder / f"{source.stem}.o"
-    run(compiler, "-c", *flags, *WARNINGS, *more, f"-I{ROOT / 'src'}", source, "-o", target)
-    return target
+    key = (source, *flags, compiler, *more)
+    if key not in _OBJECTS:
+        target = folder / f"{source.stem}.o"
+        run(compiler, "-c", *flags, *WARNINGS, *more, f"-I{ROOT / 'src'}", source, "-o", target)
+        _OBJECTS[key] = target
+    return _OBJECTS[key]
 
 
-def build(folder, compiler="cc", platform=None, more=(), jobs=None):
-    """run_cases for a platform, or of other sources than its own."""
-    jobs = [*(jobs or sources(platform)), (HERE / "run_cases.c", ["-std=gnu11", "-O2"])]
+# Those that this test run has made, by source and command: kernels take the most time.
+_OBJECTS = {}
+
+
+def build(folder, compiler="cc", platform=None, more=(), jobs=None, name="run_cases"):
+    """A program of this folder for a platform, or of other sources than its own."""
+    jobs = [*(jobs or sources(platform)), (HERE / f"{name}.c", ["-std=gnu11", "-O2"])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compiled(job, folder, compiler, more), jobs))
-    run(compiler, *more, *objects, "-lpthread", "-o", folder / "run_cases")
-    return folder / "run_cases"
+    run(compiler, *more, *objects, "-fopenmp", "-lm", "-o", folder / name)
+    return folder / name
 
 
 SIMDE_VERSION = (0, 8, 2)  # the first that has what avx512_emulated.h takes from it

@@ -4,6 +4,7 @@ AArch64's under an emulated processor, AVX-512's with its intrinsics emulated.""
 import platform
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import program
 import pytest
@@ -39,6 +40,23 @@ needs_simde = [
 ]
 needs_valgrind = pytest.mark.skipif(
     shutil.which("valgrind") is None, reason="no valgrind on this machine"
+)
+CLANG = "clang"
+
+
+def find_archer():
+    """LLVM's tool that tells ThreadSanitizer about OpenMP, beside clang's own OpenMP."""
+    if shutil.which(CLANG) is None:
+        return None
+    resources = program.run(CLANG, "-print-resource-dir").strip()
+    found = Path(resources).parents[2].rglob("libarcher.so")
+    return next(found, None)
+
+
+ARCHER = find_archer()
+needs_thread_sanitizer = pytest.mark.skipif(
+    ARCHER is None,
+    reason="ThreadSanitizer needs clang: apt install clang libclang-rt-dev libomp-dev",
 )
 VALGRIND = ("valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full")
 KNOWN_TO_VALGRIND = ("scalar", "sse2", "avx2", "neon")  # AVX-512 is not

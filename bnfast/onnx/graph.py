@@ -1,0 +1,266 @@
+"""An ONNX model's graph as `bnfast.onnx` needs it: names, who makes and who uses a value."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import onnx
+from google.protobuf.message import EncodeError
+from onnx import numpy_helper
+from onnx.checker import ValidationError
+from onnx.shape_inference import InferenceError, infer_shapes
+
+from .constants import Constants
+from .model import LeftError, constant_names, first_output, is_op, name_of, names_inside, opset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[Any]"
+
+_GRAPH_OUTPUT = -1  # stands for the graph among the users of a value
+
+
+class Graph:
+    """A model's main graph, and who makes and who uses each value; nodes go by their index.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        What changes are made in. Nodes and initializers that they leave over are removed by
+        `sweep`.
+    original : onnx.ModelProto
+        The model before any change, for shape inference.
+
+    Attributes
+    ----------
+    nodes : list of onnx.NodeProto
+    opset : int
+        Of ONNX's own operators.
+    constants : Constants
+        Of the model before any change.
+
+    Raises
+    ------
+    ValueError
+        If a value is made twice, or from itself.
+    """
+
+    def __init__(self, model: onnx.ModelProto, original: onnx.ModelProto) -> None:
+        self.nodes = list(model.graph.node)
+        self.opset = opset(model)
+        self._graph, self._original = model.graph, original
+        _check_made_once(model.graph)
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._initializers.pop("", None)  # which is how nodes leave an input out
+        self._producers = {
+            name: i for i, node in enumerate(self.nodes) for name in node.output if name
+        }
+        self._called = _names(self.nodes)
+        self.constants = Constants(model.graph, [self.nodes[i] for i in self._sorted()])
+        self._made = {*self._producers, *self._initializers}
+        self._users: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        for i, node in enumerate(self.nodes):
+            for name in (*node.input, *names_inside(node)):
+                self._users[name][i] += 1
+        for output in model.graph.output:
+            self._users[output.name][_GRAPH_OUTPUT] += 1
+        inputs = (value.name for value in model.graph.input)
+        self._taken = {*inputs, *constant_names(model.graph), *self._producers, *self._users}
+        self._numbered: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+        self._left_over: set[int] = set()
+        self._ranks: dict[str, int] | None = None
+
+    def _sorted(self) -> list[int]:
+        """Return the nodes, each after those that make its inputs."""
+        before = {
+            i: {self._producers[name] for name in node.input if name in self._producers}
+            for i, node in enumerate(self.nodes)
+        }
+        try:
+            return list(TopologicalSorter(before).static_order())
+        except CycleError as error:
+            row = " -> ".join(self.described(i) for i in error.args[1][:4])
+            raise ValueError(
+                f"model computes a value from itself: {row}; expected a graph without cycles"
+            ) from None
+
+    # ---- nodes
+
+    def batch_norms(self) -> list[int]:
+        """Return the nodes that are batch norms."""
+        return [i for i, node in enumerate(self.nodes) if is_op(node, "BatchNormalization")]
+
+    def name(self, i: int) -> str:
+        """Return what a node is called in dictionaries and messages."""
+        return self._called[i]
+
+    def described(self, i: int) -> str:
+        """Return what a node is called in messages, with its operator."""
+        return f"{self.nodes[i].op_type} {self.name(i)!r}"
+
+    def producer(self, name: str) -> int:
+        """Return the node that makes a value for one other alone."""
+        if name not in self._producers:
+            raise LeftError(f"nothing is before {name!r}")
+        self.only_user(name)
+        return self._producers[name]
+
+    def only_user(self, name: str) -> int:
+        """Return the one node that uses a value, or say who else does."""
+        users = self._users[name]
+        if _GRAPH_OUTPUT in users:
+            raise LeftError(f"{name!r} is a graph output")
+        if len(users) != 1 or users.total() != 1:
+            raise LeftError(f"{name!r} is used {users.total()} times")
+        (user,) = users
+        if name not in self.nodes[user].input:
+            raise LeftError(f"{name!r} is used in a subgraph of {self.described(user)}")
+        return user
+
+    def beside(self, i: int) -> Iterator[int]:
+        """Yield the nodes before and after a node, and the one after an Add that comes after."""
+        if self.nodes[i].input[0] in self._producers:
+            yield self._producers[self.nodes[i].input[0]]
+        for j in self._following(i):
+            yield j
+            if is_op(self.nodes[j], "Add"):
+                yield from self._following(j)
+
+    def _following(self, i: int) -> list[int]:
+        """Return the node that uses what a node makes, if there is just one."""
+        users = [*self._users[first_output(self.nodes[i])]]
+        return users if len(users) == 1 and users != [_GRAPH_OUTPUT] else []
+
+    def rank(self, name: str) -> int | None:
+        """Return how many axes a value has, where shape inference can tell."""
+        if self._ranks is None:
+            self._ranks = _inferred_ranks(self._original)
+        return self._ranks.get(name)
+
+    # ---- changes
+
+    def set_constant(self, i: int, position: int, values: Array, name: str) -> None:
+        """Give a node a constant: in the place of its old one, if nobody else uses that."""
+        inputs = self.nodes[i].input
+        old = inputs[position] if position < len(inputs) else ""
+        if old in self._initializers and self._users[old] == {i: 1}:
+            self._initializers[old].CopyFrom(numpy_helper.from_array(values, old))
+            return
+        new = self._unused(old or name)
+        self._initializers[new] = self._graph.initializer.add()
+        self._initializers[new].CopyFrom(numpy_helper.from_array(values, new))
+        self._users[new][i] += 1
+        if position < len(inputs):
+            inputs[position] = new
+            for j in self._unlink(old, i):
+                self.drop(j)
+        else:
+            inputs.append(new)
+
+    def take_over(self, i: int, later: int) -> None:
+        """Let a node make what a later one made, and drop that."""
+        made = self.nodes[later].output[0]
+        self.drop(later)
+        self._producers.pop(self.nodes[i].output[0])
+        self.nodes[i].output[0] = made
+        self._producers[made] = i
+
+    def bypass(self, i: int, later: int) -> None:
+        """Let a later node read a node's first input instead of its output, and drop the node."""
+        value, source = self.nodes[i].output[0], self.nodes[i].input[0]
+        self.nodes[later].input[0] = source
+        self._users[source][later] += 1
+        del self._users[value]
+        self.drop(i)
+
+    def drop(self, i: int) -> None:
+        """Take a node out of use, and the constants that only it used."""
+        waiting = [i]
+        while waiting:
+            i = waiting.pop()
+            self._left_over.add(i)
+            for name in self.nodes[i].output:
+                self._producers.pop(name, None)
+            for name in self.nodes[i].input:
+                waiting.extend(self._unlink(name, i))
+
+    def _unlink(self, name: str, i: int) -> list[int]:
+        """Note that a node uses a value no more; return what is now of no use, if it is a node."""
+        users = self._users[name]
+        users[i] -= 1
+        if not users[i]:
+            del users[i]
+        if users or not name:
+            return []
+        self._initializers.pop(name, None)
+        maker = self._producers.get(name)
+        if maker is None or not is_op(self.nodes[maker], "Constant", "Identity", "Transpose"):
+            return []
+        return [maker]
+
+    def _unused(self, name: str) -> str:
+        candidates = (f"{name}_folded{number or ''}" for number in self._numbered[name])
+        new = next(candidate for candidate in candidates if candidate not in self._taken)
+        self._taken.add(new)
+        return new
+
+    def sweep(self) -> None:
+        """Remove from the model what the changes left over."""
+        for i in sorted(self._left_over, reverse=True):
+            del self._graph.node[i]
+        gone = self._made - {*self._producers, *self._initializers}
+        for values in (self._graph.initializer, self._graph.value_info):
+            for i in reversed(range(len(values))):
+                if values[i].name in gone:
+                    del values[i]
+
+
+def _check_made_once(graph: onnx.GraphProto) -> None:
+    constants = constant_names(graph)
+    known = set(constants)
+    inputs = [value.name for value in graph.input if value.name not in known]
+    outputs = [name for node in graph.node for name in node.output]
+    made = Counter(name for name in (*inputs, *constants, *outputs) if name)
+    for name, times in made.items():
+        if times > 1:
+            raise ValueError(f"model makes the value {name!r} {times} times; expected once")
+
+
+def _names(nodes: Sequence[onnx.NodeProto]) -> list[str]:
+    """Return what each node is called: its name if no other has it, or else its first output.
+
+    A batch norm whose name is the output that another one goes by goes by its own output, too: no
+    two are called the same.
+    """
+    counts = Counter(node.name for node in nodes)
+    called = [
+        node.name if node.name and counts[node.name] == 1 else first_output(node) or name_of(node)
+        for node in nodes
+    ]
+    norms = [i for i, node in enumerate(nodes) if is_op(node, "BatchNormalization")]
+    by_name = {called[i]: i for i in norms if called[i] == nodes[i].name}
+    by_output = [i for i in norms if called[i] != nodes[i].name]
+    while by_output:
+        clashing = by_name.pop(called[by_output.pop()], None)
+        if clashing is not None:
+            called[clashing] = first_output(nodes[clashing]) or called[clashing]
+            by_output.append(clashing)
+    return called
+
+
+def _inferred_ranks(model: onnx.ModelProto) -> dict[str, int]:
+    try:
+        graph = infer_shapes(model).graph
+    except (ValueError, EncodeError, InferenceError, ValidationError):
+        graph = model.graph  # past 2 GB, or wrong somewhere: what the model says itself
+    return {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.type.tensor_type.HasField("shape")
+    }

@@ -1,0 +1,159 @@
+"""What the protocol buffers of an ONNX model say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[Any]"
+
+_OLDEST_OPSET = 7  # BatchNormalization-6 and older decide by `is_test` and `consumed_inputs`
+_DEEPEST = 100
+_STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
+_FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
+
+
+class LeftError(Exception):
+    """Why a batch norm is left as it is."""
+
+
+# ---- models
+
+
+def checked_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model that is one, and of an opset whose batch norms are known."""
+    if not isinstance(model, onnx.ModelProto):
+        raise TypeError(
+            f"model is of type {type(model).__name__}; expected an onnx.ModelProto, "
+            "as onnx.load returns it"
+        )
+    if opset(model) < _OLDEST_OPSET:
+        raise ValueError(
+            f"model uses opset {opset(model)}; expected {_OLDEST_OPSET} or later "
+            "(onnx.version_converter converts)"
+        )
+    _check_depth(model)
+    return model
+
+
+def _check_depth(model: onnx.ModelProto) -> None:
+    """Refuse what no file can hold, and what copying would overflow the stack with."""
+    graphs: list[Any] = [model.graph, *model.functions]
+    for _ in range(_DEEPEST):
+        graphs = [inner for graph in graphs for node in graph.node for inner in subgraphs(node)]
+        if not graphs:
+            return
+    raise ValueError(f"model has {_DEEPEST} subgraphs one in the other; expected fewer")
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Return the version of ONNX's own operators that a model uses."""
+    versions = [o.version for o in model.opset_import if o.domain in _STANDARD]
+    return versions[0] if versions else 1
+
+
+def hidden_batch_norms(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
+    """Yield the names of the batch norms that are not in the main graph, and where they are."""
+    for node in model.graph.node:
+        why = f"it is in a subgraph of {node.op_type} {name_of(node)!r}"
+        for graph in subgraphs(node):
+            yield from ((name, why) for name in _batch_norms(graph.node))
+    for function in model.functions:
+        why = f"it is in the function {function.name!r}"
+        yield from ((name, why) for name in _batch_norms(function.node))
+
+
+def _batch_norms(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    return (name_of(node) for node in with_inner(nodes) if is_op(node, "BatchNormalization"))
+
+
+# ---- nodes
+
+
+def is_op(node: onnx.NodeProto, *kinds: str) -> bool:
+    """Whether a node is one of these operators of ONNX's own."""
+    return node.op_type in kinds and node.domain in _STANDARD
+
+
+def first_output(node: onnx.NodeProto) -> str:
+    """Return the first value that a node makes; empty if it makes none."""
+    return str(node.output[0]) if node.output else ""
+
+
+def name_of(node: onnx.NodeProto) -> str:
+    """Return a node's name, or what else tells it from others."""
+    return node.name or first_output(node) or node.op_type
+
+
+def attribute(node: onnx.NodeProto, name: str, kind: str, default: Any) -> Any:
+    """Return an attribute of a node, if it is of this kind, or the default where there is none."""
+    found = [a for a in node.attribute if a.name == name]
+    if not found:
+        return default
+    kinds = {onnx.AttributeProto.AttributeType.Name(a.type) for a in found}
+    if kinds != {kind}:
+        raise LeftError(f"the {name} of {node.op_type} is of type {min(kinds)}, not {kind}")
+    if len(found) > 1 or found[0].ref_attr_name:
+        raise LeftError(f"the {name} of {node.op_type} is not one value")
+    return helper.get_attribute_value(found[0])
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs that a node has in its attributes."""
+    for a in node.attribute:
+        if a.type == onnx.AttributeProto.GRAPH:
+            yield a.g
+        yield from a.graphs
+
+
+def with_inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes, each before those of its subgraphs."""
+    waiting = list(nodes)[::-1]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend([inner for graph in subgraphs(node) for inner in graph.node][::-1])
+
+
+def names_inside(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names in a node's subgraphs: its own and those it takes from around it."""
+    for outer in with_inner([node]):
+        for graph in subgraphs(outer):
+            yield from (value.name for value in (*graph.input, *graph.output))
+            yield from constant_names(graph)
+            for inner in graph.node:
+                yield from (*inner.input, *inner.output)
+
+
+# ---- tensors
+
+
+def constant_names(graph: onnx.GraphProto) -> list[str]:
+    """Return the names of a graph's initializers."""
+    dense = [tensor.name for tensor in graph.initializer]
+    return dense + [tensor.values.name for tensor in graph.sparse_initializer]
+
+
+def to_array(tensor: onnx.TensorProto, what: str) -> Array:
+    """Return the numbers of a tensor, if they are here and of a type that folds."""
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        raise LeftError(f"{what} is external data that is not loaded")
+    known = onnx.TensorProto.DataType.items()
+    kind = next((name for name, number in known if number == tensor.data_type), None)
+    if kind not in _FLOATS:
+        raise LeftError(f"{what} is of type {kind or tensor.data_type}")
+    shape = tuple(tensor.dims)
+    if min(shape, default=0) < 0:
+        raise LeftError(f"{what} has the shape {shape}")
+    try:
+        return np.asarray(numpy_helper.to_array(tensor))
+    except ValueError as error:
+        raise LeftError(f"{what} of shape {shape} cannot be read: {error}") from error

@@ -1,0 +1,8 @@
+"""Fixtures: which rank is at fault."""
+
+import pytest
+
+
+@pytest.fixture
+def bad(ranks, at_fault):
+    return 0 if at_fault == "first" else len(ranks) - 1

@@ -1,0 +1,171 @@
+"""An exception between any two steps of one rank leaves all of them in step.
+
+Signal handlers raise theirs anywhere in Python code. Here ranks are threads, a tracer raises one
+before each instruction in turn, and after each the ranks make a good call.
+"""
+
+import sys
+import threading
+from itertools import count
+
+import numpy as np
+import pytest
+from cases import bits
+
+import bnfast
+from bnfast import distributed
+from bnfast.distributed import Ranks, SyncBatchNorm, all_reduce
+
+FILE = distributed.__file__  # what it calls is one step of it
+SIZE = 2
+
+
+class Interrupt(BaseException):
+    """Nothing that anybody expects."""
+
+
+class Meeting:
+    """A gather between threads: complete, or not begun."""
+
+    def __init__(self):
+        self._barrier = threading.Barrier(SIZE, timeout=20)
+        self._sent = [None] * SIZE
+
+    def ranks(self, rank):
+        def gather(mine, rows):
+            self._sent[rank] = mine.copy()
+            self._barrier.wait()
+            rows[...] = np.stack(self._sent)  # refused where one is at another gather
+            self._barrier.wait()
+
+        return Ranks(SIZE, gather)
+
+
+class Tracer:
+    """Raises before the n-th instruction after an exchange was begun."""
+
+    def __init__(self, n):
+        self._left, self._begun, self.raised = n, False, False
+
+    def __call__(self, frame, event, _):
+        if frame.f_code.co_filename != FILE:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "return" and frame.f_code.co_name == "__enter__":
+            self._begun = True
+        elif event == "opcode" and self._begun and not self.raised:
+            self._left -= 1
+            if self._left < 0:
+                self.raised = True
+                raise Interrupt
+        return self
+
+
+def together(calls, tracer=None):
+    """What each rank's call returns or raises; the first one's is traced."""
+    found = [None] * len(calls)
+
+    def run(rank):
+        if rank == 0 and tracer is not None:
+            sys.settrace(tracer)  # of this thread
+        try:
+            found[rank] = calls[rank]()
+        except BaseException as error:  # noqa: BLE001  # which one is what the tests look at
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture
+def meeting(monkeypatch):
+    """Groups are what their ranks are."""
+    monkeypatch.setattr(distributed, "ranks_of", lambda group: group)
+    return Meeting()
+
+
+def every_interrupt(make, call):
+    """Yield, for an interrupt at each instruction, what `make` made and what its calls gave."""
+    for n in count():
+        made, tracer = make(), Tracer(n)
+        found = together([lambda one=one: call(one) for one in made], tracer)
+        if not tracer.raised:
+            assert n > 100, "nothing was traced"
+            return
+        assert type(found[0]) is Interrupt
+        yield made, found
+
+
+X = [np.arange(6, dtype=np.float32).reshape(2, 3) ** 2 + rank for rank in range(SIZE)]
+
+
+def layers(meeting):
+    made = [SyncBatchNorm(3, group=meeting.ranks(rank), activation="relu") for rank in range(SIZE)]
+    for rank, layer in enumerate(made):
+        layer.x = X[rank]
+    return made
+
+
+def states(made):
+    return [{name: bits(value) for name, value in one.state_dict().items()} for one in made]
+
+
+def told(error):
+    return isinstance(error, RuntimeError) and "rank 0 could not take part" in str(error)
+
+
+def test_of_a_forward(meeting):
+    """Statistics have moved on all ranks or on none, and the next batch moves them on all."""
+    good, afterwards = layers(meeting), []
+    fresh = states(good)
+    for _ in range(2):
+        want = together([lambda layer=layer: layer(layer.x) for layer in good])
+        afterwards.append(states(good))
+    refused = taken = 0
+    for made, (_, other) in every_interrupt(lambda: layers(meeting), lambda layer: layer(layer.x)):
+        moved = not isinstance(other, Exception)
+        assert moved or told(other)
+        assert states(made) == (afterwards[0] if moved else fresh)
+        got = together([lambda layer=layer: layer(layer.x) for layer in made])
+        assert states(made) == afterwards[moved]
+        assert [bits(y) for y in got] == [bits(y) for y in want]
+        refused, taken = refused + (not moved), taken + moved
+    assert refused > 100
+    assert taken > 100
+
+
+def test_of_a_backward(meeting):
+    def made():
+        new = layers(meeting)
+        together([lambda layer=layer: layer(layer.x) for layer in new])
+        return new
+
+    good = made()
+    want = together([lambda layer=layer: layer.backward(layer.x) for layer in good])
+    refused = taken = 0
+    for new, (_, other) in every_interrupt(made, lambda layer: layer.backward(layer.x)):
+        done = not isinstance(other, Exception)
+        assert done or told(other)
+        assert done or not new[1].weight_grad.any()
+        got = together([lambda layer=layer: layer.backward(layer.x) for layer in new])
+        assert [bits(dx) for dx in got] == [bits(dx) for dx in want]
+        refused, taken = refused + (not done), taken + done
+    assert refused > 100
+    assert taken > 10
+
+
+def test_of_all_reduce(meeting):
+    groups = [meeting.ranks(rank) for rank in range(SIZE)]
+    mine = [bnfast.moments(x) for x in X]
+
+    def call(rank):
+        return all_reduce(mine[rank], groups[rank])
+
+    want = bnfast.Moments.merge_all(mine)
+    for _, (_, other) in every_interrupt(lambda: range(SIZE), call):
+        assert told(other) or other == want
+        assert together([lambda rank=rank: call(rank) for rank in range(SIZE)]) == [want] * SIZE

@@ -1,0 +1,22 @@
+"""Pythons of their own, for what would take the tests' process along."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+def run_python(code, *, timeout=60, **environ):
+    """Run `code` in a Python of its own, killed after `timeout` seconds."""
+    environment = {**os.environ, **environ}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={name: value for name, value in environment.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
