@@ -141,6 +141,11 @@ def _copy(a: Array, dtype: np.dtype[Any], order: Literal["C", "K"] = "C") -> Arr
     return copy
 
 
+def copied(a: Array) -> Array:
+    """Return a copy in this machine's byte order."""
+    return _copy(a, _native(a.dtype))
+
+
 def copy_into(target: Array, source: Array) -> None:
     """Write an array's values into another of its shape; `_core` has its own, which looks first."""
     target[...] = source
@@ -384,7 +389,7 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
 def running_copy(name: str, value: Any) -> Array:
     """Return a plain copy of a running statistic; how long it is is not asked."""
     a = _updatable(name, value)
-    return _copy(a, _native(a.dtype))
+    return copied(a)
 
 
 def check_updatable(name: str, value: Any, channels: int) -> None:

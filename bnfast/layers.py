@@ -230,19 +230,18 @@ class BatchNorm:
             copied into.
         """
         found = _entries(state, prefix)
-        names = self._own_arrays().keys()
-        if _arrays.truth("strict", strict):
-            _check_keys(set(found), set(names), prefix, type(self).__name__)
-        given = {name: _arrays.array(prefix + name, found[name]) for name in names if name in found}
-        # Looked at again, since what the caller gave may have changed them while it was read.
         own = self._own_arrays()
+        if _arrays.truth("strict", strict):
+            _check_keys(set(found), set(own), prefix, type(self).__name__)
         new = {
-            name: _entry(prefix + name, given[name], a) for name, a in own.items() if name in given
+            name: _entry(prefix + name, found[name], a) for name, a in own.items() if name in found
         }
         if "num_batches_tracked" in own and not new.keys().isdisjoint(_RUNNING):
             new.setdefault("num_batches_tracked", np.zeros((), np.int64))
-        for name, value in new.items():
-            _arrays.copy_into(own[name], value)
+        # Looked at again: what was given may have changed them while it was read.
+        for name, a in self._own_arrays().items():
+            if name in new:
+                _arrays.copy_into(a, new[name])
 
     def _own_arrays(self) -> dict[str, Tensor]:
         """Return the arrays that a state is copied into, each known to take it."""
@@ -575,13 +574,15 @@ def _entries(state: Any, prefix: Any) -> dict[str, Any]:
     return {name[len(prefix) :]: state[name] for name in names}
 
 
-def _entry(name: str, entry: Tensor, own: Tensor) -> Tensor:
-    """Return a state entry in the type of the array it is to be copied into, or say why not."""
+def _entry(name: str, value: Any, own: Tensor) -> Tensor:
+    """Return a state entry as the array it is to be copied into, or say why it cannot be."""
+    entry = _arrays.array(name, value)
     if entry.shape != own.shape:
         raise RuntimeError(f"{name} has shape {entry.shape}; expected {own.shape}")
     kinds = "iu" if own.dtype.kind == "i" else "f"
     if entry.dtype.kind not in kinds and not _arrays.is_bfloat16(entry.dtype):
         raise TypeError(f"{name} has dtype {entry.dtype}; expected one like {own.dtype}")
+    entry = _arrays.copied(entry)
     if kinds == "iu" and not 0 <= int(entry) <= _arrays.MOST_BATCHES:
         raise ValueError(f"{name} is {entry}; expected 0 to {_arrays.MOST_BATCHES}")
     with np.errstate(all="ignore"):  # a variance past float32 is infinite there, as in PyTorch
