@@ -237,7 +237,7 @@ def shown(value: Any) -> str:
     try:
         return f"{value!r:.60}"
     except Exception as error:
-        if not (_is_its_own(error, value) or isinstance(error, RecursionError)):
+        if type(value) in _PLAIN and not _is_from_here(error):
             raise
         return f"an unprintable {type(value).__name__}"
 
