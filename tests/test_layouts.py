@@ -146,7 +146,7 @@ def test_strides_that_lead_nowhere_cost_no_copy():
         p = make_problem((1, 64, 1, 4096), residual=True, arrange=with_memory_order(*axes))
         x, residual, out = map(with_odd_strides, (p.x, p.residual, np.empty_like(p.x)))
         used = peak(
-            lambda x=x, residual=residual, out=out: bnfast.scale_shift(
+            lambda p=p, x=x, residual=residual, out=out: bnfast.scale_shift(
                 x, p.weight, p.bias, residual=residual, out=out
             )
         )
