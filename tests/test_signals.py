@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from cases import bits, with_gaps
-from processes import run_python
+from processes import run_alone
 
 import bnfast
 
@@ -230,5 +230,4 @@ def ring_all(times):
 
 
 def test_real_signals():
-    done = run_python("import test_signals; test_signals.ring_all(500)")
-    assert (done.returncode, done.stderr) == (0, "")
+    run_alone(ring_all, 500)

@@ -7,7 +7,7 @@ All of it runs in Pythons of their own, since to believe a lie about a shape is 
 import numpy as np
 import pytest
 from cases import bits, make_problem
-from processes import run_python
+from processes import run_alone
 
 import bnfast
 
@@ -164,8 +164,7 @@ def believe(call):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_is_the_array_that_it_is(call):
-    done = run_python(f"import test_subclasses; test_subclasses.believe({call!r})")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert run_alone(believe, call) == ""
 
 
 class Impostor:
