@@ -50,7 +50,7 @@ test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	@command -v aarch64-linux-gnu-gcc qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu || { \
 	    echo "bnfast: test-neon needs a cross compiler and an emulator (Debian, Ubuntu: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)" >&2; \
 	    exit 1; }
-	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py -k "NEON or aarch64" $(ARGS)
+	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py tests/test_driver_program.py -k "NEON or aarch64" $(ARGS)
 
 test-avx512-emulated: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## AVX-512's kernels on AVX2, their intrinsics emulated by SIMDe
 	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import program; sys.exit(program.find_simde()[1])"

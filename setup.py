@@ -38,7 +38,7 @@ if "-g" not in os.environ.get("CFLAGS", "").split():
 SANITIZERS = os.environ.get("BNFAST_SANITIZE", "")
 SANITIZE = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
 if SANITIZE:
-    COMMON += [*SANITIZE, "-O1", "-g", "-fno-omit-frame-pointer"]
+    COMMON += [*SANITIZE, "-DBNF_SANITIZED", "-O1", "-g", "-fno-omit-frame-pointer"]
 # BNFAST_COVERAGE=1: a build that counts how often each line ran (`make coverage`), counting
 # exactly in threads too.
 COVERAGE = ["--coverage"] if os.environ.get("BNFAST_COVERAGE") == "1" else []
