@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from math import isfinite, prod
 from operator import index
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard
 
 import numpy as np
 
@@ -24,10 +24,13 @@ ACTIVATIONS = {"relu": 1, "relu6": 2, "leaky_relu": 3}
 LEAKY_SLOPE = 0.01
 _DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
 # What per-channel numbers are kept in; others of the data's types are converted.
-_KEPT_NAMES = ("float32", "float64")
+_KEPT = (np.float32, np.float64)
 # The kinds of dtype that options are not read from: bool, complex, durations, dates, texts.
 _NO_NUMBERS = tuple("bcmMSU")
-_BUILT_IN = (bool, int, float, complex, str, bytes, type(None), np.ndarray)
+# What answers without running anybody's Python, objects within containers aside.
+_PLAIN = frozenset(
+    {*np.ScalarType, *(bytearray, dict, list, range, set, tuple, type), type(None), np.ndarray}
+)
 _DLPACK_CPU = 1
 MOST_BATCHES = 2**63 - 1  # of an int64
 # Whose float64 numbers can be counted in bytes.
@@ -77,7 +80,7 @@ class Canonical:
             _check_out(out, source, arrays, out_may_be)
         self.shape, self.given = source.shape, arrays
         self._out_asked = out
-        self.x = source if is_dense(source) else _native(source).copy(order="K")
+        self.x = source if is_dense(source) else _copy(source, _native(source.dtype), "K")
         self.residual = self._alike(arrays.get("residual"))
         self.dy = self._alike(arrays.get("dy"))
         self.y = self._alike(arrays.get("y"))
@@ -88,7 +91,7 @@ class Canonical:
         if self._out_asked is None:
             return result
         if not np.may_share_memory(result, self._out_asked):
-            np.asarray(self._out_asked)[...] = result
+            copy_into(np.asarray(self._out_asked), result)
         return self._out_asked
 
     def _alike(self, other: Array | None) -> Array | None:
@@ -96,7 +99,7 @@ class Canonical:
         if other is None or _is_alike(other, self.x):
             return other
         copy = np.empty_like(self.x)
-        copy[...] = other
+        copy_into(copy, other)
         return copy
 
     def _target(self, out: Array) -> Array:
@@ -128,20 +131,41 @@ def _is_native(a: Array) -> bool:
     return a.flags.aligned and a.dtype.isnative
 
 
-def _native(a: Array) -> Array:
-    return a if _is_native(a) else a.astype(a.dtype.newbyteorder("="), order="K")
+def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return dtype.newbyteorder("=")
+
+
+def _copy(a: Array, dtype: np.dtype[Any], order: Literal["C", "K"] = "C") -> Array:
+    copy = np.empty_like(a, dtype, order)
+    copy_into(copy, a)
+    return copy
+
+
+def copied(a: Array) -> Array:
+    """Return a copy in this machine's byte order."""
+    return _copy(a, _native(a.dtype))
+
+
+def copy_into(target: Array, source: Array) -> None:
+    """Write an array's values into another of its shape; `_core` has its own, which looks first."""
+    target[...] = source
+
+
+def _is_array(value: Any, kind: type[Array] = np.ndarray) -> TypeGuard[Array]:
+    """Whether an argument is an array by its type, whatever it says is its class."""
+    return issubclass(type(value), kind)
 
 
 def array(name: str, value: Any) -> Array:
     """Return an argument as a plain array, of its own memory if it has some, or say why not."""
     if type(value) is np.ndarray:
         return value
-    if isinstance(value, np.ma.MaskedArray):
+    if _is_array(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array; expected a plain array: the mask would be lost "
             "(fill it, or leave the masked values out)"
         )
-    if isinstance(value, np.ndarray):  # a subclass, whatever it says of itself
+    if _is_array(value):  # a subclass, whatever it says of itself
         return np.asarray(value)
     return _converted(name, value)
 
@@ -155,6 +179,8 @@ def _converted(name: str, value: Any) -> Array:
     except MemoryError:
         raise
     except Exception as error:
+        if not _is_its_own(error, value):
+            raise
         raise TypeError(
             f"{name} is {kind(value)}, which NumPy cannot read as an array: {error}"
         ) from error
@@ -162,7 +188,7 @@ def _converted(name: str, value: Any) -> Array:
 
 def target(name: str, value: Any) -> Array:
     """Return an array that is to be written to as a plain array of the same memory."""
-    if not isinstance(value, np.ndarray):
+    if not _is_array(value):
         raise TypeError(f"{name} is {kind(value)}; expected a NumPy array")
     return array(name, value)
 
@@ -178,31 +204,41 @@ def _from_dlpack(name: str, value: Any) -> Array:
     return np.from_dlpack(value)
 
 
-def _errors_of(value: Any) -> tuple[type[Exception], ...]:
-    """Return what asking an object for a number, a truth or its repr may raise.
+def _is_its_own(error: Exception, value: Any) -> bool:
+    """Whether an error is what a value answered when asked for a number, a truth or an array.
 
-    Anything at all, where its class is somebody else's. Built-in ones raise these, and whatever
-    else comes up meanwhile, such as a signal handler's TimeoutError, is not their answer.
+    Where its class is somebody else's, it is. A plain one answers from C, so that an error with
+    a frame of other Python in it is a signal handler's, or of an object that a list holds.
     """
-    if type(value) in _BUILT_IN or isinstance(value, np.generic):
-        return TypeError, ValueError, OverflowError
-    return (Exception,)
+    if type(value) not in _PLAIN:
+        return True
+    return _is_from_here(error) and not isinstance(error, RecursionError)
+
+
+def _is_from_here(error: Exception) -> bool:
+    """Whether an error was raised by this module, or by C that it called."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals is globals()
 
 
 def kind(value: Any) -> str:
     """Return what an argument is, in the words of an error."""
-    if isinstance(value, np.ndarray):
+    if _is_array(value):
         return shown(value)
     return f"{shown(value)} of type {type(value).__name__}"
 
 
 def shown(value: Any) -> str:
     """Return the beginning of an argument's repr, which may raise anything and is no matter."""
-    if isinstance(value, np.ndarray):
+    if _is_array(value):
         return f"an array of {value.dtype}"
     try:
         return f"{value!r:.60}"
-    except _errors_of(value):
+    except Exception as error:
+        if type(value) in _PLAIN and not _is_from_here(error):
+            raise
         return f"an unprintable {type(value).__name__}"
 
 
@@ -224,6 +260,10 @@ def check_type(name: str, a: Array) -> None:
         raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_DATA_NAMES)}")
 
 
+def _names(types: tuple[type, ...]) -> tuple[str, ...]:
+    return tuple(kind.__name__ for kind in types)
+
+
 def _listed(names: tuple[str, ...]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
@@ -237,7 +277,7 @@ def _check_tensor(name: str, a: Array) -> None:
 
 
 def _check_like(name: str, a: Array, x: Array) -> None:
-    if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+    if _native(a.dtype) != _native(x.dtype):
         raise TypeError(f"{name} has dtype {a.dtype}; expected that of x, {x.dtype}")
     if a.shape != x.shape:
         raise ValueError(f"{name} has shape {a.shape}; expected that of x, {x.shape}")
@@ -313,8 +353,8 @@ def vector(name: str, value: Any, out: Array | None = None) -> Array:
     check_type(name, a)
     if out is not None and _share_memory(a, out):
         refuse_overlap(name)
-    kept = a.dtype.newbyteorder("=") if a.dtype.name in _KEPT_NAMES else np.dtype(np.float32)
-    return np.array(a, dtype=kept, order="C")
+    kept = _native(a.dtype) if a.dtype.type in _KEPT else np.dtype(np.float32)
+    return _copy(a, kept)
 
 
 def refuse_vector(name: str, a: Array, channels: int) -> NoReturn:
@@ -330,15 +370,13 @@ def refuse_overlap(name: str) -> NoReturn:
 
 def constant(name: str, value: Any, channels: int | None = None) -> Array:
     """Return a read-only float64 copy of a per-channel parameter."""
-    if channels is None:
-        a = array(name, value)
-        check_type(name, a)
-        if a.ndim != 1:
-            raise ValueError(f"{name} has shape {a.shape}; expected (channels,)")
-        channels = len(a)
-    numbers = parameter(name, value, channels).astype(np.float64)
+    a = vector(name, value)
+    if channels is not None:
+        _check_channels(name, a, channels)
+    elif a.ndim != 1:
+        raise ValueError(f"{name} has shape {a.shape}; expected (channels,)")
     # Over bytes, so that nobody can make it writeable again.
-    return np.frombuffer(numbers.tobytes(), np.float64)
+    return np.frombuffer(a.astype(np.float64).tobytes(), np.float64)
 
 
 def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[Any]) -> Array:
@@ -351,12 +389,7 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
 def running_copy(name: str, value: Any) -> Array:
     """Return a plain copy of a running statistic; how long it is is not asked."""
     a = _updatable(name, value)
-    return np.array(a, dtype=a.dtype.newbyteorder("="), order="C")
-
-
-def write_back(updated: Array, value: Array) -> None:
-    """Write an updated copy to where it was taken from."""
-    np.asarray(value)[...] = updated
+    return copied(a)
 
 
 def check_updatable(name: str, value: Any, channels: int) -> None:
@@ -365,11 +398,11 @@ def check_updatable(name: str, value: Any, channels: int) -> None:
 
 
 def _updatable(name: str, value: Any, channels: int | None = None) -> Array:
-    if not isinstance(value, np.ndarray):
+    if not _is_array(value):
         raise TypeError(f"{name} is {kind(value)}; expected a NumPy array to update in place")
     a = array(name, value)
-    if a.dtype.name not in _KEPT_NAMES or a.dtype.char == "g":
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_KEPT_NAMES)}")
+    if a.dtype.type not in _KEPT:
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_names(_KEPT))}")
     if channels is not None:
         _check_channels(name, a, channels)
     if not a.flags.writeable:
@@ -391,12 +424,13 @@ def refuse_running(name: str, a: Array, channels: int, x_dtype: np.dtype[Any]) -
 
 def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
     """Refuse a running statistic of a type that this data does not go with."""
+    if value is None:
+        raise TypeError(f"{name} is None; expected one value per channel")
     a = array(name, value)
-    accepted = _KEPT_NAMES if x_dtype == np.float64 else ("float32",)
-    if a.dtype.name not in accepted or a.dtype.char == "g":
-        raise TypeError(
-            f"{name} has dtype {a.dtype}; expected {_listed(accepted)} beside x of {x_dtype}"
-        )
+    accepted = _KEPT if x_dtype == np.float64 else _KEPT[:1]
+    if a.dtype.type not in accepted:
+        expected = _listed(_names(accepted))
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {expected} beside x of {x_dtype}")
 
 
 def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> None:
@@ -404,7 +438,7 @@ def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> N
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         others = [running_var, *tensors] if name == "running_mean" else tensors
         for other in others:
-            if isinstance(value, np.ndarray) and _touches(value, other):
+            if _is_array(value) and _touches(value, other):
                 raise ValueError(
                     f"{name} overlaps another argument in memory; expected memory of its own, "
                     "since it is updated in place"
@@ -423,7 +457,9 @@ def _touches(a: Array, other: Any) -> bool:
         return False
     try:
         memory = array("", other)
-    except TypeError:
+    except TypeError as error:
+        if not _is_from_here(error):
+            raise
         return False  # where it is read, it is refused by its name
     return _share_memory(a, memory)
 
@@ -431,7 +467,7 @@ def _touches(a: Array, other: Any) -> bool:
 def check_counter(counter: Any) -> None:
     """Refuse a batch counter that cannot be written."""
     name = "num_batches_tracked"
-    if not isinstance(counter, np.ndarray):
+    if not _is_array(counter):
         raise TypeError(f"{name} is {kind(counter)}; expected an array of int64 of shape ()")
     a = array(name, counter)
     if a.dtype != np.int64 or a.shape != ():
@@ -539,7 +575,9 @@ def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]
         return question(value)
     except MemoryError:
         raise
-    except _errors_of(value) as error:
+    except Exception as error:
+        if not _is_its_own(error, value):
+            raise
         raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
 
 
@@ -560,6 +598,17 @@ def truth(name: str, value: Any) -> bool:
     """Return an option that is true or false."""
     answer: bool = _answer(name, value, "True or False", bool)
     return answer
+
+
+def dtype(name: str, value: Any, expected: str) -> np.dtype[Any]:
+    """Return an option that NumPy can take for a dtype."""
+    try:
+        found: np.dtype[Any] = np.dtype(value)
+    except Exception as error:
+        if not _is_its_own(error, value):
+            raise
+        raise TypeError(f"{name} is {shown(value)}; expected {expected}") from error
+    return found
 
 
 def eps(value: Any, training: bool) -> float:

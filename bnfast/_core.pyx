@@ -15,6 +15,7 @@ looked at the same way.
 """
 cimport numpy as cnp
 from cpython.object cimport PyObject
+from cpython.memoryview cimport PyMemoryView_Check
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport isfinite
 from libc.stdint cimport INT64_MAX, SIZE_MAX, int64_t, uintptr_t
@@ -39,6 +40,9 @@ cdef extern from *:
     #endif
     """
     const char *BNF_COMPILER
+
+cdef extern from "Python.h":
+    PyObject *PyMemoryView_GET_BASE(object)
 
 cdef extern from "numpy/arrayobject.h":
     PyObject *PyDataMem_DefaultHandler
@@ -252,7 +256,7 @@ cdef cnp.ndarray new_like(cnp.ndarray x):
         cnp.PyDataMem_SetHandler(current)
 
 
-def new_output(cnp.ndarray x):
+def new_output(cnp.ndarray x not None):
     """An array like x for a result, of the memory that results take."""
     return new_like(x)
 
@@ -383,18 +387,53 @@ cdef inline int type_of(cnp.ndarray a) noexcept:
     return BNF_BF16 if number == bfloat16_number and number >= 0 else BNF_TYPES
 
 
-cdef inline bint is_in_its_owner(cnp.ndarray a) noexcept:
-    """Whether a dense view lies within the array that owns its memory, which `resize` may have
-    given other memory since."""
+cdef enum:
+    MOST_AXES = 64    # of NumPy's arrays
+    MOST_BASES = 64   # that are followed: a chain of them can be made to run in a circle
+
+
+cdef void reach(cnp.ndarray a, uintptr_t *first, uintptr_t *end) noexcept:
+    """Between which addresses an array's values lie, gaps included."""
+    cdef int i
+    cdef uintptr_t far   # whatever the strides are, their product wraps around
+    first[0] = end[0] = <uintptr_t>cnp.PyArray_DATA(a)
+    if cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):   # whatever its strides are now
+        end[0] += <uintptr_t>cnp.PyArray_NBYTES(a)
+    elif cnp.PyArray_SIZE(a) > 0:
+        for i in range(cnp.PyArray_NDIM(a)):
+            far = <uintptr_t>(cnp.PyArray_DIM(a, i) - 1) * <uintptr_t>cnp.PyArray_STRIDE(a, i)
+            if cnp.PyArray_STRIDE(a, i) < 0:
+                first[0] += far
+            else:
+                end[0] += far
+        end[0] += <uintptr_t>cnp.PyArray_ITEMSIZE(a)
+
+
+cdef inline PyObject *base_of(cnp.ndarray a) noexcept:
+    """What an array is a view of, through a memoryview as well; NULL if of nothing."""
     cdef PyObject *base = cnp.PyArray_BASE(a)
-    cdef uintptr_t start, owned
-    if base == NULL or not cnp.PyArray_Check(<object>base):
+    if base != NULL and PyMemoryView_Check(<object>base):
+        return PyMemoryView_GET_BASE(<object>base)
+    return base
+
+
+cdef bint is_in_its_owner(cnp.ndarray a) noexcept:
+    """Whether a view lies within the array at the end of its bases, which `resize` may have given
+    other memory since."""
+    cdef PyObject *owner = <PyObject *>a
+    cdef PyObject *base = base_of(a)
+    cdef uintptr_t first, end, owned, owned_end
+    cdef int left = MOST_BASES
+    while base != NULL and cnp.PyArray_Check(<object>base):
+        if left == 0:
+            return False
+        left -= 1
+        owner, base = base, base_of(<cnp.ndarray>base)
+    if owner == <PyObject *>a or cnp.PyArray_SIZE(a) == 0:
         return True
-    if not cnp.PyArray_CHKFLAGS(<cnp.ndarray>base, cnp.NPY_ARRAY_OWNDATA):
-        return True
-    start, owned = <uintptr_t>cnp.PyArray_DATA(a), <uintptr_t>cnp.PyArray_DATA(<cnp.ndarray>base)
-    return (owned <= start and start + <uintptr_t>cnp.PyArray_NBYTES(a)
-            <= owned + <uintptr_t>cnp.PyArray_NBYTES(<cnp.ndarray>base))
+    reach(a, &first, &end)
+    reach(<cnp.ndarray>owner, &owned, &owned_end)
+    return owned <= first and end <= owned_end
 
 
 cdef inline bint is_native(cnp.ndarray a) noexcept:
@@ -435,10 +474,6 @@ cdef int sort_axes(cnp.ndarray x, int *order) noexcept:
 cdef inline bint is_tensor(object x) noexcept:
     """Whether a result can be made for x: what else has to be right with it is seen later."""
     return cnp.PyArray_CheckExact(x) and type_of(<cnp.ndarray>x) != BNF_TYPES
-
-
-cdef enum:
-    MOST_AXES = 64   # of NumPy's arrays
 
 
 cdef bint see(object tensor, object axis, bnf_shape *shape) noexcept:
@@ -510,8 +545,8 @@ cdef inline bint is_target(object out, cnp.ndarray x) noexcept:
 cdef inline bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
     """Of two dense arrays, whether any byte is in both."""
     cdef uintptr_t p = <uintptr_t>cnp.PyArray_DATA(a), q = <uintptr_t>cnp.PyArray_DATA(b)
-    return (p < q + <uintptr_t>cnp.PyArray_NBYTES(b)
-            and q < p + <uintptr_t>cnp.PyArray_NBYTES(a))
+    cdef uintptr_t m = <uintptr_t>cnp.PyArray_NBYTES(a), n = <uintptr_t>cnp.PyArray_NBYTES(b)
+    return p < q + n and q < p + m and m > 0 and n > 0
 
 
 cdef inline bint overlaps(cnp.ndarray a, object other) noexcept:
@@ -578,6 +613,7 @@ cdef int check_running(str name, object vector, cnp.ndarray x, Py_ssize_t channe
             and (cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)
             and (not updated or cnp.PyArray_ISWRITEABLE(a))):
         _arrays.refuse_running(name, a, channels, x.dtype)
+        _arrays.refuse_uncommon()
     return 0
 
 
@@ -592,7 +628,8 @@ cdef int64_t read_counter(cnp.ndarray counter) except -1:
     cdef int64_t number = -1
     cdef bint fits = (cnp.PyArray_NDIM(counter) == 0 and cnp.PyArray_ISSIGNED(counter)
                       and cnp.PyArray_ITEMSIZE(counter) == sizeof(number)
-                      and cnp.PyArray_ISNOTSWAPPED(counter) and cnp.PyArray_ISWRITEABLE(counter))
+                      and cnp.PyArray_ISNOTSWAPPED(counter) and cnp.PyArray_ISWRITEABLE(counter)
+                      and is_in_its_owner(counter))
     if fits:   # at any address
         memcpy(&number, cnp.PyArray_DATA(counter), sizeof(number))
     if number < 0 or number == INT64_MAX:
@@ -605,6 +642,17 @@ cdef int64_t read_counter(cnp.ndarray counter) except -1:
 cdef void count_batch(cnp.ndarray counter, int64_t before) noexcept:
     before += 1
     memcpy(cnp.PyArray_DATA(counter), &before, sizeof(before))
+
+
+def copy_into(cnp.ndarray target not None, cnp.ndarray source not None):
+    """Write an array's values into another of its shape, both looked at just before."""
+    if not (cnp.PyArray_SAMESHAPE(target, source) and is_in_its_owner(target)
+            and is_in_its_owner(source)):
+        _arrays.refuse_uncommon()
+    cnp.PyArray_CopyInto(target, source)
+
+
+_arrays.copy_into = copy_into
 
 
 cdef cnp.ndarray new_vector(Py_ssize_t n):
@@ -906,7 +954,7 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     left that could be raised.  With a counter, momentum may be None: the cumulative average.
     """
     cdef Training options
-    cdef object means = None, vars = None
+    cdef object means = None, vars = None, given_back = None
     options.act, options.eps = read_activation(activation), read_eps(eps, True)
     options.cumulative = momentum is None and counter is not None
     options.momentum = 0.0 if options.cumulative else read_momentum(momentum)
@@ -921,28 +969,28 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
                 or biases is not bias):
             _arrays.check_running_apart(
                 running_mean, running_var, x, residual, target, weight, bias)
-    found = train(x, axis, residual, target, &options, weights, biases, means, vars, batches, None)
+        given_back = (copied_to("running_mean", running_mean, means),
+                      copied_to("running_var", running_var, vars))
+    found = train(x, axis, residual, target, &options, weights, biases, means, vars, given_back,
+                  batches, None)
     if found is None:
         seen = _arrays.Canonical(x, axis, residual=residual, out=target)
         _arrays.check_parameters_apart(target, weight=weight, bias=bias)
         if means is not None:
             _arrays.check_running_apart(running_mean, running_var, target, *seen.given.values())
         found = train(seen.x, axis, seen.residual, seen.out, &options, weights, biases, means,
-                      vars, batches, seen)
+                      vars, given_back, batches, seen)
         if found is None:
             _arrays.refuse_uncommon()
-    if means is not running_mean:
-        _arrays.write_back(means, running_mean)
-    if vars is not running_var:
-        _arrays.write_back(vars, running_var)
     return found if out is None else (out, found[1])
 
 
 cdef object train(object x, object axis, object residual, object out, Training *options,
-                  object weight, object bias, object means, object vars, object counter,
-                  object seen):
+                  object weight, object bias, object means, object vars, tuple given_back,
+                  object counter, object seen):
     """`forward` of arrays; None if they are not the common case.  The result goes back through
-    seen, if given, before any statistic moves."""
+    seen, if given, before any statistic moves; given_back is where means and vars are copied to,
+    None for one that is no copy itself."""
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
@@ -962,6 +1010,7 @@ cdef object train(object x, object axis, object residual, object out, Training *
         if (overlap(means, vars) or touches(means, x, residual, out, weight, bias)
                 or touches(vars, x, residual, out, weight, bias)):
             _arrays.check_running_apart(means, vars, x, residual, out, weight, bias)
+            _arrays.refuse_uncommon()
     if counter is not None:
         read_counter(counter)
     call.direction, call.eps = BNF_FORWARD, options.eps
@@ -972,12 +1021,12 @@ cdef object train(object x, object axis, object residual, object out, Training *
         read_parameter("weight", weight, shape.channels, 1.0, call.weight, out)
         read_parameter("bias", bias, shape.channels, 0.0, call.shift, out)
         run(&call)
-        if cnp.PyArray_SIZE(<cnp.ndarray>y) > 0:
+        if call.count > 0:
             copy_numbers(stats[1], call.mean)
             copy_numbers(stats[2], call.var)
             copy_numbers(stats[3], call.inv_std)
         found = (y if seen is None else seen.give(y), stats)
-        move_running(&call, <cnp.ndarray>x, means, vars, counter, options)
+        move_running(&call, <cnp.ndarray>x, means, vars, given_back, counter, options)
         return found
     finally:
         bnf_call_release(&call)
@@ -993,16 +1042,36 @@ cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape):
             new_vector(shape.channels))
 
 
-cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, object counter,
-                      Training *options) except -1:
-    """Move running statistics and counter, if given.  They are looked at again: Python may have
-    run since."""
+cdef object copied_to(str name, object value, object running):
+    """Where an updated running statistic has to be copied to; None if it is no copy."""
+    return None if running is value else as_target(name, value)
+
+
+cdef int check_given_back(str name, object value, cnp.ndarray running, cnp.ndarray x) except -1:
+    """Refuse what an updated running statistic can no longer be copied to."""
+    cdef cnp.ndarray a
+    if value is None:
+        return 0
+    a = <cnp.ndarray>value
+    if not (cnp.PyArray_SAMESHAPE(a, running) and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(running)
+            and cnp.PyArray_ISWRITEABLE(a) and is_in_its_owner(a)):
+        _arrays.refuse_running(name, a, cnp.PyArray_DIM(running, 0), x.dtype)
+        _arrays.refuse_uncommon()
+    return 0
+
+
+cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, tuple given_back,
+                      object counter, Training *options) except -1:
+    """Move running statistics and counter, if given: all of them or none.  They are looked at
+    again: Python may have run since."""
     cdef bnf_running running
     cdef int64_t batches = 0
     cdef double momentum = options.momentum
     if means is not None:
         check_running("running_mean", means, x, call.shape.channels, True)
         check_running("running_var", vars, x, call.shape.channels, True)
+        check_given_back("running_mean", given_back[0], means, x)
+        check_given_back("running_var", given_back[1], vars, x)
     if counter is not None:
         batches = read_counter(counter)
         if options.cumulative:
@@ -1012,6 +1081,10 @@ cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, 
         running.wide_mean = cnp.PyArray_TYPE(<cnp.ndarray>means) == cnp.NPY_DOUBLE
         running.wide_var = cnp.PyArray_TYPE(<cnp.ndarray>vars) == cnp.NPY_DOUBLE
         bnf_move_running(call, running, momentum, options.ddof)
+        if given_back[0] is not None:
+            cnp.PyArray_CopyInto(given_back[0], means)
+        if given_back[1] is not None:
+            cnp.PyArray_CopyInto(given_back[1], vars)
     if counter is not None:
         count_batch(counter, batches)
     return 0

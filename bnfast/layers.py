@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -239,8 +238,10 @@ class BatchNorm:
         }
         if "num_batches_tracked" in own and not new.keys().isdisjoint(_RUNNING):
             new.setdefault("num_batches_tracked", np.zeros((), np.int64))
-        for name, value in new.items():
-            own[name][...] = value
+        # Looked at again: what was given may have changed them while it was read.
+        for name, a in self._own_arrays().items():
+            if name in new:
+                _arrays.copy_into(a, new[name])
 
     def _own_arrays(self) -> dict[str, Tensor]:
         """Return the arrays that a state is copied into, each known to take it."""
@@ -250,7 +251,7 @@ class BatchNorm:
                 _arrays.check_counter(a)
             else:
                 _arrays.check_updatable(f"the layer's {name}", a, self.num_features)
-        return own
+        return {name: np.asarray(a) for name, a in own.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -313,8 +314,11 @@ class BatchNorm:
             and (update_stats is True or _arrays.truth("update_stats", update_stats))
             and self._observer is None
         )
-        if updates and self.momentum is None:
+        momentum = self.momentum if updates else 0.0  # None: the core's, of the counter
+        if momentum is None:
             self._check_counting()
+            if self.num_batches_tracked is None:
+                momentum = 0.0  # of nothing
         if residual is not None and type(residual) is not np.ndarray:
             residual = _arrays.array("residual", residual)
         y, (count, mean, var, inv_std) = _core.forward(
@@ -323,7 +327,7 @@ class BatchNorm:
             self.running_var if updates else None,
             self.weight,
             self.bias,
-            self.momentum if updates else 0.0,  # None: the core's, of the counter
+            momentum,
             self.eps,
             self.axis,
             self.ddof,
@@ -378,9 +382,11 @@ class BatchNorm:
             raise RuntimeError("backward after a forward with out=x: its input is gone")
         needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * saved.had_residual
         gradients = self._gradients(dy, saved, needs)
-        if self.weight_grad is not None and self.bias_grad is not None and self.affine:
-            sums = _sum(self.weight_grad, gradients.weight), _sum(self.bias_grad, gradients.bias)
-            self.weight_grad[...], self.bias_grad[...] = sums
+        if self.affine:
+            self._check_gradients()  # now that nothing of the caller's is left to run
+            weights, biases = np.asarray(self.weight_grad), np.asarray(self.bias_grad)
+            sums = _sum(weights, gradients.weight), _sum(biases, gradients.bias)
+            weights[...], biases[...] = sums
         return (gradients.x, gradients.residual) if saved.had_residual else gradients.x
 
     def freeze(self) -> FrozenBatchNorm:
@@ -421,7 +427,6 @@ class BatchNorm:
         )
 
     def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
-        self._check_gradients()
         return batch_norm_backward(
             dy,
             saved.x,
@@ -449,7 +454,7 @@ class BatchNorm:
         if self.num_batches_tracked is not None:
             _arrays.check_counter(self.num_batches_tracked)
             _arrays.check_room(self.num_batches_tracked)
-        elif self.momentum is None:
+        elif self.momentum is None and self._has_running_stats():
             raise TypeError(
                 "num_batches_tracked is None; expected an array of int64, for the cumulative "
                 "average of momentum=None"
@@ -524,16 +529,13 @@ def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:
 
 
 def _dtype(value: Any) -> np.dtype[Any]:
-    kind: Any = _arrays.shown(value)
-    if value is not None:  # which NumPy takes for float64
-        with suppress(Exception):
-            kind = np.dtype(value)
-            if kind in (np.float32, np.float64):
-                return cast("np.dtype[Any]", kind)
-    raise TypeError(
-        f"dtype is {kind}; expected float32, which float16 and bfloat16 data go with too, "
-        "or float64"
-    )
+    expected = "float32, which float16 and bfloat16 data go with too, or float64"
+    if value is None:  # which NumPy takes for float64
+        raise TypeError(f"dtype is None; expected {expected}")
+    dtype = value if isinstance(value, np.dtype) else _arrays.dtype("dtype", value, expected)
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"dtype is {dtype}; expected {expected}")
+    return dtype
 
 
 def _fill(value: int, *arrays: Tensor | None) -> None:
@@ -578,8 +580,9 @@ def _entry(name: str, value: Any, own: Tensor) -> Tensor:
     if entry.shape != own.shape:
         raise RuntimeError(f"{name} has shape {entry.shape}; expected {own.shape}")
     kinds = "iu" if own.dtype.kind == "i" else "f"
-    if entry.dtype.kind not in kinds and entry.dtype.name != "bfloat16":
+    if entry.dtype.kind not in kinds and not _arrays.is_bfloat16(entry.dtype):
         raise TypeError(f"{name} has dtype {entry.dtype}; expected one like {own.dtype}")
+    entry = _arrays.copied(entry)
     if kinds == "iu" and not 0 <= int(entry) <= _arrays.MOST_BATCHES:
         raise ValueError(f"{name} is {entry}; expected 0 to {_arrays.MOST_BATCHES}")
     with np.errstate(all="ignore"):  # a variance past float32 is infinite there, as in PyTorch
