@@ -4,6 +4,7 @@ what was expected, before anything is written."""
 import pickle
 import re
 import warnings
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -719,6 +720,27 @@ class TestFrozen:
         assert getattr(frozen, name).dtype == np.float64
         assert bits(frozen(X)) == bits(y)
 
+    @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
+    def test_no_array_that_it_gives_leads_to_its_numbers(self, name):
+        """Whatever is done to such an array, to what it is a view of, and so on."""
+        frozen, y = self.make(), self.make()(X)
+        changes = (
+            lambda a: setattr(a, "dtype", np.uint8),
+            lambda a: setattr(a, "shape", (2, a.size // 2)),
+            lambda a: a.setflags(write=True),
+            lambda a: a.resize(1, refcheck=False),
+            lambda a: a.__setstate__((1, (1,), np.dtype(np.float64), False, bytes(8))),
+        )
+        for change in changes:
+            held = getattr(frozen, name)
+            while isinstance(held, np.ndarray):
+                with suppress(ValueError, AttributeError), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    change(held)
+                held = held.base
+            assert getattr(frozen, name).shape == (4,)
+            assert bits(frozen(X)) == bits(y)
+
     def test_population_statistics_stay_as_they_are(self):
         with pytest.raises(ValueError, match=r"(?i)writeable"):
             POPULATION.mean.flags.writeable = True
@@ -727,6 +749,23 @@ class TestFrozen:
         frozen = self.make()
         with pytest.raises(RuntimeError, match="immutable"):
             frozen.__init__(W, W, W)
+
+    @pytest.mark.parametrize("way", range(3))
+    def test_a_second_start_within_the_first(self, way):
+        """From an argument that is asked for its array: the first to be done with them counts."""
+        frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)
+
+        class Starting:
+            def __array__(self, *dtype, **copy):
+                bnfast.FrozenBatchNorm.__init__(frozen, W[:3], W[:3], W[:3], 2)
+                return W
+
+        arguments = [W, W, W]
+        arguments[way] = Starting()
+        with pytest.raises(RuntimeError, match="immutable"):
+            frozen.__init__(*arguments)
+        assert frozen.mean.tolist() == W[:3].tolist()
+        assert frozen(X[..., :3]).shape == (6, 4, 3)
 
     def test_one_that_was_never_started(self):
         frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 
 import numpy as np
 import pytest
@@ -412,6 +413,88 @@ def test_rank_is_checked(cls, rank):
     with pytest.raises(ValueError, match=rf"(?s)({expected}).*{rank}|{rank}.*({expected})"):
         layer(x)
     assert state_bits(layer) == before
+
+
+@pytest.fixture
+def torch():
+    """PyTorch on one thread: on a busy machine its threads wait longer than they work."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(threads)
+
+
+class TestStatistics:
+    """Which ones a layer normalises by, and which it moves, whatever was changed since it was made:
+    as PyTorch's layers do."""
+
+    def test_tracking_switched_off_in_evaluation(self):
+        p = make_problem(SHAPE)
+        layer = trained(p).eval()
+        want = layer(p.x)
+        layer.track_running_stats = False
+        assert bits(layer(p.x)) == bits(want)
+        assert bits(layer(p.x)) != bits(bnfast.batch_norm_forward(p.x, p.weight, p.bias)[0])
+
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    def test_tracking_switched_on_where_there_is_nothing_to_move(self, momentum):
+        p = make_problem(SHAPE)
+        layer = layer_of(p, track_running_stats=False, momentum=momentum)
+        layer.track_running_stats = True
+        want = bnfast.batch_norm_forward(p.x, p.weight, p.bias)[0]
+        assert bits(layer(p.x)) == bits(want)
+        assert bits(layer.eval()(p.x)) == bits(want)
+        assert layer.running_mean is layer.running_var is layer.num_batches_tracked is None
+
+    @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+    def test_one_alone(self, missing):
+        p = make_problem(SHAPE)
+        layer = trained(p)
+        setattr(layer, missing, None)
+        before = state_bits(layer)
+        for mode in (True, False):
+            with pytest.raises(TypeError, match=rf"^{missing} is None"):
+                layer.train(mode)(p.x)
+        assert state_bits(layer) == before
+
+    @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (3, 4, 2, 2), (3, 4, 2, 1, 2)], ids=str)
+    @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
+    def test_all_settings(self, shape, momentum, torch):
+        """Tracked when made, tracked now, in training, with a mean, a variance, a counter."""
+        dimensions = f"BatchNorm{max(len(shape) - 2, 1)}d"
+        x = make_problem(shape).x
+        for settings in product((True, False), repeat=6):
+            made, now, training, mean, var, counter = settings
+            if momentum is None and made and now and training and mean and var and not counter:
+                continue  # refused: theirs leaves the statistics where they are
+            found = []
+            for library, data in ((bnfast, x), (torch.nn, torch.from_numpy(x))):
+                layer = getattr(library, dimensions)(
+                    4, momentum=momentum, track_running_stats=made)  # fmt: skip
+                layer(data)
+                layer.train(training).track_running_stats = now
+                if not mean:
+                    layer.running_mean = None
+                if not var:
+                    layer.running_var = None
+                if not counter:
+                    layer.num_batches_tracked = None
+                found.append(after_a_call(layer, data * 2 + 1))
+            assert [a is None for a in found[0]] == [a is None for a in found[1]], settings
+            for got, want in zip(*found, strict=True):
+                if got is not None:
+                    np.testing.assert_allclose(got, want, 1e-4, 1e-5, err_msg=str(settings))
+
+
+def after_a_call(layer, data):
+    """The output and what may have moved, None where there is none or the call is refused."""
+    try:
+        y = layer(data)
+    except (TypeError, ValueError, RuntimeError):
+        return [None]
+    found = (y, layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    return [a if a is None else np.asarray(getattr(a, "data", a)) for a in found]
 
 
 class TestStateDict:

@@ -4,10 +4,13 @@ Peak memory says what was copied: NumPy reports its own arrays to tracemalloc.
 """
 
 from itertools import permutations
+from math import prod
 
 import numpy as np
 import pytest
-from cases import bits, make_problem, peak, poisoned_like, with_gaps, with_memory_order
+import reference
+from cases import backwards, bits, make_problem, peak, poisoned_like, with_gaps, with_memory_order
+from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 import bnfast
 
@@ -89,6 +92,122 @@ def test_tensors_of_one_call_may_lie_in_different_orders():
     assert bits(got) == bits(want)
     g = bnfast.batch_norm_backward(turned.dy, p.x, stats, p.weight, p.bias, **turned.options)
     assert [bits(a) for a in g] == [bits(a) for a in want_g]
+
+
+# --- Strides
+
+
+def with_odd_strides(a):
+    """The same memory; strides that lead nowhere are anything at all."""
+    odd = (0, 1, -3, 2**40, -(2**62), 2**62 - 1)
+    strides = [
+        odd[i % len(odd)] if n == 1 or a.size == 0 else stride
+        for i, (n, stride) in enumerate(zip(a.shape, a.strides, strict=True))
+    ]
+    return as_strided(a, a.shape, strides)
+
+
+def results(p, *, out=False):
+    """All that a problem leads to: inference, which sums nothing, and training."""
+
+    def target():
+        return with_odd_strides(poisoned_like(p.x)) if out else None
+
+    y = bnfast.normalize(p.x, p.bias, p.weight**2, p.weight, p.bias, out=target(), **p.options)
+    z, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, out=target(), **p.options)
+    g = bnfast.batch_norm_backward(
+        p.dy, p.x, stats, p.weight, p.bias, out=target(), **p.options)  # fmt: skip
+    return [y, z, stats.mean, *g, bnfast.moments(p.x, axis=p.axis).m2]
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 5, 7), (6, 1, 7), (6, 5, 1), (1, 1, 7), (6, 1, 1, 1), (1, 4, 1, 5, 1, 6, 1), (1, 4, 3, 1),
+    (3, *(1,) * 62, 4), (*(1,) * 60, 2, 3, 4, 5), (0, 3), (4, 0, 1, 2), (0, 0),
+], ids=lambda shape: f"{len(shape)} axes, {prod(shape)} values")  # fmt: skip
+@pytest.mark.parametrize("order", ["plain", "reversed", "rotated"])
+def test_strides_of_axes_that_have_one_index(shape, order):
+    """Where nothing is at stake they say nothing, on whichever axis the channels are."""
+    axes = tuple(range(len(shape)))
+    turned = {"plain": axes, "reversed": axes[::-1], "rotated": (*axes[1:], 0)}[order]
+    for axis in sorted({i for i in axes if shape[i] != 1} | {0, len(shape) - 1}):
+        p = make_problem(shape, axis=axis, residual=True, arrange=with_memory_order(*turned))
+        if p.x.size == p.channels:
+            continue  # one value a channel
+        odd = p.replace(x=with_odd_strides(p.x), dy=with_odd_strides(p.dy),
+                        residual=with_odd_strides(p.residual))  # fmt: skip
+        for out in (False, True):
+            for got, want in zip(results(odd, out=out), results(p), strict=True):
+                assert got.shape == want.shape
+                assert bits(got) == bits(want)
+
+
+def test_strides_that_lead_nowhere_cost_no_copy():
+    for axes in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)):
+        p = make_problem((1, 64, 1, 4096), residual=True, arrange=with_memory_order(*axes))
+        x, residual, out = map(with_odd_strides, (p.x, p.residual, np.empty_like(p.x)))
+        used = peak(
+            lambda x=x, residual=residual, out=out: bnfast.scale_shift(
+                x, p.weight, p.bias, residual=residual, out=out
+            )
+        )
+        assert used < LITTLE, (axes, used)
+
+
+def test_any_strides():
+    """Tensors of one call, each with its own order of memory, gaps and directions."""
+    drawn = np.random.default_rng(3)
+    ways = [with_gaps, backwards, np.asfortranarray, lambda a: a.astype(">f8")]
+    for _ in range(300):
+        shape = tuple(drawn.integers(1, 5, size=drawn.integers(2, 7)))
+        axis = int(drawn.integers(len(shape)))
+        if prod(shape) < 3 * shape[axis]:
+            continue  # too few values for a variance that bounds an error
+        plain = make_problem(shape, np.float64, axis=axis, residual=True)
+
+        def arrange(a):
+            if drawn.random() < 0.5:
+                return with_memory_order(*drawn.permutation(a.ndim))(a)
+            return ways[drawn.integers(len(ways))](a)
+
+        p = plain.replace(
+            x=arrange(plain.x), dy=arrange(plain.dy), residual=arrange(plain.residual)
+        )
+        out = arrange(poisoned_like(plain.x))
+        y, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, out=out, **p.options)
+        assert y is out
+        g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
+        exact = plain.x, plain.weight, plain.bias, plain.eps, axis, plain.residual
+        np.testing.assert_allclose(y, reference.forward(*exact), 1e-9, 1e-9)
+        for got, want in zip(g, reference.backward(plain.dy, *exact), strict=True):
+            np.testing.assert_allclose(got, want, 1e-9, 1e-9)
+
+
+def test_values_that_share_memory_are_read():
+    """As windows over a signal; as a result they are refused."""
+    signal = make_problem((1, 64)).x[0]
+    windows = sliding_window_view(signal, 8)
+    for x in (windows, windows.T, windows[:, ::-1], as_strided(signal, (5, 6), (0, 4))):
+        p = make_problem(x.shape).replace(x=np.ascontiguousarray(x))
+        for got, want in zip(results(p.replace(x=x)), results(p), strict=True):
+            assert bits(got) == bits(want)
+        with pytest.raises(ValueError, match=r"^out .*(share memory|read-only)"):
+            bnfast.scale_shift(p.x, None, None, out=x)
+
+
+@pytest.mark.parametrize("shape", [(2**40, 4), (2**59, 2), (2**61 - 1, 1), (2,) * 60], ids=len)
+def test_more_values_than_there_is_memory(shape):
+    x = as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))
+    stats = bnfast.BatchStats.from_population(np.zeros(shape[1]), np.ones(shape[1]))
+    for call in (
+        lambda: bnfast.moments(x),
+        lambda: bnfast.scale_shift(x, None, None),
+        lambda: bnfast.batch_norm_forward(x, residual=x),
+        lambda: bnfast.batch_norm_backward(x, x, stats),
+        lambda: bnfast.BatchNorm(shape[1])(x),
+        lambda: bnfast.BatchNorm(shape[1]).freeze()(x),
+    ):
+        with pytest.raises(MemoryError):
+            call()
 
 
 # --- Arrays of others
