@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 Array: TypeAlias = "NDArray[Any]"
 
 MOST_NUMBERS = 2**27  # in one constant, and in all that are computed
-_MOST_AXES = 64  # of a NumPy array
+_MOST_AXES = 32  # that NumPy broadcasts
 
 
 def evaluate(node: onnx.NodeProto, inputs: Sequence[Array], shapes: Shapes) -> Array:
     """Return what one of `OPERATORS` makes of the values that it `reads`, or raise LeftError."""
     try:
+        if max((x.ndim for x in inputs), default=0) > _MOST_AXES:
+            raise ValueError(f"it has more than {_MOST_AXES} axes")
         with np.errstate(all="ignore"):
             if node.op_type == "Shape":
                 return _shape(node, shapes)
