@@ -31,8 +31,8 @@ _MOST_AXES = 32  # that NumPy broadcasts
 def evaluate(node: onnx.NodeProto, inputs: Sequence[Array], shapes: Shapes) -> Array:
     """Return what one of `OPERATORS` makes of the values that it `reads`, or raise LeftError."""
     try:
-        if max((x.ndim for x in inputs), default=0) > _MOST_AXES:
-            raise ValueError(f"it has more than {_MOST_AXES} axes")
+        for x in inputs:
+            _check_axes(x.ndim)
         with np.errstate(all="ignore"):
             if node.op_type == "Shape":
                 return _shape(node, shapes)
@@ -41,6 +41,11 @@ def evaluate(node: onnx.NodeProto, inputs: Sequence[Array], shapes: Shapes) -> A
             return OPERATORS[node.op_type][1](node, *inputs)
     except (ValueError, OverflowError) as error:
         raise LeftError(f"{first_output(node)!r}, cannot be computed: {error}") from error
+
+
+def _check_axes(count: int) -> None:
+    if count > _MOST_AXES:
+        raise ValueError(f"there are {count} axes; expected {_MOST_AXES} or fewer")
 
 
 def is_evaluated(node: onnx.NodeProto) -> bool:
@@ -85,7 +90,7 @@ def _shape(node: onnx.NodeProto, shapes: Shapes) -> Array:
 
 
 def _cast(x: Array, kind: int) -> Array:
-    if kind_name(kind) not in FLOATS:
+    if kind_name(kind) not in FLOATS and (kind_name(kind), x.dtype.kind) != ("INT64", "i"):
         raise ValueError(f"it is cast to the type {kind_name(kind)}")
     return x.astype(helper.tensor_dtype_to_np_dtype(kind))
 
@@ -115,7 +120,8 @@ def _lengths(target: Array) -> tuple[int, ...]:
 
 
 def _bounded(shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) > _MOST_AXES or min(shape, default=0) < 0 or math.prod(shape) > MOST_NUMBERS:
+    _check_axes(len(shape))
+    if min(shape, default=0) < 0 or math.prod(shape) > MOST_NUMBERS:
         raise ValueError(f"the shape {list(shape[:9])} is negative or too large")
     return tuple(shape)
 

@@ -41,7 +41,7 @@ class Shapes:
 
 def _inferred(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     try:
-        graph = infer_shapes(model).graph
+        graph = infer_shapes(model, data_prop=True).graph
     except (ValueError, EncodeError, InferenceError, ValidationError):
         graph = model.graph  # past 2 GB, or wrong somewhere: what the model says itself
     known = {

@@ -137,7 +137,7 @@ def assert_folds(model, feeds, terms, *, left=0, references=(run_runtime, run_re
     assert len(batch_norms(folded)) == left == sum(not o.folded for o in outcomes), outcomes
     assert len(outcomes) == len(batch_norms(model))
     assert_valid(folded)
-    assert _inputs(folded) == _inputs(model)
+    assert fed(folded) == fed(model)
     assert [v.name for v in folded.graph.output] == [v.name for v in model.graph.output]
     assert fold(folded).SerializeToString(deterministic=True) == folded.SerializeToString(
         deterministic=True
@@ -150,10 +150,11 @@ def assert_folds(model, feeds, terms, *, left=0, references=(run_runtime, run_re
     return folded
 
 
-def _inputs(model):
-    """Return the names that a caller feeds."""
+def fed(model):
+    """Return the names and the shapes of what a caller feeds."""
     known = constants(model) if model.ir_version < 4 else {}
-    return [v.name for v in model.graph.input if v.name not in known]
+    inputs = (value for value in model.graph.input if value.name not in known)
+    return [(value.name, [dim.dim_value for dim in dims(value)]) for value in inputs]
 
 
 def assert_left(model, reason, count=1):

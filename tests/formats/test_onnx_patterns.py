@@ -351,7 +351,11 @@ def test_computed_constants(computed, more):
         ("b1 = Expand(d, n)", {"n": ints(-4)}, "is negative or too large"),
         ("b1 = Expand(d, n)", {"n": ints(3)}, "shape mismatch"),
         ("b1 = Expand(d, n)", {"n": ints(*[1] * 65)}, "no short row of integers"),
-        ("b1 = Expand(e, n)", {"e": np.ones([1] * 40, "f4"), "n": ints(4)}, "more than 32 axes"),
+        (
+            "b1 = Expand(e, n)",
+            {"e": np.ones([1] * 40, "f4"), "n": ints(4)},
+            "there are 40 axes; exp",
+        ),
         ("b1 = Expand(d, b)", {}, "float32 of shape (4,) is no short row of integers"),
         ("b1 = ConstantOfShape(n)", {"n": ints(0, 2**62)}, "'b1', cannot be computed"),
         ("b1 = ConstantOfShape<value=float[2] {1.0, 2.0}>(n)", {"n": ints(4)}, "shape (2,); exp"),
@@ -403,6 +407,10 @@ def test_weights_of_ir_version_3():
 # ---- random graphs of all this
 
 
+KINDS = ["conv"] * 4 + ["join", "bn"] * 3 + ["bn", "bn", "scale", "scale"]
+KINDS += ["slice", "reshape", "relu"]
+
+
 class RandomNetwork:
     """A row of random nodes, most of them on the value before; values by name, with their axes."""
 
@@ -411,8 +419,7 @@ class RandomNetwork:
         self.terms = 0
         value, dims = "x", (4, 6, 6)
         for i in range(9):
-            kind = rng.choice(["conv", "conv", "join", "bn", "bn", "bn", "scale", "slice", "reshape",
-                               "relu"], p=[0.1, 0.1, 0.15, 0.15, 0.15, 0.1, 0.1, 0.06, 0.06, 0.03])  # fmt: skip
+            kind = rng.choice(KINDS)
             value, dims = getattr(self, f"add_{kind}")(value, dims, i)
         self.lines.append(f"y = Identity({value})")
 
