@@ -89,6 +89,7 @@ class Graph:
         inputs = (value.name for value in model.graph.input)
         self._taken = {*inputs, *constant_names(model.graph), *self._producers, *self._users}
         self._numbered: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+        self._moved: dict[str, str] = {}  # a value that is gone: one of its type and shape
         self._left_over: set[int] = set()
 
     def _sorted(self) -> list[int]:
@@ -169,7 +170,7 @@ class Graph:
         old, made = self.nodes[i].output[0], self.nodes[later].output[0]
         self._producers.pop(old)
         self.drop(later)
-        self._look_at(made, old)
+        self._moved[old] = made
         self.nodes[i].output[0] = made
         self._producers[made] = i
 
@@ -179,15 +180,8 @@ class Graph:
         self.nodes[later].input[0] = source
         self._users[source][later] += 1
         del self._users[value]
-        self._look_at(source, value)
+        self._moved[value] = source
         self.drop(i)
-
-    def _look_at(self, new: str, old: str) -> None:
-        """Let the nodes that see the type or the shape of a value see another's."""
-        for i in self._lookers.pop(old, ()):
-            for position in looks(self.nodes[i]):
-                self.nodes[i].input[position] = new
-            self._lookers[new].add(i)
 
     def drop(self, i: int) -> None:
         """Take a node out of use, and the constants that only it used."""
@@ -224,8 +218,20 @@ class Graph:
         self._taken.add(new)
         return new
 
+    def _current(self, name: str) -> str:
+        passed = []
+        while name in self._moved:
+            passed.append(name)
+            name = self._moved[name]
+        self._moved.update(dict.fromkeys(passed, name))
+        return name
+
     def sweep(self) -> None:
-        """Remove from the model what the changes left over."""
+        """Remove from the model what the changes left over, and let none look at it."""
+        for name in [*self._moved]:
+            for i in self._lookers[name]:
+                for position in looks(self.nodes[i]):
+                    self.nodes[i].input[position] = self._current(name)
         for i in sorted(self._left_over, reverse=True):
             del self._graph.node[i]
         gone = self._made - {*self._producers, *self._initializers}
