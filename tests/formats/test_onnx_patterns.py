@@ -42,7 +42,7 @@ def conv(between, n="N", opset=17, **more):
 def shaped(model):
     """Give a model's output, and all between, the shape that they have."""
     model.graph.output[0].type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(model)
+    return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
 IMAGES = {"x": om.normal(RNG, 2, 3, 5, 5)}
@@ -56,6 +56,10 @@ BETWEEN = [
     ("d = Reshape(c, to)", {"to": ints(0, 4, 16, 1)}),
     ("e = Reshape(c, to) d = Slice(e, first, last, axes)", AXES | {"to": ints(0, 0, 2, -1)}),
     ("e = Unsqueeze(c, axes) d = Squeeze(e, axes)", {"axes": ints(3)}),
+    (
+        "f = Shape(c) g = Slice(f, zero, two) h = Concat<axis=0>(g, rest) d = Reshape(c, h)",
+        {"zero": ints(0), "two": ints(2), "rest": ints(-1)},
+    ),
     ("d = Mul(c, k)", {}),
     ("d = Mul(q, c)", {}),
     ("d = Mul(one, c)", {}),
@@ -140,6 +144,11 @@ def test_what_is_used_elsewhere_stays(used):
     del model.graph.node[-1]
     model.graph.output[1].name = used
     assert_left(model, f"{used!r} is ")
+
+
+def test_axes_that_are_not_known_are_not_the_same():
+    model = conv("d = Reshape(c, to)", "?", to=ints(-1, 4, 8))
+    assert_left(model, "Reshape 'd' does not surely keep axes 0 and 1")
 
 
 def test_a_batch_norm_looks_at_a_bounded_number_of_nodes():
@@ -361,6 +370,7 @@ def test_computed_constants(computed, more):
         ("b1 = ConstantOfShape<value=float[2] {1.0, 2.0}>(n)", {"n": ints(4)}, "shape (2,); exp"),
         ("b1 = ConstantOfShape<value=int64[1] {1}>(n)", {"n": ints(4)}, "'b1', is of type INT64"),
         ("b1 = Reshape(d, n)", {"n": ints(5)}, "cannot reshape"),
+        ("b1 = Reshape<allowzero=1>(d, n)", {"n": ints(0)}, "cannot reshape"),
         ("b1 = Unsqueeze(d, n)", {"n": ints(2**62)}, "'b1', cannot be computed"),
         ("b1 = Squeeze(d, n)", {"n": ints(0)}, "'b1', cannot be computed"),
         ("b1 = Concat<axis=5>(d, d)", {}, "'b1', cannot be computed"),
@@ -388,6 +398,49 @@ def test_constants_that_few_bytes_blow_up(monkeypatch):
     model.graph.initializer[-1].CopyFrom(onnx.numpy_helper.from_array(ints(9), "n"))
     huge = om.build(body, n=ints(2**14, 2**14, 1, 1), **FOUR)
     assert_left(huge, "the shape [16384, 16384, 1, 1] is negative or too large", 2)
+
+
+def test_constants_that_few_nodes_copy(monkeypatch):
+    row = "".join(f"e{i} = Cast<to=1>(e{i - 1})" for i in range(1, 20))
+    text = f"{{ c = Conv(x, w) {row} y = BN(c, e19, o, m, v) }}"
+    model = om.build(
+        f"(float[N,3,5,5] x) => (float[N,4,4,4] y) {text}", e0=om.normal(RNG, 4), **FOUR
+    )
+    assert [o.folded for o in outcomes_of(model)[1]] == [True]
+    monkeypatch.setattr(constants_module, "MOST_NUMBERS", 40)
+    assert_left(model, "its scale, 'e12', is not computed: constants would have more than")
+
+
+def test_the_state_of_numpy_s_errors_decides_nothing():
+    model = conv("d1 = BN(c, s, o, m, v) d = Relu(d1)", big=np.array([1e300, 1, 1, 1]))
+    model.graph.node.insert(0, helper.make_node("Cast", ["big"], ["cast"], to=TensorProto.FLOAT))
+    model.graph.node[2].input[1] = "cast"
+    with np.errstate(all="raise"):
+        assert read(model)["d1"].weight[0] == np.inf
+
+
+def test_constants_whose_shape_is_used_stay():
+    """Both layers have their own weights in the end, and the shape of the shared ones is used."""
+    body = """(float[N,3] x) => (float[N,3] y, float[N,3] z, int64[2] n) {
+        c = MatMul(x, w) y = BN(c, s, o, m, v) e = MatMul(x, w) z = BN(e, s, o, m, v) n = Shape(w)
+    }"""
+    model = om.build(body, w=om.normal(RNG, 3, 3), **om.numbers(RNG, 3))
+    folded = fold(model)
+    om.assert_valid(folded)
+    x = {"x": om.normal(RNG, 2, 3)}
+    for got, want in zip(om.run_runtime(folded, x), om.run_runtime(model, x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (1, 3), (3,)])
+def test_constants_that_change_their_shape_get_a_new_name(shape):
+    """Before IR version 4 an initializer is an input as well, with the shape that it had."""
+    body = "(float[N,3] x) => (float[N,3] y) { c = Gemm(x, w, b) y = BN(c, s, o, m, v) }"
+    numbers = weights(w=(3, 3), b=shape) | om.numbers(RNG, 3)
+    folded = assert_folds(
+        om.listed(om.build(body, 15, 3, **numbers)), {"x": om.normal(RNG, 2, 3)}, 3
+    )
+    assert ("b" in om.constants(folded)) == (shape == (3,))
 
 
 def test_weights_of_ir_version_3():
