@@ -180,6 +180,8 @@ LEFT = [
     (make(helper.make_node("Cast", ["v"], ["made"], to="1")), "the to of Cast is of type STRING"),
     (make(helper.make_node("CastLike", ["v", ""], ["made"])), "is cast to the type UNDEFINED"),
     (other_node(ADD, "Mul"), "Mul 'a' multiplies by no constant"),
+    (other_node(ADD, "Mul", "k"), "Mul 'a' multiplies by no constant"),
+    (other_node(ADD, "Add", "e", "k", "k"), "Add 'a' adds no constant"),
     (other_node(ADD, "Slice"), "Slice 'a' has no input, or not one output"),
     (other_node(ADD, "Reshape"), "Reshape 'a' has no input, or not one output"),
     (other_node(ADD, "Concat"), "Concat 'a' has no input, or not one output"),
@@ -226,6 +228,20 @@ def test_other_nodes_that_make_nothing():
     model.graph.node.append(helper.make_node("Relu", ["x"], []))
     model.graph.node.append(helper.make_node("Conv", [], []))
     assert reasons(model) == {"d": None, "y": None}
+
+
+def test_nodes_in_another_order():
+    """Which no checker lets pass, though it can be told what the graph computes."""
+    row = "c = Conv(x, w) d = BN(c, s, o, m, v) e = Mul(d, k) f = BN(e, s, o, m, v) r = Relu(f)"
+    row += " g = BN(r, s, o, m, v) h = Add(g, k) i = BN(h, s, o, m, v) y = Conv(i, w)"
+    numbers = {"w": om.normal(RNG, 3, 3, 1, 1), "k": om.normal(RNG, 3, 1, 1)} | om.numbers(RNG, 3)
+    model = om.build(f"(float[N,3,5,5] x) => (float[N,3,5,5] y) {{ {row} }}", **numbers)
+    nodes = list(model.graph.node)
+    for order in (nodes[::-1], nodes[::2] + nodes[1::2], nodes):
+        del model.graph.node[:]
+        model.graph.node.extend(order)
+        assert set(reasons(model).values()) == {None}
+        assert len(fold(model).graph.node) == 3
 
 
 def test_shapes_that_cannot_be_inferred():
