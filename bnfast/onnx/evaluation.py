@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from .shapes import Shapes
+    from .shapes import Dims, Shapes
 
 Array: TypeAlias = "NDArray[Any]"
 
@@ -33,12 +33,13 @@ def evaluate(node: onnx.NodeProto, inputs: Sequence[Array], shapes: Shapes) -> A
     try:
         for x in inputs:
             _check_axes(x.ndim)
+        seen: list[Any] = []
+        if node.op_type == "Shape":
+            seen = [shapes.dims(node.input[0])]
+        elif node.op_type == "CastLike":
+            seen = [shapes.kind(node.input[1])]
         with np.errstate(all="ignore"):
-            if node.op_type == "Shape":
-                return _shape(node, shapes)
-            if node.op_type == "CastLike":
-                return _cast(inputs[0], shapes.kind(node.input[1]))
-            return OPERATORS[node.op_type][1](node, *inputs)
+            return OPERATORS[node.op_type][1](node, *inputs, *seen)
     except (ValueError, OverflowError) as error:
         raise LeftError(f"{first_output(node)!r}, cannot be computed: {error}") from error
 
@@ -81,22 +82,21 @@ def _transpose(node: onnx.NodeProto, x: Array) -> Array:
     return np.transpose(x, axes)
 
 
-def _shape(node: onnx.NodeProto, shapes: Shapes) -> Array:
-    dims = shapes.dims(node.input[0])
+def _shape(node: onnx.NodeProto, dims: Dims | None) -> Array:
     start, end = (attribute(node, name, "INT", None) for name in ("start", "end"))
     if dims is None or any(not isinstance(dim, int) or dim < 0 for dim in dims[start:end]):
         raise LeftError(f"{first_output(node)!r}, is the shape of {node.input[0]!r}, not known yet")
     return np.array(dims[start:end], np.int64)
 
 
-def _cast(x: Array, kind: int) -> Array:
+def _cast_like(node: onnx.NodeProto, x: Array, kind: int) -> Array:
     if kind_name(kind) not in FLOATS and (kind_name(kind), x.dtype.kind) != ("INT64", "i"):
         raise ValueError(f"it is cast to the type {kind_name(kind)}")
     return x.astype(helper.tensor_dtype_to_np_dtype(kind))
 
 
-def _cast_to(node: onnx.NodeProto, x: Array) -> Array:
-    return _cast(x, attribute(node, "to", "INT", 0))
+def _cast(node: onnx.NodeProto, x: Array) -> Array:
+    return _cast_like(node, x, attribute(node, "to", "INT", 0))
 
 
 def _expand(node: onnx.NodeProto, x: Array, target: Array) -> Array:
@@ -163,14 +163,15 @@ def _concat(node: onnx.NodeProto, *parts: Array) -> Array:
     return np.concatenate(parts, attribute(node, "axis", "INT", 0))
 
 
-# By the operator: how many inputs it has, and what makes its output of those that it `reads`.
+# By the operator: how many inputs it has, and what makes its output of the node, the inputs that
+# it `reads` and then the axes, or the type, of the one that it only `looks` at.
 OPERATORS: dict[str, tuple[range, Callable[..., Array]]] = {
     "Constant": (range(1), _constant),
     "Identity": (range(1, 2), _identity),
     "Transpose": (range(1, 2), _transpose),
     "Shape": (range(1, 2), _shape),
-    "Cast": (range(1, 2), _cast_to),
-    "CastLike": (range(2, 3), _cast),
+    "Cast": (range(1, 2), _cast),
+    "CastLike": (range(2, 3), _cast_like),
     "Expand": (range(2, 3), _expand),
     "ConstantOfShape": (range(1, 2), _constant_of_shape),
     "Reshape": (range(2, 3), _reshape),
