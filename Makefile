@@ -10,7 +10,7 @@ BENCH_VENV ?= .venv-bench
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
-ONNX ?= onnx onnxruntime
+ONNX ?= onnx onnxruntime onnxscript
 MPI4PY ?= mpi4py>=4
 FORMATS ?= safetensors keras h5py jax flax
 SIMDE ?= simde-py>=0.8.2
