@@ -225,7 +225,7 @@ bnfast.moments(x[:, ::2]).update(x[:, ::2])
 bnfast.get_num_threads()
 bnfast.normalize(memoryview(x), [0.0] * 64, np.ones(64, ">f4"), eps=1)
 try:
-    bnfast.batch_norm(x, eps=[])
+    bnfast.batch_norm_forward(x, eps=[])
 except TypeError:
     pass
 print(sorted(set(sys.modules) - before))
