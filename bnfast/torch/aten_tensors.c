@@ -1,0 +1,199 @@
+#include "aten_tensors.h"
+#include "simd_scalar.h" /* conversions of halves */
+
+static int32_t dtypes[BNF_TYPES];
+static int32_t cpu;
+
+void aten_tensors_setup(void)
+{
+    dtypes[BNF_F32] = torch.dtype_float32();
+    dtypes[BNF_F64] = torch.dtype_float64();
+    dtypes[BNF_F16] = torch.dtype_float16();
+    dtypes[BNF_BF16] = torch.dtype_bfloat16();
+    cpu = torch.device_type_cpu();
+}
+
+int32_t aten_dtype(bnf_type type) { return dtypes[type]; }
+
+size_t aten_itemsize(bnf_type type)
+{
+    static const size_t sizes[BNF_TYPES] = {
+        [BNF_F32] = 4, [BNF_F64] = 8, [BNF_F16] = 2, [BNF_BF16] = 2};
+    return sizes[type];
+}
+
+static bnf_type type_of(int32_t dtype)
+{
+    int type = 0;
+    while (type < BNF_TYPES && dtypes[type] != dtype)
+        type++;
+    return (bnf_type)type;
+}
+
+bool aten_look(torch_tensor tensor, aten_view *view)
+{
+    int64_t *sizes, *strides;
+    if (torch.get_dim(tensor, &view->dim) || torch.get_sizes(tensor, &sizes) ||
+        torch.get_strides(tensor, &strides) || torch.get_dtype(tensor, &view->dtype))
+        return false;
+    view->tensor = tensor;
+    view->sizes = sizes;
+    view->strides = strides;
+    view->type = type_of(view->dtype);
+    return true;
+}
+
+/* ---- Orders in memory */
+
+/* The axes of channels_last, the innermost first. */
+static int64_t channels_last_axis(int64_t dim, int64_t i)
+{
+    return i == 0 ? 1 : i == dim - 1 ? 0 : dim - i;
+}
+
+/* PyTorch's own rule, with its answers where axes of one value leave it open. */
+static bool looks_channels_last(const aten_view *x)
+{
+    if ((x->dim != 4 && x->dim != 5) || x->strides[1] == 0)
+        return false;
+    int64_t least = 0;
+    for (int64_t i = 0; i < x->dim; i++) {
+        const int64_t axis = channels_last_axis(x->dim, i);
+        const int64_t size = x->sizes[axis], stride = x->strides[axis];
+        if (size == 0 || stride < least || (axis == 0 && least == x->strides[1]))
+            return false;
+        least = size > 1 ? stride * size : stride;
+    }
+    return true;
+}
+
+aten_layout aten_result_layout(const aten_view *x)
+{
+    aten_layout layout;
+    const bool last = looks_channels_last(x);
+    int64_t step = 1, inner = 1;
+    for (int64_t i = 0; i < x->dim; i++) {
+        const int64_t axis = last ? channels_last_axis(x->dim, i) : x->dim - 1 - i;
+        layout.strides[axis] = step;
+        step *= x->sizes[axis] > 1 ? x->sizes[axis] : 1;
+    }
+    for (int64_t axis = 2; axis < x->dim; axis++)
+        inner *= x->sizes[axis];
+    layout.shape = last ? (bnf_shape){x->sizes[0] * inner, x->sizes[1], 1}
+                        : (bnf_shape){x->sizes[0], x->sizes[1], inner};
+    return layout;
+}
+
+static bool lies_in(const aten_view *view, const aten_layout *layout)
+{
+    for (int64_t axis = 0; axis < view->dim; axis++)
+        if (view->sizes[axis] > 1 && view->strides[axis] != layout->strides[axis])
+            return false;
+    return true;
+}
+
+bool aten_same_shape(const aten_view *a, const aten_view *b)
+{
+    if (a->dim != b->dim)
+        return false;
+    for (int64_t axis = 0; axis < a->dim; axis++)
+        if (a->sizes[axis] != b->sizes[axis])
+            return false;
+    return true;
+}
+
+bool aten_has_memory(const aten_view *view)
+{
+    int64_t end, bytes;
+    if (torch.get_storage_offset(view->tensor, &end) ||
+        torch.get_storage_size(view->tensor, &bytes))
+        return false;
+    for (int64_t axis = 0; axis < view->dim; axis++)
+        end += (view->sizes[axis] - 1) * view->strides[axis];
+    return end < bytes / (int64_t)aten_itemsize(view->type);
+}
+
+bool aten_in_order(const aten_view *view, const aten_layout *layout, torch_tensor *room,
+                   const void **values)
+{
+    if (lies_in(view, layout))
+        return !torch.get_const_data(view->tensor, values);
+    return (*room || aten_new(view, layout, room)) && !torch.copy(*room, view->tensor, 0) &&
+           !torch.get_const_data(*room, values);
+}
+
+/* ---- New tensors, and vectors */
+
+bool aten_new(const aten_view *like, const aten_layout *layout, torch_tensor *made)
+{
+    return !torch.empty_strided(like->dim, like->sizes, layout->strides, like->dtype, cpu, 0, made);
+}
+
+bool aten_new_vector(int64_t length, int32_t dtype, torch_tensor *made)
+{
+    const int64_t stride = 1;
+    return !torch.empty_strided(1, &length, &stride, dtype, cpu, 0, made);
+}
+
+bool aten_vector(torch_tensor tensor, int64_t length, int32_t dtype, const void **values)
+{
+    aten_view view;
+    return aten_look(tensor, &view) && view.dtype == dtype && view.dim == 1 &&
+           view.sizes[0] == length && (view.strides[0] == 1 || length == 1) &&
+           aten_has_memory(&view) && !torch.get_const_data(tensor, values);
+}
+
+static double widened(const void *from, bnf_type type, int64_t i)
+{
+    switch (type) {
+    case BNF_F32:
+        return ((const float *)from)[i];
+    case BNF_F16:
+        return f16_widen(((const bnf_f16 *)from)[i]);
+    case BNF_BF16:
+        return bf16_widen(((const bnf_bf16 *)from)[i]);
+    default:
+        return ((const double *)from)[i];
+    }
+}
+
+static void narrowed(double value, bnf_type type, int64_t i, void *to)
+{
+    switch (type) {
+    case BNF_F32:
+        ((float *)to)[i] = (float)value;
+        return;
+    case BNF_F16:
+        ((bnf_f16 *)to)[i] = f16_narrow((float)value);
+        return;
+    case BNF_BF16:
+        ((bnf_bf16 *)to)[i] = bf16_narrow((float)value);
+        return;
+    default:
+        ((double *)to)[i] = value;
+    }
+}
+
+void aten_widen(const void *from, bnf_type type, int64_t length, double *to)
+{
+    for (int64_t i = 0; i < length; i++)
+        to[i] = widened(from, type, i);
+}
+
+void aten_narrow(const double *from, bnf_type type, int64_t length, void *to)
+{
+    for (int64_t i = 0; i < length; i++)
+        narrowed(from[i], type, i, to);
+}
+
+double aten_rounded(double value, bnf_type type)
+{
+    union {
+        float f32;
+        double f64;
+        bnf_f16 f16;
+        bnf_bf16 bf16;
+    } room;
+    narrowed(value, type, 0, &room);
+    return widened(&room, type, 0);
+}
