@@ -615,7 +615,7 @@ static aten_outcome look_at_backward(backward *b)
             return LEFT_PARAMETERS;
         b->wanted[i] = to_bool(item);
     }
-    b->layout = aten_result_layout(&b->x);
+    b->layout = aten_gradient_layout(&b->x, &b->dy);
     return look_at_vectors(b);
 }
 

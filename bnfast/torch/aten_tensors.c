@@ -67,10 +67,9 @@ static bool looks_channels_last(const aten_view *x)
     return true;
 }
 
-aten_layout aten_result_layout(const aten_view *x)
+static aten_layout layout_of(const aten_view *x, bool last)
 {
     aten_layout layout;
-    const bool last = looks_channels_last(x);
     int64_t step = 1, inner = 1;
     for (int64_t i = 0; i < x->dim; i++) {
         const int64_t axis = last ? channels_last_axis(x->dim, i) : x->dim - 1 - i;
@@ -90,6 +89,32 @@ static bool lies_in(const aten_view *view, const aten_layout *layout)
         if (view->sizes[axis] > 1 && view->strides[axis] != layout->strides[axis])
             return false;
     return true;
+}
+
+static bool is_contiguous(const aten_view *x)
+{
+    const aten_layout layout = layout_of(x, false);
+    return lies_in(x, &layout);
+}
+
+static bool is_channels_last(const aten_view *x)
+{
+    const aten_layout layout = layout_of(x, true);
+    return (x->dim == 4 || x->dim == 5) && lies_in(x, &layout);
+}
+
+aten_layout aten_result_layout(const aten_view *x)
+{
+    return layout_of(x, !is_contiguous(x) && (is_channels_last(x) || looks_channels_last(x)));
+}
+
+aten_layout aten_gradient_layout(const aten_view *x, const aten_view *dy)
+{
+    const bool alike = looks_channels_last(x) == looks_channels_last(dy);
+    const bool dense = is_contiguous(dy) || is_channels_last(dy);
+    if (alike && dense && (is_contiguous(x) || is_channels_last(x)))
+        return aten_result_layout(x);
+    return layout_of(x, looks_channels_last(x));
 }
 
 bool aten_same_shape(const aten_view *a, const aten_view *b)

@@ -27,6 +27,7 @@ void aten_tensors_setup(void);
 
 bool aten_look(torch_tensor tensor, aten_view *view);
 aten_layout aten_result_layout(const aten_view *x);
+aten_layout aten_gradient_layout(const aten_view *x, const aten_view *dy);
 bool aten_same_shape(const aten_view *a, const aten_view *b);
 
 /* Whether all that a view reaches lies in its storage. */
