@@ -6,7 +6,6 @@ Needs PyTorch, which the extra ``bnfast[torch]`` brings; the rest of bnfast does
 """
 
 from .convert import Report, convert, report, revert
-from .process import Activity, disable, enable, enable_if_asked, enabled, is_enabled
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -14,6 +13,7 @@ from .modules import (
     checkpoint_contexts,
     paused_statistics,
 )
+from .process import Activity, disable, enable, enable_if_asked, enabled, is_enabled
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from .process import Activity, activity
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
+from .process import Activity, activity
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,

@@ -83,7 +83,7 @@ def test_the_report_says_what_ran_and_why_not(calls):
 
 
 def test_a_report_of_none_is_refused_as_before():
-    with pytest.raises(TypeError, match="model is of type builtins.NoneType"):
+    with pytest.raises(TypeError, match=r"model is of type builtins\.NoneType"):
         bnfast.torch.report(None)
 
 

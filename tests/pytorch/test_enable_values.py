@@ -144,7 +144,7 @@ def test_operators_give_what_pytorchs_give(name, given, mask, training, calls):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("arrange", [torch.clone, channels_last, gappy])
 def test_halves(arrange, dtype, params, training, calls):
-    """One rounding of what float64 gives: half a unit in the last place, and float32's own error."""
+    """What float64 gives, rounded once: half a unit in the last place, and float32's error."""
     kind = dtype if params == "half" else torch.float32
     x, dy = arrange(torch.randn(SHAPE).to(dtype)), arrange(torch.randn(SHAPE).to(dtype))
     weight, bias, *running = vectors(SHAPE[1], kind)
