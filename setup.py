@@ -126,11 +126,13 @@ def extension():
 def torch_extension():
     """PyTorch's kernels: nothing of PyTorch's is needed to build them."""
     folder = "bnfast/torch"
+    files = sorted(os.listdir(os.path.join(ROOT, folder)))
+    headers = [f"{folder}/{file}" for file in files if file.endswith(".h")]
     return Extension(
         "bnfast.torch._aten",
-        [f"{folder}/{name}.c" for name in ("_aten", "aten_api", "aten_kernels", "aten_tensors")],
+        [f"{folder}/{file}" for file in files if file.endswith(".c")],
         include_dirs=["src"],
-        depends=[f"{folder}/aten_{name}.h" for name in ("api", "kernels", "tensors")]
+        depends=headers
         + ["src/bnfast.h", "src/driver.h", "src/float_env.h", "src/simd_scalar.h"],
         # PyTorch's exceptions are thrown through a kernel's frame.
         extra_compile_args=[*COMMON, "-fexceptions"],

@@ -1,5 +1,4 @@
 #include "aten_tensors.h"
-#include "simd_scalar.h" /* conversions of halves */
 
 static int32_t dtypes[BNF_TYPES];
 static int32_t cpu;
@@ -147,78 +146,7 @@ bool aten_in_order(const aten_view *view, const aten_layout *layout, torch_tenso
            !torch.get_const_data(*room, values);
 }
 
-/* ---- New tensors, and vectors */
-
 bool aten_new(const aten_view *like, const aten_layout *layout, torch_tensor *made)
 {
     return !torch.empty_strided(like->dim, like->sizes, layout->strides, like->dtype, cpu, 0, made);
-}
-
-bool aten_new_vector(int64_t length, int32_t dtype, torch_tensor *made)
-{
-    const int64_t stride = 1;
-    return !torch.empty_strided(1, &length, &stride, dtype, cpu, 0, made);
-}
-
-bool aten_vector(torch_tensor tensor, int64_t length, int32_t dtype, const void **values)
-{
-    aten_view view;
-    return aten_look(tensor, &view) && view.dtype == dtype && view.dim == 1 &&
-           view.sizes[0] == length && (view.strides[0] == 1 || length == 1) &&
-           aten_has_memory(&view) && !torch.get_const_data(tensor, values);
-}
-
-static double widened(const void *from, bnf_type type, int64_t i)
-{
-    switch (type) {
-    case BNF_F32:
-        return ((const float *)from)[i];
-    case BNF_F16:
-        return f16_widen(((const bnf_f16 *)from)[i]);
-    case BNF_BF16:
-        return bf16_widen(((const bnf_bf16 *)from)[i]);
-    default:
-        return ((const double *)from)[i];
-    }
-}
-
-static void narrowed(double value, bnf_type type, int64_t i, void *to)
-{
-    switch (type) {
-    case BNF_F32:
-        ((float *)to)[i] = (float)value;
-        return;
-    case BNF_F16:
-        ((bnf_f16 *)to)[i] = f16_narrow((float)value);
-        return;
-    case BNF_BF16:
-        ((bnf_bf16 *)to)[i] = bf16_narrow((float)value);
-        return;
-    default:
-        ((double *)to)[i] = value;
-    }
-}
-
-void aten_widen(const void *from, bnf_type type, int64_t length, double *to)
-{
-    for (int64_t i = 0; i < length; i++)
-        to[i] = widened(from, type, i);
-}
-
-void aten_narrow(const double *from, bnf_type type, int64_t length, void *to)
-{
-    for (int64_t i = 0; i < length; i++)
-        narrowed(from[i], type, i, to);
-}
-
-double aten_rounded(double value, bnf_type type)
-{
-    union {
-        float f32;
-        double f64;
-        bnf_f16 f16;
-        bnf_bf16 bf16;
-    } room;
-    narrowed(value, type, 0, &room);
-    return widened(&room, type, 0);
 }

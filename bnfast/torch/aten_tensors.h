@@ -39,17 +39,8 @@ bool aten_in_order(const aten_view *view, const aten_layout *layout, torch_tenso
                    const void **values);
 
 bool aten_new(const aten_view *like, const aten_layout *layout, torch_tensor *made);
-bool aten_new_vector(int64_t length, int32_t dtype, torch_tensor *made);
-/* Whether a tensor is a vector of so many values without gaps; *values is where they are. */
-bool aten_vector(torch_tensor tensor, int64_t length, int32_t dtype, const void **values);
 
 int32_t aten_dtype(bnf_type type);
 size_t aten_itemsize(bnf_type type);
-
-/* Vectors of any type to float64 and back, rounded to nearest even. */
-void aten_widen(const void *from, bnf_type type, int64_t length, double *to);
-void aten_narrow(const double *from, bnf_type type, int64_t length, void *to);
-/* One value, rounded to a type. */
-double aten_rounded(double value, bnf_type type);
 
 #endif
