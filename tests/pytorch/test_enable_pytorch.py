@@ -155,6 +155,17 @@ def test_errors_have_pytorchs_text(case, calls):
     assert calls()[0] == {}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_memory_that_cannot_be_had_raises_what_pytorch_raises(training, calls):
+    x = torch.zeros(1, 1, dtype=torch.float64).expand(1 << 22, 1 << 22)
+    mean, var = torch.zeros(2, 1, dtype=torch.float64).expand(2, 1 << 22).contiguous()
+    args = (x, None, None, mean, var, training, 0.1, 1e-5)
+    before = mean.clone()
+    assert "can't allocate memory" in refused(args)
+    assert refused(args) == plain(lambda: refused(args))
+    assert torch.equal(mean, before)
+
+
 def test_a_refused_backward_has_pytorchs_text(calls):
     def refuse():
         with pytest.raises(RuntimeError) as caught:

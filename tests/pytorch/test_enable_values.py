@@ -304,6 +304,26 @@ def test_a_large_mean_keeps_the_gradients_digits(calls):
     assert error(plain(gradient, x)) > 1e-5
 
 
+@pytest.mark.parametrize("arrange", [torch.clone, channels_last])
+def test_threads_are_pytorchs_and_change_no_bit(arrange, calls):
+    x = arrange(torch.randn(16, 64, 28, 28)).requires_grad_()
+    dy = torch.randn(x.shape)
+
+    def step():
+        y = F.batch_norm(x, None, None, training=True)
+        return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = step()
+        torch.set_num_threads(3)
+        three = step()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, one, three))
+
+
 def test_flushed_denormals_change_no_bit(calls):
     x = torch.randn(SHAPE) * 1e-30
     want = F.batch_norm(x, None, None, training=True, eps=1e-40)
