@@ -69,6 +69,21 @@ def moved_within_storage(t):
     return room[: len(t)].copy_(t)
 
 
+def offset_with_all_behind(t):
+    """All of the storage, somewhere in another one."""
+    stored = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+    room = torch.cat([torch.zeros(64, dtype=torch.uint8), stored])
+    return room[64:].view(t.dtype)[: len(t)]
+
+
+def before_what_was_kept(t):
+    """All of the storage in memory that the tensor has only the visible numbers of."""
+    stored = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+    visible = torch.frombuffer(bytearray(stored.tolist()), dtype=t.dtype, count=len(t))
+    assert visible.untyped_storage().nbytes() == t.nbytes
+    return visible
+
+
 def overwritten(t):
     return t.copy_(torch.randn_like(t))
 
@@ -78,6 +93,8 @@ COPIES = {
     "cut": cut,
     "offset": offset,
     "in another's storage": moved_within_storage,
+    "offset with all behind": offset_with_all_behind,
+    "without what was kept": before_what_was_kept,
 }
 
 
