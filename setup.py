@@ -132,8 +132,7 @@ def torch_extension():
         "bnfast.torch._aten",
         [f"{folder}/{file}" for file in files if file.endswith(".c")],
         include_dirs=["src"],
-        depends=headers
-        + ["src/bnfast.h", "src/driver.h", "src/float_env.h", "src/simd_scalar.h"],
+        depends=[*headers, "src/bnfast.h", "src/driver.h", "src/float_env.h", "src/simd_scalar.h"],
         # PyTorch's exceptions are thrown through a kernel's frame.
         extra_compile_args=[*COMMON, "-fexceptions"],
         extra_link_args=["-O2", *EXACT, *SANITIZE, *COVERAGE],
