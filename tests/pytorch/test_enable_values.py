@@ -325,11 +325,31 @@ def test_threads_are_pytorchs_and_change_no_bit(arrange, calls):
 
 
 def test_flushed_denormals_change_no_bit(calls):
-    x = torch.randn(SHAPE) * 1e-30
-    want = F.batch_norm(x, None, None, training=True, eps=1e-40)
+    x, dy = torch.randn(2, *SHAPE)
+    weight = torch.full(SHAPE[1:2], 1e-39)
+
+    def step():
+        y, *saved = aten.native_batch_norm(x, weight, None, None, None, True, 0.1, 1e-5)
+        return y, *aten.native_batch_norm_backward(
+            dy, x, weight, None, None, *saved, True, 1e-5, [True, True, True]
+        )
+
+    want = step()
     assert torch.set_flush_denormal(True)
     try:
-        got = F.batch_norm(x, None, None, training=True, eps=1e-40)
+        got = step()
     finally:
         torch.set_flush_denormal(False)
-    assert torch.equal(got, want)
+    assert all(map(torch.equal, got, want))
+    assert 0 < want[0].abs().max() < torch.finfo(torch.float32).tiny
+
+
+@pytest.mark.parametrize("given", [0, 1], ids=["mean", "variance"])
+def test_one_running_statistic_alone_is_pytorchs_to_move(given, calls):
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    running = [None, None]
+    running[given] = torch.ones(SHAPE[1], dtype=x.dtype)
+    aten.native_batch_norm(x, None, None, *running, True, 0.1, 1e-5)
+    batch = [x.mean((0, 2, 3)), x.var((0, 2, 3))][given]
+    torch.testing.assert_close(running[given], 0.9 + 0.1 * batch)
+    assert calls()[0] == {}
