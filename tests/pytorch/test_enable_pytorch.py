@@ -166,15 +166,26 @@ def test_memory_that_cannot_be_had_raises_what_pytorch_raises(training, calls):
     assert torch.equal(mean, before)
 
 
-def test_a_refused_backward_has_pytorchs_text(calls):
+BAD_BACKWARD = {
+    "wide parameters": (X, X, ONES.double()),
+    "a wide gradient": (X.double(), X, ONES),
+    "a narrow gradient": (X.half(), X, ONES),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_a_refused_backward_has_pytorchs_text(case, calls):
+    dy, x, weight = BAD_BACKWARD[case]
+
     def refuse():
         with pytest.raises(RuntimeError) as caught:
             aten.native_batch_norm_backward(
-                X, X, ONES.double(), None, None, ONES, ONES, True, 1e-5, [True, True, True]
+                dy, x, weight, None, None, ONES, ONES, True, 1e-5, [True, True, True]
             )
         return str(caught.value)
 
     assert refuse() == plain(refuse)
+    assert calls()[0] == {}
 
 
 @DTYPE
