@@ -283,6 +283,23 @@ print(compute())
 """
 
 
+def test_threads_are_as_many_as_pytorchs():
+    ask(
+        """
+        import torch, bnfast.torch
+        from bnfast import _core
+        bnfast.torch.enable()
+        norm, x = torch.nn.BatchNorm2d(64), torch.randn(16, 64, 56, 56)
+        torch.set_num_threads(1)
+        norm(x)
+        assert not _core.pool_started()
+        torch.set_num_threads(2)
+        norm(x)
+        assert _core.pool_started()
+        """
+    )
+
+
 @needs_fork
 @pytest.mark.parametrize("before", ["compute()", ""], ids=["after parallel work", "before it"])
 def test_a_forked_child_computes(before):
