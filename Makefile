@@ -23,10 +23,10 @@ LIBGOMP ?=
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
-COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
+COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/torch/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
 COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
-C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.[ch])
+C_SOURCES := $(wildcard src/*.[ch] bnfast/torch/*.[ch] bench/*.c tests/kernels/*.[ch])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
@@ -186,7 +186,7 @@ test-wheels: $(VENV)/.bnfast-wheels  ## the suite, each of these wheels installe
 
 clean:  ## everything made here but the virtual environment
 	rm -rf build dist wheelhouse docs/_build .sanitize .cover *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f bnfast/*.so bnfast/_core.c $(INSTALLED)
+	rm -f bnfast/*.so bnfast/torch/*.so bnfast/_core.c $(INSTALLED)
 	find bnfast tests bench examples tools docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Says what is missing and how to get it, before pip fails with a page of something else.
