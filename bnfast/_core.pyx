@@ -946,6 +946,34 @@ cdef struct Training:
     bint cumulative   # momentum is 1 / the number of batches
 
 
+cdef object copied_to(str name, object value, object running):
+    """Where an updated running statistic has to be copied to; None if it is no copy."""
+    return None if running is value else as_target(name, value)
+
+
+cdef int check_given_back(str name, object value, cnp.ndarray running, cnp.ndarray x) except -1:
+    """Refuse what an updated running statistic cannot be copied to; None is nothing."""
+    cdef cnp.ndarray a
+    if value is None:
+        return 0
+    a = <cnp.ndarray>value
+    if not (cnp.PyArray_SAMESHAPE(a, running) and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(running)
+            and cnp.PyArray_ISWRITEABLE(a) and is_in_its_owner(a)):
+        _arrays.refuse_running(name, a, cnp.PyArray_DIM(running, 0), x.dtype)
+        _arrays.refuse_uncommon()
+    return 0
+
+
+cdef int check_updated(object means, object vars, tuple given_back, cnp.ndarray x,
+                       Py_ssize_t channels) except -1:
+    """Refuse running statistics that cannot be updated and, where they are copies, given back."""
+    check_running("running_mean", means, x, channels, True)
+    check_running("running_var", vars, x, channels, True)
+    check_given_back("running_mean", given_back[0], means, x)
+    check_given_back("running_var", given_back[1], vars, x)
+    return 0
+
+
 def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
             activation, out, counter=None):
     """Normalise with the batch: (y, (count, mean, var, inv_std)).
@@ -1005,8 +1033,7 @@ cdef object train(object x, object axis, object residual, object out, Training *
     if not look_forward(&call, x, axis, residual, y) or not same_shape(call.shape, shape):
         return None
     if means is not None:
-        check_running("running_mean", means, <cnp.ndarray>x, shape.channels, True)
-        check_running("running_var", vars, <cnp.ndarray>x, shape.channels, True)
+        check_updated(means, vars, given_back, <cnp.ndarray>x, shape.channels)
         if (overlap(means, vars) or touches(means, x, residual, out, weight, bias)
                 or touches(vars, x, residual, out, weight, bias)):
             _arrays.check_running_apart(means, vars, x, residual, out, weight, bias)
@@ -1042,24 +1069,6 @@ cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape):
             new_vector(shape.channels))
 
 
-cdef object copied_to(str name, object value, object running):
-    """Where an updated running statistic has to be copied to; None if it is no copy."""
-    return None if running is value else as_target(name, value)
-
-
-cdef int check_given_back(str name, object value, cnp.ndarray running, cnp.ndarray x) except -1:
-    """Refuse what an updated running statistic can no longer be copied to."""
-    cdef cnp.ndarray a
-    if value is None:
-        return 0
-    a = <cnp.ndarray>value
-    if not (cnp.PyArray_SAMESHAPE(a, running) and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(running)
-            and cnp.PyArray_ISWRITEABLE(a) and is_in_its_owner(a)):
-        _arrays.refuse_running(name, a, cnp.PyArray_DIM(running, 0), x.dtype)
-        _arrays.refuse_uncommon()
-    return 0
-
-
 cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, tuple given_back,
                       object counter, Training *options) except -1:
     """Move running statistics and counter, if given: all of them or none.  They are looked at
@@ -1068,10 +1077,7 @@ cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, 
     cdef int64_t batches = 0
     cdef double momentum = options.momentum
     if means is not None:
-        check_running("running_mean", means, x, call.shape.channels, True)
-        check_running("running_var", vars, x, call.shape.channels, True)
-        check_given_back("running_mean", given_back[0], means, x)
-        check_given_back("running_var", given_back[1], vars, x)
+        check_updated(means, vars, given_back, x, call.shape.channels)
     if counter is not None:
         batches = read_counter(counter)
         if options.cumulative:
