@@ -10,7 +10,7 @@ BENCH_VENV ?= .venv-bench
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
-ONNX ?= onnx onnxruntime
+ONNX ?= onnx onnxruntime onnxscript
 MPI4PY ?= mpi4py>=4
 FORMATS ?= safetensors keras h5py jax flax
 SIMDE ?= simde-py>=0.8.2
@@ -23,10 +23,10 @@ LIBGOMP ?=
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
-COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/*.pyx bnfast/*.pxd)
+COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/torch/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
 COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
-C_SOURCES := $(wildcard src/*.[ch] bench/*.c tests/kernels/*.[ch])
+C_SOURCES := $(wildcard src/*.[ch] bnfast/torch/*.[ch] bench/*.c tests/kernels/*.[ch])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
@@ -50,7 +50,7 @@ test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	@command -v aarch64-linux-gnu-gcc qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu || { \
 	    echo "bnfast: test-neon needs a cross compiler and an emulator (Debian, Ubuntu: apt install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)" >&2; \
 	    exit 1; }
-	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py -k "NEON or aarch64" $(ARGS)
+	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py tests/test_driver_program.py -k "NEON or aarch64" $(ARGS)
 
 test-avx512-emulated: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## AVX-512's kernels on AVX2, their intrinsics emulated by SIMDe
 	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import program; sys.exit(program.find_simde()[1])"
@@ -186,7 +186,7 @@ test-wheels: $(VENV)/.bnfast-wheels  ## the suite, each of these wheels installe
 
 clean:  ## everything made here but the virtual environment
 	rm -rf build dist wheelhouse docs/_build .sanitize .cover *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f bnfast/*.so bnfast/_core.c $(INSTALLED)
+	rm -f bnfast/*.so bnfast/torch/*.so bnfast/_core.c $(INSTALLED)
 	find bnfast tests bench examples tools docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Says what is missing and how to get it, before pip fails with a page of something else.

@@ -38,7 +38,7 @@ if "-g" not in os.environ.get("CFLAGS", "").split():
 SANITIZERS = os.environ.get("BNFAST_SANITIZE", "")
 SANITIZE = [f"-fsanitize={SANITIZERS}"] if SANITIZERS else []
 if SANITIZE:
-    COMMON += [*SANITIZE, "-O1", "-g", "-fno-omit-frame-pointer"]
+    COMMON += [*SANITIZE, "-DBNF_SANITIZED", "-O1", "-g", "-fno-omit-frame-pointer"]
 # BNFAST_COVERAGE=1: a build that counts how often each line ran (`make coverage`), counting
 # exactly in threads too.
 COVERAGE = ["--coverage"] if os.environ.get("BNFAST_COVERAGE") == "1" else []
@@ -123,6 +123,22 @@ def extension():
     )
 
 
+def torch_extension():
+    """PyTorch's kernels: nothing of PyTorch's is needed to build them."""
+    folder = "bnfast/torch"
+    files = sorted(os.listdir(os.path.join(ROOT, folder)))
+    headers = [f"{folder}/{file}" for file in files if file.endswith(".h")]
+    return Extension(
+        "bnfast.torch._aten",
+        [f"{folder}/{file}" for file in files if file.endswith(".c")],
+        include_dirs=["src"],
+        depends=[*headers, "src/bnfast.h", "src/driver.h", "src/float_env.h", "src/simd_scalar.h"],
+        # PyTorch's exceptions are thrown through a kernel's frame.
+        extra_compile_args=[*COMMON, "-fexceptions"],
+        extra_link_args=["-O2", *EXACT, *SANITIZE, *COVERAGE],
+    )
+
+
 class BuildLibraries(build_clib):
     """Says what is missing before the first file is compiled."""
 
@@ -155,9 +171,12 @@ class BuildLibraries(build_clib):
 if __name__ == "__main__":
     setup(
         # Counted are the lines of the .pyx, which no other build's C names.
-        ext_modules=cythonize(
-            [extension()], build_dir=BUILD if COVERAGE else None, emit_linenums=bool(COVERAGE)
-        ),
+        ext_modules=[
+            *cythonize(
+                [extension()], build_dir=BUILD if COVERAGE else None, emit_linenums=bool(COVERAGE)
+            ),
+            torch_extension(),
+        ],
         libraries=LIBRARIES,
         options={"build": {"build_base": BUILD}},
         cmdclass={"build_clib": BuildLibraries},

@@ -151,16 +151,21 @@ def copy_into(target: Array, source: Array) -> None:
     target[...] = source
 
 
-def _is_array(value: Any, kind: type[Array] = np.ndarray) -> TypeGuard[Array]:
+def _is_array(value: Any) -> TypeGuard[Array]:
     """Whether an argument is an array by its type, whatever it says is its class."""
-    return issubclass(type(value), kind)
+    return issubclass(type(value), np.ndarray)
+
+
+def _is_masked(value: Any) -> bool:
+    """Whether it is a masked array; `numpy.ma` is imported by whoever has one, and not by us."""
+    return issubclass(type(value), getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
 
 
 def array(name: str, value: Any) -> Array:
     """Return an argument as a plain array, of its own memory if it has some, or say why not."""
     if type(value) is np.ndarray:
         return value
-    if _is_array(value, np.ma.MaskedArray):
+    if _is_masked(value):
         raise TypeError(
             f"{name} is a masked array; expected a plain array: the mask would be lost "
             "(fill it, or leave the masked values out)"

@@ -130,6 +130,18 @@ void bnf_threads_setup(void)
  *
  * libgomp ends the process where it cannot create a thread. */
 
+/* glibc 2.34 gave these a new version, which whatever is linked on it would ask for; the old one
+ * is the same.  Sanitizers put functions of their own in their place, of no version. */
+#if defined(__GLIBC__) && !defined(BNF_SANITIZED)
+#if defined(__x86_64__)
+__asm__(".symver pthread_create, pthread_create@GLIBC_2.2.5");
+__asm__(".symver pthread_join, pthread_join@GLIBC_2.2.5");
+#elif defined(__aarch64__)
+__asm__(".symver pthread_create, pthread_create@GLIBC_2.17");
+__asm__(".symver pthread_join, pthread_join@GLIBC_2.17");
+#endif
+#endif
+
 static void *wait_for_release(void *gate)
 {
     pthread_mutex_lock(gate);

@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+HERE = Path(__file__).resolve().parent
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
 def run_python(code, *, timeout=60, **environ):
-    """Run `code` in a Python of its own, killed after `timeout` seconds."""
-    environment = {**os.environ, **environ}
+    """Run `code` in a Python of its own, which finds the tests, killed after `timeout` seconds."""
+    folders = [folder for folder in (os.environ.get("PYTHONPATH"), str(HERE)) if folder]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environ}
     return subprocess.run(
         [sys.executable, "-c", code],
         env={name: value for name, value in environment.items() if value is not None},

@@ -79,7 +79,7 @@ class TestThreadSanitizer:
 
     @staticmethod
     def build(folder, jobs=None):
-        flags = ("-g", "-fsanitize=thread")
+        flags = ("-g", "-fsanitize=thread", "-DBNF_SANITIZED")
         return program.build(folder, targets.CLANG, more=flags, jobs=jobs, name="run_calls")
 
     @staticmethod

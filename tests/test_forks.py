@@ -223,6 +223,11 @@ layer.eval()(x)
 layer.freeze()(x.transpose(0, 1, 3, 2))
 bnfast.moments(x[:, ::2]).update(x[:, ::2])
 bnfast.get_num_threads()
+bnfast.normalize(memoryview(x), [0.0] * 64, np.ones(64, ">f4"), eps=1)
+try:
+    bnfast.batch_norm_forward(x, eps=[])
+except TypeError:
+    pass
 print(sorted(set(sys.modules) - before))
 """
     done = run_python(code, BNFAST_NUM_THREADS=None, OMP_NUM_THREADS=None)

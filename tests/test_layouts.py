@@ -120,9 +120,13 @@ def results(p, *, out=False):
     return [y, z, stats.mean, *g, bnfast.moments(p.x, axis=p.axis).m2]
 
 
+MOST_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
+
+
 @pytest.mark.parametrize("shape", [
     (1, 5, 7), (6, 1, 7), (6, 5, 1), (1, 1, 7), (6, 1, 1, 1), (1, 4, 1, 5, 1, 6, 1), (1, 4, 3, 1),
-    (3, *(1,) * 62, 4), (*(1,) * 60, 2, 3, 4, 5), (0, 3), (4, 0, 1, 2), (0, 0),
+    (3, *(1,) * (MOST_AXES - 2), 4), (*(1,) * (MOST_AXES - 4), 2, 3, 4, 5),
+    (0, 3), (4, 0, 1, 2), (0, 0),
 ], ids=lambda shape: f"{len(shape)} axes, {prod(shape)} values")  # fmt: skip
 @pytest.mark.parametrize("order", ["plain", "reversed", "rotated"])
 def test_strides_of_axes_that_have_one_index(shape, order):

@@ -4,6 +4,7 @@ A handler runs between any two steps of Python's. So does a trace function, and 
 it raises at each line that a call runs, one after the other. Real signals come at random.
 """
 
+import gc
 import random
 import signal
 import sys
@@ -122,12 +123,14 @@ class At:
         self.n, self.error, self.places = n, error, 0
 
     def __enter__(self):
+        gc.disable()  # what others have called at a collection is no part of the call
         self.found = sys.gettrace()
         sys.settrace(self.trace)
         return self
 
     def __exit__(self, *raised):
         sys.settrace(self.found)
+        gc.enable()
 
     def trace(self, frame, event, argument):
         if frame.f_globals is globals():

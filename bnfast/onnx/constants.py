@@ -4,89 +4,123 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import onnx
+from onnx import helper
 
-from .model import LeftError, attribute, is_op, to_array
+from .evaluation import MOST_NUMBERS, OPERATORS, evaluate, integers, is_evaluated
+from .model import FLOATS, LeftError, inputs_are_settable, is_op, kind_name, reads, to_array
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import onnx
     from numpy.typing import NDArray
+
+    from .shapes import Shapes
 
 Array: TypeAlias = "NDArray[Any]"
 
+_TOO_MANY = f"is not computed: constants would have more than {MOST_NUMBERS:,} numbers"
+
 
 class Constants:
-    """The constants of a graph: initializers, Constant nodes, and these passed on or transposed.
+    """The constants of a graph: initializers, and what the `OPERATORS` make of constants.
 
     Parameters
     ----------
-    graph : onnx.GraphProto
+    model : onnx.ModelProto
     nodes : iterable of onnx.NodeProto
-        Those of the graph, each after the ones that it takes values from.
+        Those of its graph, each after the ones that it takes values from.
+    shapes : Shapes
+        Of the model.
     """
 
-    def __init__(self, graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
-        self._inputs = {value.name for value in graph.input}
-        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
-        self._nodes: dict[str, onnx.NodeProto] = {}  # Constant and Transpose, by their output
-        self._passed: dict[str, str] = {}  # an Identity's output: what is at the start of the row
+    def __init__(
+        self, model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], shapes: Shapes
+    ) -> None:
+        self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._inputs = {value.name for value in model.graph.input}
+        if not inputs_are_settable(model):
+            self._inputs -= {*self._initializers}
+        self._shapes = shapes
+        self._nodes: dict[str, onnx.NodeProto] = {}  # by what they make
+        self._constant = {*self._initializers} - self._inputs - {""}
         for node in nodes:
-            if len(node.output) != 1:
-                continue
-            if is_op(node, "Constant") or (is_op(node, "Transpose") and len(node.input) == 1):
+            if is_op(node, *OPERATORS) and is_evaluated(node):
                 self._nodes[node.output[0]] = node
-            elif is_op(node, "Identity") and len(node.input) == 1:
-                self._passed[node.output[0]] = self._start(node.input[0])
+                if self._constant.issuperset(reads(node)):
+                    self._constant.add(node.output[0])
+        self._known: dict[str, Array | LeftError] = {}  # what nodes make, as far as asked for
+        self._room = MOST_NUMBERS
 
     def __contains__(self, name: str) -> bool:
-        start, _ = self._traced(name)
-        return start not in self._inputs and self._source(start) is not None
+        """Whether a value is computed from nothing but constants and shapes."""
+        return name in self._constant
 
     def array(self, name: str, what: str) -> Array:
         """Return the numbers of a value, or say why they may not be the same in every run."""
-        if not name:
-            raise LeftError(f"{what} is missing")
-        start, transposes = self._traced(name)
-        what = f"{what}, {start!r},"
-        if start in self._inputs:
-            raise LeftError(f"{what} is a graph input, which a caller may set")
-        source = self._source(start)
-        if source is None:
-            raise LeftError(f"{what} is not a constant")
-        numbers = _numbers(source, what)
-        for node in reversed(transposes):
-            axes = attribute(node, "perm", "INTS", list(range(numbers.ndim))[::-1])
-            if sorted(axes) != list(range(numbers.ndim)):
-                raise LeftError(f"{what} of shape {numbers.shape} is transposed by {axes}")
-            numbers = np.transpose(numbers, axes)
+        numbers = self._numbers(name, what)
+        kind = kind_name(helper.np_dtype_to_tensor_dtype(numbers.dtype))
+        if kind not in FLOATS:
+            raise LeftError(f"{what}, {name!r}, is of type {kind}")
+        if name in self._nodes:
+            self._room -= numbers.size
+            if self._room < 0:
+                raise LeftError(f"{what}, {name!r}, {_TOO_MANY}")
         return numbers
 
-    def _start(self, name: str) -> str:
-        return self._passed.get(name, name)
+    def integers(self, name: str, what: str) -> list[int]:
+        """Return the numbers of a row of integers, such as axes."""
+        try:
+            return integers(self._numbers(name, what))
+        except ValueError as error:
+            raise LeftError(f"{what}, {name!r}, is not axes: {error}") from error
 
-    def _traced(self, name: str) -> tuple[str, list[onnx.NodeProto]]:
-        """Return the value that another one is, passed on and transposed, and the Transposes."""
-        transposes = []
-        name = self._start(name)
-        while name in self._nodes and is_op(self._nodes[name], "Transpose"):
-            transposes.append(self._nodes[name])
-            name = self._start(self._nodes[name].input[0])
-        return name, transposes
+    def _numbers(self, name: str, what: str) -> Array:
+        if not name:
+            raise LeftError(f"{what} is missing")
+        waiting = [name]
+        while waiting:
+            top = waiting.pop()
+            if not self._is_missing(top):
+                continue
+            missing = [made for made in reads(self._nodes[top]) if self._is_missing(made)]
+            if missing:
+                waiting += [top, *missing]
+            else:
+                self._known[top] = self._made(self._nodes[top])
+        value = self._value(name)
+        if isinstance(value, LeftError):
+            raise LeftError(f"{what}, {value}")
+        return value
 
-    def _source(self, start: str) -> onnx.TensorProto | onnx.NodeProto | None:
-        return self._initializers.get(start, self._nodes.get(start))
+    def _is_missing(self, name: str) -> bool:
+        return name in self._nodes and name not in self._known
 
+    def _made(self, node: onnx.NodeProto) -> Array | LeftError:
+        inputs = []
+        for name in reads(node):
+            value = self._value(name)
+            if isinstance(value, LeftError):
+                return value
+            inputs.append(value)
+        if self._room < 0:
+            return LeftError(f"{node.output[0]!r}, {_TOO_MANY}")
+        try:
+            numbers = evaluate(node, inputs, self._shapes)
+        except LeftError as left:
+            return left
+        if is_op(node, "Cast", "CastLike", "Concat", "Reshape"):  # which may copy
+            self._room -= numbers.size
+        return numbers
 
-def _numbers(source: onnx.TensorProto | onnx.NodeProto, what: str) -> Array:
-    if isinstance(source, onnx.TensorProto):
-        return to_array(source, what)
-    names = [a.name for a in source.attribute]
-    if names == ["value"]:
-        return to_array(attribute(source, "value", "TENSOR", None), what)
-    if names == ["value_float"]:
-        return np.array(attribute(source, "value_float", "FLOAT", None), np.float32)
-    if names == ["value_floats"]:
-        return np.array(attribute(source, "value_floats", "FLOATS", None), np.float32)
-    raise LeftError(f"{what} is a Constant without floating-point numbers")
+    def _value(self, name: str) -> Array | LeftError:
+        if name in self._known:
+            return self._known[name]
+        if name in self._inputs:
+            return LeftError(f"{name!r}, is a graph input, which a caller may set")
+        if name not in self._initializers:
+            return LeftError(f"{name!r}, is not a constant")
+        try:
+            return to_array(self._initializers[name], f"{name!r},")
+        except LeftError as left:
+            return left

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import onnx
@@ -11,20 +10,28 @@ import onnx
 from bnfast import _arrays, inference
 
 from .graph import Graph
-from .linear import Linear, read_linear, write_linear
-from .model import LeftError, attribute, checked_model, hidden_batch_norms, is_op
+from .linear import read_linear, write_linear
+from .model import LeftError, attribute, checked_model, first_output, hidden_batch_norms
+from .paths import (
+    Stream,
+    affine_layer,
+    data_input,
+    following,
+    is_affine,
+    nodes_before,
+    passed_on,
+    share,
+)
 from .reading import is_training, layer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
     from bnfast.layers import BatchNorm
 
-__all__ = ["Outcome", "fold"]
+    from .linear import Linear
 
-Array: TypeAlias = "NDArray[Any]"
+__all__ = ["Outcome", "fold"]
 
 
 class Outcome(NamedTuple):
@@ -52,10 +59,12 @@ def fold(
 ) -> onnx.ModelProto:
     """Fold the batch norms of a model into the convolutions and linear layers beside them.
 
-    A batch norm in inference is folded into the Conv, ConvTranspose, Gemm or MatMul before it,
-    with a constant Add in between or not, and otherwise into the one after it, where zero padding
-    does not make that inexact (`bnfast.fold`, `bnfast.fold_before`). Nothing else may use the
-    value between the two.
+    A batch norm in inference is folded into the Conv, ConvTranspose, Gemm or MatMul before it, or
+    into several that a Concat joins, and otherwise into the one after it, where zero padding does
+    not make that inexact (`bnfast.fold`, `bnfast.fold_before`). Adds and Muls of one constant a
+    channel in between, and right behind a batch norm that is folded into what is before it, are
+    folded with it. Slices and reshapes that keep the channels may stand before the batch norm.
+    Nothing else may use the values in between.
 
     Parameters
     ----------
@@ -67,7 +76,8 @@ def fold(
     Returns
     -------
     onnx.ModelProto
-        A copy with the same inputs and outputs. Folded weights have the type of those they
+        A copy with the same inputs and outputs (before IR version 4, the initializers among the
+        inputs are the new ones). Folded weights have the type of those they
         replace, computed in float64 and rounded once, however many batch norms go into them. A
         MatMul becomes a Gemm, which has a bias.
 
@@ -81,10 +91,14 @@ def fold(
 
     Notes
     -----
-    Left alone: what is computed from anything but constants; initializers that are graph inputs
-    too, since a caller may override them; subgraphs (If, Loop, Scan) and functions; batch norms
-    in training mode; weights that would overflow their type; whatever is malformed in the batch
-    norm or the layer beside it.
+    Constants are initializers and what Constant, ConstantOfShape, Expand, Cast, CastLike,
+    Reshape, Squeeze, Unsqueeze, Transpose, Concat and Identity make of constants, and Shape of a
+    known shape.
+
+    Left alone: what is computed from anything else; from IR version 4 on, initializers that are
+    graph inputs too, since a caller may override them; subgraphs (If, Loop, Scan) and functions;
+    batch norms in training mode; weights that would overflow their type; whatever is malformed in
+    the batch norm or the layer beside it.
     """
     if report is not None and not callable(report):
         raise TypeError(f"report is {_arrays.shown(report)}; expected a callable taking an Outcome")
@@ -116,79 +130,93 @@ class _Folding:
     def run(self) -> list[Outcome]:
         """Fold what can be folded, and say of every batch norm what became of it."""
         graph, outcomes = self._graph, dict[int, Outcome]()
-        waiting = deque(graph.batch_norms())
-        while waiting:
-            i = waiting.popleft()
-            if i in outcomes and outcomes[i].folded:
-                continue
-            try:
-                into, where = self._fold_one(i)
-            except LeftError as left:
-                outcomes[i] = Outcome(graph.name(i), False, str(left))
-            else:
-                outcomes[i] = Outcome(graph.name(i), True, f"{graph.described(into)} {where} it")
-                # Again, since what is folded may have stood between two others.
-                waiting.extend(j for j in graph.beside(into) if j in outcomes)
+        norms = {*graph.batch_norms()}
+        # What is folded may have stood between another one and its layer, so that those with a
+        # layer before them go from the inputs on, and the rest from the outputs back.
+        order = [i for i in graph.order if i in norms]
+        for i in order:
+            outcomes[i] = self._fold_one(i, self._into_those_before)
+        for i in reversed(order):
+            if i in self._layers and not outcomes[i].folded:
+                after = self._fold_one(i, self._into_the_one_after)
+                why = after.why if after.folded else f"{outcomes[i].why}; {after.why}"
+                outcomes[i] = after._replace(why=why)
         for i, linear in self._changed.items():
             write_linear(graph, i, linear)
         graph.sweep()
-        return list(outcomes.values())
+        return [outcomes[i] for i in sorted(outcomes)]
 
-    def _fold_one(self, i: int) -> tuple[int, str]:
-        """Fold a batch norm into a neighbour, and say into which, or why into none."""
-        layer = self._layer(i)
+    def _fold_one(self, i: int, into: Callable[[int, BatchNorm], str]) -> Outcome:
+        """Fold a batch norm into neighbours, and say into which, or why into none."""
         try:
-            return self._into_the_one_before(i, layer), "before"
-        except LeftError as before:
+            return Outcome(self._graph.name(i), True, into(i, self._layer(i)))
+        except LeftError as left:
+            return Outcome(self._graph.name(i), False, str(left))
+
+    def _into_those_before(self, i: int, layer: BatchNorm) -> str:
+        graph = self._graph
+        changed: dict[int, Linear] = {}
+        streams: dict[str, Stream] = {}
+        affine = []
+        for j in nodes_before(graph, i):
+            stream = passed_on(graph, j, streams)
+            if stream is None and is_affine(graph, j):
+                affine.append(j)
+                stream = streams[data_input(graph, j)]
+                self._fold_affine(j, stream, changed)
+            elif stream is None:
+                changed[j] = linear = self._linear(j)
+                stream = Stream(linear.rank, ((j, linear.channels),))
+            streams[first_output(graph.nodes[j])] = stream
+        stream = streams[graph.nodes[i].input[0]]
+        _fold_behind(layer, stream, changed)
+        self._change(changed)
+        for j in (*affine, i):
+            graph.take_over(graph.producer(data_input(graph, j)), j)
+        self._fold_following(first_output(graph.nodes[i]), stream)
+        return f"{', '.join(graph.described(j) for j, _ in stream.parts)} before it"
+
+    def _fold_affine(self, j: int, stream: Stream, changed: dict[int, Linear]) -> None:
+        layer = affine_layer(self._graph, j, stream.rank, stream.channels)
+        _fold_behind(layer, stream, changed)
+
+    def _fold_following(self, value: str, stream: Stream) -> None:
+        """Fold what else is added to the folded batch norm's output, or multiplies it."""
+        graph = self._graph
+        for j in following(graph, value):
+            changed = {part: self._changed[part] for part, _ in stream.parts}
             try:
-                return self._into_the_one_after(i, layer), "after"
-            except LeftError as after:
-                raise LeftError(f"{before}; {after}") from None
+                self._fold_affine(j, stream, changed)
+                self._change(changed)
+            except LeftError:
+                return  # it stays, after the batch norm that has been folded
+            graph.take_over(graph.producer(data_input(graph, j)), j)
 
-    def _into_the_one_before(self, i: int, layer: BatchNorm) -> int:
+    def _into_the_one_after(self, i: int, layer: BatchNorm) -> str:
         graph = self._graph
-        before, adding, addend = graph.producer(graph.nodes[i].input[0]), None, None
-        if is_op(graph.nodes[before], "Add"):
-            adding = before
-            value, addend = _variable_and_constant(graph, adding)
-            before = graph.producer(value)
-        linear = self._linear(before)
-        try:
-            weight, bias = inference.fold(
-                linear.weight,
-                linear.bias_and(addend),
-                layer,
-                out_axis=linear.out_axis,
-                groups=linear.groups,
-            )
-        except ValueError as error:
-            raise LeftError(str(error)) from error
-        self._change(before, linear, weight, bias)
-        if adding is not None:
-            graph.drop(adding)
-        graph.take_over(before, i)
-        return before
-
-    def _into_the_one_after(self, i: int, layer: BatchNorm) -> int:
-        graph = self._graph
-        after = graph.only_user(graph.nodes[i].output[0])
+        nodes = [i, *following(graph, first_output(graph.nodes[i]))]
+        after = graph.only_user(first_output(graph.nodes[nodes[-1]]))
         linear = self._linear(after)
         if attribute(graph.nodes[after], "transA", "INT", 0):
             raise LeftError(f"{graph.described(after)} transposes it")
-        try:
-            weight, bias = inference.fold_before(
-                linear.weight,
-                linear.bias,
-                layer,
-                in_axis=linear.in_axis,
-                groups=linear.groups,
-                padded=linear.padded,
-            )
-        except ValueError as error:
-            raise LeftError(f"{graph.described(after)}: {error}") from error
-        self._change(after, linear, weight, bias)
-        graph.bypass(i, after)
-        return after
+        layers = [affine_layer(graph, j, linear.rank, layer.num_features) for j in nodes[1:]]
+        for each in reversed([layer, *layers]):
+            try:
+                weight, bias = inference.fold_before(
+                    linear.weight,
+                    linear.bias,
+                    each,
+                    in_axis=linear.in_axis,
+                    groups=linear.groups,
+                    padded=linear.padded,
+                )
+            except ValueError as error:
+                raise LeftError(f"{graph.described(after)}: {error}") from error
+            linear = linear._replace(weight=weight, bias=bias)
+        self._change({after: linear})
+        for j in reversed(nodes):
+            graph.bypass(j, data_input(graph, j), after)
+        return f"{graph.described(after)} after it"
 
     def _layer(self, i: int) -> BatchNorm:
         if i not in self._layers:
@@ -202,20 +230,31 @@ class _Folding:
     def _linear(self, i: int) -> Linear:
         return self._changed[i] if i in self._changed else read_linear(self._graph, i)
 
-    def _change(self, i: int, linear: Linear, weight: Array, bias: Array) -> None:
-        changed = linear._replace(weight=weight, bias=bias)
-        if not all(np.isfinite(a).all() for a in changed.numbers()):
-            raise LeftError(
-                f"the folded numbers of {self._graph.described(i)} are not finite in {linear.dtype}"
+    def _change(self, changed: dict[int, Linear]) -> None:
+        for i, linear in changed.items():
+            if not all(np.isfinite(a).all() for a in linear.numbers()):
+                raise LeftError(
+                    f"the folded numbers of {self._graph.described(i)} are not finite "
+                    f"in {linear.dtype}"
+                )
+        self._changed |= changed
+
+
+def _fold_behind(layer: BatchNorm, stream: Stream, changed: dict[int, Linear]) -> None:
+    """Fold a layer into all that its channels come from."""
+    if len(stream.parts) > 1 and stream.channels != layer.num_features:
+        raise LeftError(
+            f"the layers before it have {stream.channels} channels; expected {layer.num_features}"
+        )
+    first = 0
+    for i, channels in stream.parts:
+        linear = changed[i]
+        own = share(layer, first, channels) if len(stream.parts) > 1 else layer
+        try:
+            weight, bias = inference.fold(
+                linear.weight, linear.bias, own, out_axis=linear.out_axis, groups=linear.groups
             )
-        self._changed[i] = changed
-
-
-def _variable_and_constant(graph: Graph, i: int) -> tuple[str, Array]:
-    """Return what an Add adds a constant to, and the constant."""
-    inputs = graph.nodes[i].input
-    if len(inputs) == 2:
-        for value, addend in (inputs, reversed(inputs)):
-            if addend in graph.constants:
-                return value, graph.constants.array(addend, f"the constant of {graph.described(i)}")
-    raise LeftError(f"{graph.described(i)} adds no constant")
+        except ValueError as error:
+            raise LeftError(str(error)) from error
+        changed[i] = linear._replace(weight=weight, bias=bias)
+        first += channels

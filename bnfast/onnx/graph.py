@@ -8,13 +8,22 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx
-from google.protobuf.message import EncodeError
-from onnx import numpy_helper
-from onnx.checker import ValidationError
-from onnx.shape_inference import InferenceError, infer_shapes
+from onnx import helper, numpy_helper
 
 from .constants import Constants
-from .model import LeftError, constant_names, first_output, is_op, name_of, names_inside, opset
+from .model import (
+    LeftError,
+    constant_names,
+    first_output,
+    inputs_are_settable,
+    is_op,
+    looks,
+    name_of,
+    names_inside,
+    opset,
+    reads,
+)
+from .shapes import Shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,8 +51,11 @@ class Graph:
     nodes : list of onnx.NodeProto
     opset : int
         Of ONNX's own operators.
+    order : list of int
+        The nodes, each after those that make its inputs.
+    shapes : Shapes
     constants : Constants
-        Of the model before any change.
+        Both of the model before any change.
 
     Raises
     ------
@@ -54,7 +66,7 @@ class Graph:
     def __init__(self, model: onnx.ModelProto, original: onnx.ModelProto) -> None:
         self.nodes = list(model.graph.node)
         self.opset = opset(model)
-        self._graph, self._original = model.graph, original
+        self._graph, self._settable = model.graph, inputs_are_settable(model)
         _check_made_once(model.graph)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self._initializers.pop("", None)  # which is how nodes leave an input out
@@ -62,19 +74,23 @@ class Graph:
             name: i for i, node in enumerate(self.nodes) for name in node.output if name
         }
         self._called = _names(self.nodes)
-        self.constants = Constants(model.graph, [self.nodes[i] for i in self._sorted()])
+        self.order, self.shapes = self._sorted(), Shapes(original)
+        self.constants = Constants(original, [self.nodes[i] for i in self.order], self.shapes)
         self._made = {*self._producers, *self._initializers}
         self._users: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        self._lookers: defaultdict[str, set[int]] = defaultdict(set)  # see the type or the shape
         for i, node in enumerate(self.nodes):
-            for name in (*node.input, *names_inside(node)):
+            for name in (*reads(node), *names_inside(node)):
                 self._users[name][i] += 1
+            for position in looks(node):
+                self._lookers[node.input[position]].add(i)
         for output in model.graph.output:
             self._users[output.name][_GRAPH_OUTPUT] += 1
         inputs = (value.name for value in model.graph.input)
         self._taken = {*inputs, *constant_names(model.graph), *self._producers, *self._users}
         self._numbered: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+        self._moved: dict[str, str] = {}  # a value that is gone: one of its type and shape
         self._left_over: set[int] = set()
-        self._ranks: dict[str, int] | None = None
 
     def _sorted(self) -> list[int]:
         """Return the nodes, each after those that make its inputs."""
@@ -123,38 +139,21 @@ class Graph:
             raise LeftError(f"{name!r} is used in a subgraph of {self.described(user)}")
         return user
 
-    def beside(self, i: int) -> Iterator[int]:
-        """Yield the nodes before and after a node, and the one after an Add that comes after."""
-        if self.nodes[i].input[0] in self._producers:
-            yield self._producers[self.nodes[i].input[0]]
-        for j in self._following(i):
-            yield j
-            if is_op(self.nodes[j], "Add"):
-                yield from self._following(j)
-
-    def _following(self, i: int) -> list[int]:
-        """Return the node that uses what a node makes, if there is just one."""
-        users = [*self._users[first_output(self.nodes[i])]]
-        return users if len(users) == 1 and users != [_GRAPH_OUTPUT] else []
-
-    def rank(self, name: str) -> int | None:
-        """Return how many axes a value has, where shape inference can tell."""
-        if self._ranks is None:
-            self._ranks = _inferred_ranks(self._original)
-        return self._ranks.get(name)
-
     # ---- changes
 
     def set_constant(self, i: int, position: int, values: Array, name: str) -> None:
-        """Give a node a constant: in the place of its old one, if nobody else uses that."""
+        """Give a node a constant: in the place of its old one, if it alone uses that."""
         inputs = self.nodes[i].input
         old = inputs[position] if position < len(inputs) else ""
-        if old in self._initializers and self._users[old] == {i: 1}:
+        if self._is_own(i, old) and tuple(self._initializers[old].dims) == values.shape:
             self._initializers[old].CopyFrom(numpy_helper.from_array(values, old))
             return
         new = self._unused(old or name)
         self._initializers[new] = self._graph.initializer.add()
         self._initializers[new].CopyFrom(numpy_helper.from_array(values, new))
+        if not self._settable:  # of an IR version that wants initializers among the inputs
+            kind = self._initializers[new].data_type
+            self._graph.input.append(helper.make_tensor_value_info(new, kind, values.shape))
         self._users[new][i] += 1
         if position < len(inputs):
             inputs[position] = new
@@ -163,20 +162,25 @@ class Graph:
         else:
             inputs.append(new)
 
+    def _is_own(self, i: int, name: str) -> bool:
+        return name in self._initializers and self._users[name] == {i: 1}
+
     def take_over(self, i: int, later: int) -> None:
         """Let a node make what a later one made, and drop that."""
-        made = self.nodes[later].output[0]
+        old, made = self.nodes[i].output[0], self.nodes[later].output[0]
+        self._producers.pop(old)
         self.drop(later)
-        self._producers.pop(self.nodes[i].output[0])
+        self._moved[old] = made
         self.nodes[i].output[0] = made
         self._producers[made] = i
 
-    def bypass(self, i: int, later: int) -> None:
-        """Let a later node read a node's first input instead of its output, and drop the node."""
-        value, source = self.nodes[i].output[0], self.nodes[i].input[0]
+    def bypass(self, i: int, source: str, later: int) -> None:
+        """Let a later node's first input be what a node is made from, and drop the node."""
+        value = self.nodes[i].output[0]
         self.nodes[later].input[0] = source
         self._users[source][later] += 1
         del self._users[value]
+        self._moved[value] = source
         self.drop(i)
 
     def drop(self, i: int) -> None:
@@ -187,8 +191,12 @@ class Graph:
             self._left_over.add(i)
             for name in self.nodes[i].output:
                 self._producers.pop(name, None)
-            for name in self.nodes[i].input:
+            for name in reads(self.nodes[i]):
                 waiting.extend(self._unlink(name, i))
+            for position in looks(self.nodes[i]):
+                name = self.nodes[i].input[position]
+                self._lookers[name].discard(i)
+                waiting.extend(self._left_without_use(name))
 
     def _unlink(self, name: str, i: int) -> list[int]:
         """Note that a node uses a value no more; return what is now of no use, if it is a node."""
@@ -196,13 +204,13 @@ class Graph:
         users[i] -= 1
         if not users[i]:
             del users[i]
-        if users or not name:
+        return self._left_without_use(name)
+
+    def _left_without_use(self, name: str) -> list[int]:
+        if self._users[name] or self._lookers[name] or not name:
             return []
         self._initializers.pop(name, None)
-        maker = self._producers.get(name)
-        if maker is None or not is_op(self.nodes[maker], "Constant", "Identity", "Transpose"):
-            return []
-        return [maker]
+        return [self._producers[name]] if name in self._producers and name in self.constants else []
 
     def _unused(self, name: str) -> str:
         candidates = (f"{name}_folded{number or ''}" for number in self._numbered[name])
@@ -210,12 +218,25 @@ class Graph:
         self._taken.add(new)
         return new
 
+    def _current(self, name: str) -> str:
+        passed = []
+        while name in self._moved:
+            passed.append(name)
+            name = self._moved[name]
+        self._moved.update(dict.fromkeys(passed, name))
+        return name
+
     def sweep(self) -> None:
-        """Remove from the model what the changes left over."""
+        """Remove from the model what the changes left over, and let none look at it."""
+        for name in [*self._moved]:
+            for i in self._lookers[name]:
+                for position in looks(self.nodes[i]):
+                    self.nodes[i].input[position] = self._current(name)
         for i in sorted(self._left_over, reverse=True):
             del self._graph.node[i]
         gone = self._made - {*self._producers, *self._initializers}
-        for values in (self._graph.initializer, self._graph.value_info):
+        lists = [self._graph.initializer, self._graph.value_info]
+        for values in lists if self._settable else [*lists, self._graph.input]:
             for i in reversed(range(len(values))):
                 if values[i].name in gone:
                     del values[i]
@@ -252,15 +273,3 @@ def _names(nodes: Sequence[onnx.NodeProto]) -> list[str]:
             called[clashing] = first_output(nodes[clashing]) or called[clashing]
             by_output.append(clashing)
     return called
-
-
-def _inferred_ranks(model: onnx.ModelProto) -> dict[str, int]:
-    try:
-        graph = infer_shapes(model).graph
-    except (ValueError, EncodeError, InferenceError, ValidationError):
-        graph = model.graph  # past 2 GB, or wrong somewhere: what the model says itself
-    return {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in (*graph.input, *graph.value_info, *graph.output)
-        if value.type.tensor_type.HasField("shape")
-    }

@@ -54,24 +54,18 @@ class Linear(NamedTuple):
         repeats = self.groups if self.out_axis else 1
         return int(self.weight.shape[self.out_axis]) * repeats
 
-    def bias_and(self, addend: Array | None) -> Array | None:
-        """Return the bias with a constant added that the output is added to."""
-        if addend is None:
-            return self.bias
-        one_each = self.for_channels(addend)
-        return one_each if self.bias is None else self.bias + one_each
-
-    def for_channels(self, values: Array) -> Array:
-        """Return what is broadcast to the output as one float64 value a channel."""
-        shape = (1,) * (self.rank - values.ndim) + values.shape
-        size = values.size
-        if len(shape) != self.rank or size not in (1, self.channels) or shape[1] != size:
-            raise LeftError(f"a constant of shape {values.shape} is added, not one value a channel")
-        return np.broadcast_to(values.reshape(-1).astype(np.float64), (self.channels,))
-
     def numbers(self) -> list[Array]:
         """Return weight and bias in the type of the model's weight."""
         return [rounded(a, self.dtype) for a in (self.weight, self.bias) if a is not None]
+
+
+def per_channel(values: Array, rank: int, channels: int, what: str) -> Array:
+    """Return what is broadcast to a value with these axes as one float64 number a channel."""
+    shape = (1,) * (rank - values.ndim) + values.shape
+    size = values.size
+    if len(shape) != rank or size not in (1, channels) or shape[1] != size:
+        raise LeftError(f"{what} has shape {values.shape}, not one value a channel")
+    return np.broadcast_to(values.reshape(-1).astype(np.float64), (channels,))
 
 
 def read_linear(graph: Graph, i: int) -> Linear:
@@ -96,9 +90,9 @@ def read_linear(graph: Graph, i: int) -> Linear:
 
 
 def _matmul(graph: Graph, i: int, weight: Array) -> Linear:
-    rank = graph.rank(graph.nodes[i].output[0])
-    if rank != 2 or weight.ndim != 2:
-        known = "an unknown number of" if rank is None else rank
+    dims = graph.shapes.dims(graph.nodes[i].output[0])
+    if dims is None or len(dims) != 2 or weight.ndim != 2:
+        known = "an unknown number of" if dims is None else len(dims)
         raise LeftError(f"{graph.described(i)} gives {known} axes, its channels not surely axis 1")
     return Linear(weight.astype(np.float64), None, weight.dtype)
 
@@ -108,7 +102,10 @@ def _gemm(node: onnx.NodeProto, described: str, weight: Array, bias: Array | Non
     alpha, beta = (attribute(node, name, "FLOAT", 1.0) for name in ("alpha", "beta"))
     axes = (0, 1) if attribute(node, "transB", "INT", 0) else (1, 0)
     linear = Linear(alpha * weight.astype(np.float64), None, weight.dtype, 2, *axes)
-    return linear if bias is None else linear._replace(bias=beta * linear.for_channels(bias))
+    if bias is None:
+        return linear
+    one_each = per_channel(bias, 2, linear.channels, f"the bias of {described}")
+    return linear._replace(bias=beta * one_each)
 
 
 def _convolution(node: onnx.NodeProto, described: str, weight: Array, bias: Array | None) -> Linear:

@@ -18,7 +18,8 @@ Array: TypeAlias = "NDArray[Any]"
 _OLDEST_OPSET = 7  # BatchNormalization-6 and older decide by `is_test` and `consumed_inputs`
 _DEEPEST = 100
 _STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
-_FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
+FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
+_READ = (*FLOATS, "INT32", "INT64")
 
 
 class LeftError(Exception):
@@ -58,6 +59,15 @@ def opset(model: onnx.ModelProto) -> int:
     """Return the version of ONNX's own operators that a model uses."""
     versions = [o.version for o in model.opset_import if o.domain in _STANDARD]
     return versions[0] if versions else 1
+
+
+def inputs_are_settable(model: onnx.ModelProto) -> bool:
+    """Whether a caller may set the graph inputs that are initializers too.
+
+    Before IR version 4 every initializer had to be an input, so that being one says nothing, and
+    runtimes take them for constants.
+    """
+    return not 0 < model.ir_version < 4
 
 
 def hidden_batch_norms(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
@@ -106,6 +116,20 @@ def attribute(node: onnx.NodeProto, name: str, kind: str, default: Any) -> Any:
     return helper.get_attribute_value(found[0])
 
 
+def looks(node: onnx.NodeProto) -> list[int]:
+    """Return at which inputs a node sees the type or the shape alone, not the numbers."""
+    positions = {"Shape": 0, "Size": 0, "CastLike": 1}
+    if not is_op(node, *positions) or positions[node.op_type] >= len(node.input):
+        return []
+    return [positions[node.op_type]]
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Return the inputs of a node whose numbers it needs."""
+    looking = looks(node)
+    return [name for position, name in enumerate(node.input) if position not in looking]
+
+
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """Yield the graphs that a node has in its attributes."""
     for a in node.attribute:
@@ -142,14 +166,19 @@ def constant_names(graph: onnx.GraphProto) -> list[str]:
     return dense + [tensor.values.name for tensor in graph.sparse_initializer]
 
 
+def kind_name(kind: int) -> str:
+    """Return what an element type is called, or its number if it is none."""
+    known = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    return str(known.get(kind, kind))
+
+
 def to_array(tensor: onnx.TensorProto, what: str) -> Array:
-    """Return the numbers of a tensor, if they are here and of a type that folds."""
+    """Return the numbers of a tensor, if they are here and of a type that is read."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         raise LeftError(f"{what} is external data that is not loaded")
-    known = onnx.TensorProto.DataType.items()
-    kind = next((name for name, number in known if number == tensor.data_type), None)
-    if kind not in _FLOATS:
-        raise LeftError(f"{what} is of type {kind or tensor.data_type}")
+    kind = kind_name(tensor.data_type)
+    if kind not in _READ:
+        raise LeftError(f"{what} is of type {kind}")
     shape = tuple(tensor.dims)
     if min(shape, default=0) < 0:
         raise LeftError(f"{what} has the shape {shape}")

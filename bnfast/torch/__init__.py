@@ -1,4 +1,6 @@
-"""bnfast for PyTorch: ``bnfast.torch.convert(model)`` makes a model's batch norms run on bnfast.
+"""bnfast for PyTorch: `enable` makes every batch norm of the process run on bnfast.
+
+``bnfast.torch.convert(model)`` does so for one model.
 
 Needs PyTorch, which the extra ``bnfast[torch]`` brings; the rest of bnfast does not.
 """
@@ -11,9 +13,11 @@ from .modules import (
     checkpoint_contexts,
     paused_statistics,
 )
+from .process import Activity, disable, enable, enable_if_asked, enabled, is_enabled
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
+    "Activity",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -22,7 +26,13 @@ __all__ = [
     "checkpoint_contexts",
     "convert",
     "convert_sync_batchnorm",
+    "disable",
+    "enable",
+    "enabled",
+    "is_enabled",
     "paused_statistics",
     "report",
     "revert",
 ]
+
+enable_if_asked()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
+from .process import Activity, activity
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -17,6 +18,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 _Model = TypeVar("_Model", bound=nn.Module)
+_NO_MODEL = object()
 
 
 def convert(model: _Model, fuse: bool = False) -> _Model:
@@ -110,26 +112,36 @@ class Report:
         return "\n".join(lines)
 
 
-def report(model: nn.Module) -> Report:
+@overload
+def report() -> Activity: ...
+@overload
+def report(model: nn.Module) -> Report: ...
+def report(model: Any = _NO_MODEL) -> Activity | Report:
     """Say which batch norms of a model run on bnfast, and why others do not.
+
+    Without a model, say how many calls of this process `enable` made run on bnfast, and why others
+    were left to PyTorch.
 
     Only modules derived from PyTorch's batch norms are named. A batch norm of another kind, such as
     a `FrozenBatchNorm2d`, or a call of ``torch.nn.functional.batch_norm`` in a forward is not seen.
 
     Parameters
     ----------
-    model : torch.nn.Module
+    model : torch.nn.Module, optional
 
     Returns
     -------
-    Report
-        The model itself goes by the name "(model)". ``print`` shows it a line each.
+    Activity or Report
+        An Activity without a model. The model itself goes by the name "(model)". ``print`` shows
+        it a line each.
 
     Raises
     ------
     TypeError
         If `model` is no `torch.nn.Module`.
     """
+    if model is _NO_MODEL:
+        return activity()
     _check_model(model)
     converted, left = [], {}
     for path, module in model.named_modules():

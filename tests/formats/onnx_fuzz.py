@@ -23,6 +23,23 @@ BODIES = [
         a = BN(x, s3, o, m, v) b = ConvTranspose<strides=[2,2]>(a, j, k2) c = BN(b, s, o, m, v)
         e = Conv<auto_pad="SAME_UPPER">(c, j) f = Add(p, e) y = BN(f, s, k2, m, v)
     }""",
+    """(float[N,4,6,6] x) => (float[N,A,B] y) {
+        n = Shape<start=0, end=1>(w3) i = Constant<value_ints=[1]>() n1 = Expand(n, i)
+        z = Constant<value=float {0.0}>() z1 = CastLike(z, x) z2 = Expand(z1, n1)
+        a = Conv<group=2>(x, w3, z2) b = BN(a, s, o, m, v) c = Mul(b, p) d = Add(c, p)
+        at = Constant<value_ints=[1]>() to = Constant<value_ints=[3]>()
+        ax = Constant<value_ints=[3]>() e = Slice(d, at, to, ax) f = BN(e, s, o, m, v)
+        ks = ConstantOfShape<value=float[1] {0.5}>(n) kr = Reshape(ks, sh) ku = Unsqueeze(k, un)
+        sh = Constant<value_ints=[4, 1, 1]>() un = Constant<value_ints=[1, 2]>()
+        g = Mul(f, kr) h = Add(g, ku) r = Constant<value_ints=[0, 4, -1]>() q = Reshape(h, r)
+        y = BN(q, s, o, m, v)
+    }""",
+    """(float[N,4,6,6] x) => (float[N,8,6,6] y) {
+        a = Conv(x, w1) b = Conv<pads=[1,1,1,1], group=2>(x, w3, k) c = Mul(b, p)
+        d = BN(c, s, o, m, v) e = Concat<axis=1>(a, d) k2 = Concat<axis=0>(k, k)
+        s2 = Cast<to=1>(k2) s3 = Squeeze(s2) t0 = Constant<value_int=0>() w2 = Unsqueeze(s3, t0)
+        s4 = Squeeze(w2) y = BN(e, k2, s4, s2, s3)
+    }""",
 ]
 
 
@@ -35,7 +52,9 @@ def base(rng):
     shapes = {"w": (4, 4), "w1": (4, 4, 1, 1), "w3": (4, 2, 3, 3), "k": (4,), "p": (4, 1, 1)}
     weights = {key: om.normal(rng, *shape, dtype=dtype) for key, shape in shapes.items()}
     weights |= om.numbers(rng, 4, dtype=dtype)
-    model = om.build(body, int(rng.choice([9, 13, 14, 17])), **weights)
+    model = om.build(body, int(rng.choice([9, 13, 14, 17])), int(rng.choice([3, 8])), **weights)
+    if model.ir_version == 3 and rng.random() < 0.9:
+        om.listed(model)
     for node in model.graph.node:
         if rng.random() < 0.5:
             node.name = f"n_{node.output[0]}"
@@ -131,7 +150,7 @@ def retype_an_attribute(rng, model):
 def change_an_attribute(rng, model):
     a = an_attribute(rng, model)
     values = [0, -1, 3, 2**40, -(2**63), 1.5, np.inf, np.nan, -1e30, "", "FOO", "NOTSET"]
-    values += [[], [1], [1, 1, 1, 1], [-1, 0], [0, 0, 1, 1], [1.0, 0.0], ["a"]]
+    values += [[], [1], [1, 1, 1, 1], [-1, 0], [0, 0, 1, 1], [1.0, 0.0], ["a"], [2**62, 4]]
     value = values[rng.integers(len(values))]
     kind = AttributeProto.INTS if value == [] else None
     a.CopyFrom(helper.make_attribute(a.name, value, attr_type=kind))
@@ -139,7 +158,8 @@ def change_an_attribute(rng, model):
 
 def add_an_attribute(rng, model):
     names = ["auto_pad", "pads", "group", "perm", "transA", "transB", "alpha", "epsilon", "spatial"]
-    names += ["momentum", "training_mode", "value", "value_float", "value_int"]
+    names += ["momentum", "training_mode", "value", "value_float", "value_int", "value_ints"]
+    names += ["axis", "axes", "starts", "to", "start", "end", "allowzero"]
     node = a_node(rng, model)
     node.attribute.append(helper.make_attribute(str(rng.choice(names)), int(rng.integers(-1, 3))))
     node.attribute[-1].name = node.attribute[rng.integers(len(node.attribute))].name
@@ -216,6 +236,8 @@ def shuffle(rng, model):
 def other_operator(rng, model):
     kinds = ["BatchNormalization", "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Identity"]
     kinds += ["Transpose", "Constant", "Relu", "If", "Loop", "NoSuchOperator", ""]
+    kinds += ["Mul", "Slice", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Shape"]
+    kinds += ["Size", "Expand", "Cast", "CastLike", "ConstantOfShape"]
     node = a_node(rng, model)
     node.op_type = str(rng.choice(kinds))
     if rng.random() < 0.1:

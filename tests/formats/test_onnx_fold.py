@@ -12,46 +12,11 @@ pytest.importorskip("onnxruntime")
 
 import onnx_models as om  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx_models import assert_folds, assert_left, outcomes_of  # noqa: E402
 
 from bnfast.onnx import Outcome, fold, read  # noqa: E402
 
 RNG = np.random.default_rng(20150302)
-
-
-def outcomes_of(model):
-    seen = []
-    folded = fold(model, report=seen.append)
-    return folded, seen
-
-
-def assert_folds(model, feeds, terms, *, left=0, references=(om.run_runtime, om.run_reference)):
-    """Fold, and check everything that is promised of the result; return it."""
-    before = model.SerializeToString(deterministic=True)
-    folded, outcomes = outcomes_of(model)
-    assert model.SerializeToString(deterministic=True) == before
-    assert len(om.batch_norms(folded)) == left == sum(not o.folded for o in outcomes)
-    assert len(outcomes) == len(om.batch_norms(model))
-    om.assert_valid(folded)
-    assert [v.name for v in folded.graph.input] == [v.name for v in model.graph.input]
-    assert [v.name for v in folded.graph.output] == [v.name for v in model.graph.output]
-    assert fold(folded).SerializeToString(deterministic=True) == folded.SerializeToString(
-        deterministic=True
-    )
-    produced = {name for node in folded.graph.node for name in node.output}
-    for value in folded.graph.value_info:
-        assert value.name in produced
-    for run in references:
-        om.assert_equivalent(folded, model, feeds, terms, run)
-    return folded
-
-
-def assert_left(model, reason, count=1):
-    """Nothing is folded, nothing is changed, and the reason is given."""
-    folded, outcomes = outcomes_of(model)
-    assert [o.folded for o in outcomes] == [False] * count
-    assert reason in outcomes[0].why
-    assert folded == model
-    return folded
 
 
 # ---- the layer before
@@ -346,20 +311,32 @@ def test_what_others_use_is_left():
     )
 
 
-@pytest.mark.parametrize("ir", [3, 8])
+@pytest.mark.parametrize("ir", [4, 8])
 @pytest.mark.parametrize("name", ["w", "s"])
 def test_what_callers_may_set_is_left(ir, name):
     model = linear(ir=ir)
-    inputs = [name] if ir == 8 else ["w", "s", "o", "m", "v"]
-    for known in inputs:
-        shape = om.constants(model)[known].shape
-        model.graph.input.append(helper.make_tensor_value_info(known, TensorProto.FLOAT, shape))
+    shape = om.constants(model)[name].shape
+    model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     om.assert_valid(model)
     reason = "a graph input, which a caller may set"
     assert_left(model, reason)
-    if name == "s" or ir == 3:
+    if name == "s":
         with pytest.warns(UserWarning, match=reason):
             assert read(model) == {}
+
+
+def test_all_initializers_are_inputs_in_ir_version_3():
+    """They had to be: none is for a caller to set."""
+    model = om.listed(linear(ir=3))
+    om.assert_valid(model)
+    assert len(read(model)) == 1
+    folded = assert_folds(model, {"x": om.normal(RNG, 2, 3)}, 3)
+    assert folded.ir_version == 3
+    inputs = {v.name: [d.dim_value for d in om.dims(v)] for v in folded.graph.input}
+    assert inputs.pop("x") == [0, 3]
+    assert inputs == {name: list(a.shape) for name, a in om.constants(folded).items()}
+    model.ir_version = 0  # of no known version
+    assert_left(model, "its scale, 's', is a graph input, which a caller may set")
 
 
 def test_what_is_computed_is_left():
@@ -404,7 +381,7 @@ def test_an_addition_to_each_pixel_is_left(shape):
         "(float[3,3] x) => (float[3,3] y) { c = MatMul(x, w) a = Add(c, b) y = BN(a, s, o, m, v) }"
     )
     model = om.build(body, w=om.normal(RNG, 3, 3), b=om.normal(RNG, *shape), **om.numbers(RNG, 3))
-    assert_left(model, "is added, not one value a channel")
+    assert_left(model, f"the constant of Add 'a' has shape {shape}, not one value a channel")
 
 
 def test_an_addition_that_makes_channels_is_left():
@@ -412,7 +389,9 @@ def test_an_addition_that_makes_channels_is_left():
         c = Conv(x, w) a = Add(c, b) y = BN(a, s, o, m, v)
     }"""
     weights = {"w": om.normal(RNG, 1, 1, 1, 1), "b": om.normal(RNG, 3, 1, 1)}
-    assert_left(om.build(body, **weights, **om.numbers(RNG, 3)), "is added, not one value")
+    assert_left(
+        om.build(body, **weights, **om.numbers(RNG, 3)), "has shape (3, 1, 1), not one value"
+    )
 
 
 def test_training_is_left():

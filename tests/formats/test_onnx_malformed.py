@@ -21,6 +21,7 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper  # noqa: E402
 from bnfast.onnx import fold, read  # noqa: E402
 from bnfast.onnx.constants import Constants  # noqa: E402
 from bnfast.onnx.folding import _Folding  # noqa: E402
+from bnfast.onnx.graph import Graph  # noqa: E402
 
 RNG = np.random.default_rng(20150305)
 
@@ -112,6 +113,16 @@ def make_constant(**attributes):
     return make(helper.make_node("Constant", [], ["made"], **attributes))
 
 
+def other_node(i, kind, *inputs, **attributes):
+    """Put another node in the place of one."""
+
+    def spoil(model):
+        output = model.graph.node[i].output[0]
+        model.graph.node[i].CopyFrom(helper.make_node(kind, inputs, [output], **attributes))
+
+    return spoil
+
+
 def no_references(model):
     set_attribute(5, "epsilon", 0.5)(model)
     model.graph.node[5].attribute[0].ref_attr_name = "outside"
@@ -155,13 +166,31 @@ LEFT = [
     (set_numbers("k", COMPLEX), "the constant of Add 'a', 'k', is of type COMPLEX64"),
     (set_numbers("k", np.ones(3, "i8")), "the constant of Add 'a', 'k', is of type INT64"),
     (set_numbers("v2", COMPLEX), "its var, 'v2', is of type COMPLEX64"),
-    (make_constant(), "its var, 'made', is a Constant without floating-point numbers"),
-    (make_constant(value_int=3), "its var, 'made', is a Constant without floating-point numbers"),
+    (make_constant(), "its var, 'made', is a Constant without numbers"),
+    (make_constant(value_string="3"), "its var, 'made', is a Constant without numbers"),
+    (make_constant(value_int=3), "its var, 'made', is of type INT64"),
+    (make_constant(value_ints=[3]), "its var, 'made', is of type INT64"),
     (make_constant(value=3), "the value of Constant is of type INT, not TENSOR"),
     (make_constant(value_floats=3.0), "the value_floats of Constant is of type FLOAT, not FLOATS"),
     (make(helper.make_node("Identity", [], ["made"])), "its var, 'made', is not a constant"),
     (make(helper.make_node("Identity", ["v", "s"], ["made"])), "its var, 'made', is not a const"),
     (make(helper.make_node("Transpose", [], ["made"])), "its var, 'made', is not a constant"),
+    (make(helper.make_node("Expand", ["v"], ["made"])), "its var, 'made', is not a constant"),
+    (make(helper.make_node("Shape", [], ["made"])), "its var, 'made', is not a constant"),
+    (make(helper.make_node("Cast", ["v"], ["made"], to="1")), "the to of Cast is of type STRING"),
+    (make(helper.make_node("CastLike", ["v", ""], ["made"])), "is cast to the type UNDEFINED"),
+    (other_node(ADD, "Mul"), "Mul 'a' multiplies by no constant"),
+    (other_node(ADD, "Mul", "k"), "Mul 'a' multiplies by no constant"),
+    (other_node(ADD, "Add", "e", "k", "k"), "Add 'a' adds no constant"),
+    (other_node(ADD, "Slice"), "Slice 'a' has no input, or not one output"),
+    (other_node(ADD, "Reshape"), "Reshape 'a' has no input, or not one output"),
+    (other_node(ADD, "Concat"), "Concat 'a' has no input, or not one output"),
+    (other_node(ADD, "Slice", "e", axes="0"), "the axes of Slice is of type STRING, not INTS"),
+    (other_node(ADD, "Slice", "e", starts=[2**40], axes=[4]), "are [4] of a value with 4 axes"),
+    (other_node(ADD, "Slice", "e", "k"), "the starts of Slice 'a', 'k', is not axes: float32"),
+    (other_node(ADD, "Reshape", "e"), "Reshape 'a' does not surely keep axes 0 and 1"),
+    (other_node(ADD, "Concat", "e", axis=1.0), "the axis of Concat is of type FLOAT, not INT"),
+    (other_node(ADD, "Concat", "e", ""), "nothing is before ''"),
     (
         make(helper.make_node("Transpose", ["v"], ["made"], perm=[1])),
         "its var, 'v', of shape (3,) is transposed by [1]",
@@ -199,6 +228,20 @@ def test_other_nodes_that_make_nothing():
     model.graph.node.append(helper.make_node("Relu", ["x"], []))
     model.graph.node.append(helper.make_node("Conv", [], []))
     assert reasons(model) == {"d": None, "y": None}
+
+
+def test_nodes_in_another_order():
+    """Which no checker lets pass, though it can be told what the graph computes."""
+    row = "c = Conv(x, w) d = BN(c, s, o, m, v) e = Mul(d, k) f = BN(e, s, o, m, v) r = Relu(f)"
+    row += " g = BN(r, s, o, m, v) h = Add(g, k) i = BN(h, s, o, m, v) y = Conv(i, w)"
+    numbers = {"w": om.normal(RNG, 3, 3, 1, 1), "k": om.normal(RNG, 3, 1, 1)} | om.numbers(RNG, 3)
+    model = om.build(f"(float[N,3,5,5] x) => (float[N,3,5,5] y) {{ {row} }}", **numbers)
+    nodes = list(model.graph.node)
+    for order in (nodes[::-1], nodes[::2] + nodes[1::2], nodes):
+        del model.graph.node[:]
+        model.graph.node.extend(order)
+        assert set(reasons(model).values()) == {None}
+        assert len(fold(model).graph.node) == 3
 
 
 def test_shapes_that_cannot_be_inferred():
@@ -300,6 +343,8 @@ def work(monkeypatch):
 
     count(_Folding, "_fold_one")
     count(Constants, "array")
+    count(Constants, "_made")
+    count(Graph, "producer")
     return counts
 
 
@@ -322,6 +367,39 @@ def test_a_row_of_batch_norms_is_linear_work(layer, work):
     assert set(reasons(model).values()) == {None}
     assert work["_fold_one"] <= 2 * row
     assert work["array"] <= 6 * row
+
+
+ROWS = {
+    "scaled": "y{i} = BN({x}, s, o, m, v) a{i} = Mul(y{i}, k) x{i} = Add(k, a{i})",
+    "sliced": "a{i} = Slice({x}, f, t, l) x{i} = BN(a{i}, s, o, m, v)",
+    "joined": "c{i} = Conv(x, w1) a{i} = Concat<axis=2>({x}, c{i}) x{i} = BN(a{i}, s, o, m, v)",
+    "seen": "a{i} = BN({x}, s, o, m, v) z{i} = Shape(a{i}) x{i} = Mul(a{i}, k)",
+    "biased": "c{i} = Conv({x}, w, b999) x{i} = BN(c{i}, s, o, m, v)",
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("layer", ["Conv(x, w)", "Relu(x)"])
+def test_rows_of_other_nodes_are_linear_work(kind, layer, work):
+    row = 600
+    body, value = [f"c = {layer}"], "c"
+    for i in range(row):
+        body.append(ROWS[kind].format(i=i, x=value))
+        value = f"x{i}"
+    body += ["b0 = Identity(b)", *(f"b{i} = Transpose(b{i - 1})" for i in range(1, 1000))]
+    numbers = {"w": np.eye(3, dtype="f4")[..., None, None], "b": np.zeros(3, np.float32)}
+    numbers |= {"k": np.ones((3, 1, 1), np.float32), "w1": om.normal(RNG, 3, 3, 1, 1)}
+    numbers |= {name: np.array([number]) for name, number in (("f", 0), ("t", 2**40), ("l", -1))}
+    numbers |= om.numbers(RNG, 3) | {"s": np.ones(3, np.float32), "v": np.ones(3, np.float32)}
+    text = f"(float[N,3,4,4] x) => (float[N,3,H,W] {value}) {{ {' '.join(body)} }}"
+    outcomes = outcomes_of(om.build(text, **numbers))
+    assert len(outcomes) == row
+    if layer != "Relu(x)" and kind != "joined":
+        assert sum(o.folded for o in outcomes) >= 255
+    assert work["_fold_one"] <= 2 * row
+    assert work["array"] <= 16 * row
+    assert work["producer"] <= 260 * row
+    assert work["_made"] <= 1000
 
 
 # ---- anything else

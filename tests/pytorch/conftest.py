@@ -26,3 +26,19 @@ def seed():
     import torch
 
     torch.manual_seed(1502_03167)
+
+
+@pytest.fixture
+def calls():
+    """bnfast enabled, and a function for what ran since the last call of it: (ran, left)."""
+    import bnfast.torch
+    from bnfast.torch import _aten
+
+    def since_last():
+        counts = _aten.counts()
+        _aten.forget_counts()
+        return counts
+
+    with bnfast.torch.enabled():
+        since_last()
+        yield since_last

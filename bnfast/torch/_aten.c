@@ -1,0 +1,131 @@
+/* bnfast.torch._aten: registers the kernels of aten_kernels.c and switches them on and off. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "aten_kernels.h"
+
+/* Once a process: kernels are never taken back, since another thread may be in a call. */
+static bool registered;
+
+static const struct {
+    const char *operator;
+    torch_kernel *kernel;
+} KERNELS[] = {
+    {"native_batch_norm", aten_batch_norm},
+    {"_native_batch_norm_legit", aten_batch_norm_legit},
+    {"_native_batch_norm_legit.no_stats", aten_batch_norm_no_stats},
+    {"native_batch_norm_backward", aten_batch_norm_backward},
+};
+
+static PyObject *find_driver(void)
+{
+    const bnf_driver *driver = PyCapsule_Import("bnfast._core.driver", 0);
+    if (!driver)
+        return NULL;
+    if (driver->call_size != sizeof(bnf_call)) {
+        PyErr_SetString(PyExc_ImportError, "bnfast._core and bnfast.torch._aten are of two builds");
+        return NULL;
+    }
+    aten_setup(driver);
+    Py_RETURN_NONE;
+}
+
+static bool register_kernels(void)
+{
+    torch_library library;
+    if (torch.library_init_impl("aten", "CPU", "bnfast", 1, &library))
+        return false;
+    for (size_t i = 0; i < sizeof KERNELS / sizeof *KERNELS; i++)
+        if (torch.library_impl(library, KERNELS[i].operator, KERNELS[i].kernel, TORCH_ABI))
+            return false;
+    return true;
+}
+
+static PyObject *install(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *path, *version;
+    if (!PyArg_ParseTuple(args, "ss:install", &path, &version))
+        return NULL;
+    if (registered)
+        Py_RETURN_NONE;
+    const char *missing = torch_find(path);
+    if (missing)
+        return PyErr_Format(PyExc_ImportError, "PyTorch %s has no %s, which bnfast's kernels need",
+                            version, missing);
+    PyObject *found = find_driver();
+    if (!found)
+        return NULL;
+    Py_DECREF(found);
+    if (!register_kernels())
+        return PyErr_Format(PyExc_RuntimeError, "PyTorch %s does not take bnfast's kernels: %s",
+                            version, torch.what());
+    registered = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *switch_to(PyObject *module, PyObject *on)
+{
+    (void)module;
+    const int truth = PyObject_IsTrue(on);
+    return truth < 0 ? NULL : PyBool_FromLong(aten_switch(truth));
+}
+
+static PyObject *is_on(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    return PyBool_FromLong(aten_is_on());
+}
+
+static bool add_count(PyObject *ran, PyObject *left, aten_outcome outcome, const char *text)
+{
+    const long long calls = aten_count(outcome);
+    PyObject *number = PyLong_FromLongLong(calls);
+    const bool added =
+        number &&
+        (calls == 0 || !PyDict_SetItemString(outcome < LEFT_OFF ? ran : left, text, number));
+    Py_XDECREF(number);
+    return added;
+}
+
+static PyObject *counts(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    PyObject *ran = PyDict_New(), *left = PyDict_New(), *both = NULL;
+#define ADD_COUNT(outcome, text) &&add_count(ran, left, outcome, text)
+    if (ran && left ATEN_OUTCOMES(ADD_COUNT))
+        both = PyTuple_Pack(2, ran, left);
+    Py_XDECREF(ran);
+    Py_XDECREF(left);
+    return both;
+}
+
+static PyObject *forget_counts(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    aten_forget_counts();
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef METHODS[] = {
+    {"install", install, METH_VARARGS, "install(library, version): register the kernels, once"},
+    {"switch_to", switch_to, METH_O, "switch_to(on): whether calls run here; what it was"},
+    {"is_on", is_on, METH_NOARGS, "Whether calls run here."},
+    {"counts", counts, METH_NOARGS, "({what ran: calls}, {why calls were left: calls})"},
+    {"forget_counts", forget_counts, METH_NOARGS, "Count from nothing again."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {
+    PyModuleDef_HEAD_INIT,
+    "_aten",
+    "PyTorch's batch norm operators.",
+    -1,
+    METHODS,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
+};
+
+PyMODINIT_FUNC PyInit__aten(void) { return PyModule_Create(&MODULE); }

@@ -1,0 +1,256 @@
+#include "aten_kernels.h"
+#include "aten_stack.h"
+#include "aten_vectors.h"
+#include "float_env.h"
+
+typedef struct {
+    torch_value x, weight, bias, running_mean, running_var; /* all but x optional */
+    bool training;
+    double momentum, eps;
+} forward_arguments;
+
+typedef struct {
+    const forward_arguments *arguments;
+    aten_view x;
+    aten_layout layout;
+    vector_kind vectors;
+    const void *weight, *bias, *running_mean, *running_var;
+    const char *error; /* not PyTorch's own */
+} forward;
+
+static aten_outcome look_at_forward(forward *f)
+{
+    const forward_arguments *a = f->arguments;
+    if (!aten_is_on())
+        return LEFT_OFF;
+    const aten_outcome data = aten_look_at_data(to_tensor(a->x), &f->x);
+    if (!aten_runs_here(data))
+        return data;
+    const torch_tensor vectors[] = {to_optional(a->weight), to_optional(a->bias),
+                                    to_optional(a->running_mean), to_optional(a->running_var)};
+    f->layout = aten_result_layout(&f->x);
+    f->vectors = (vector_kind){aten_vector_type(f->x.type, vectors, 4), f->x.sizes[1]};
+    const bool allowed = f->vectors.type == f->x.type || is_half(f->x.type);
+    if (!allowed || !aten_fits(vectors[0], f->vectors, &f->weight) ||
+        !aten_fits(vectors[1], f->vectors, &f->bias) ||
+        !aten_fits(vectors[2], f->vectors, &f->running_mean) ||
+        !aten_fits(vectors[3], f->vectors, &f->running_var))
+        return LEFT_PARAMETERS;
+    if (!f->running_mean != !f->running_var || (!a->training && !f->running_mean))
+        return LEFT_PARAMETERS;
+    return a->training ? RAN_TRAINING : RAN_EVALUATION;
+}
+
+static bool make_forward_results(forward *f, torch_tensor *results)
+{
+    const int32_t dtype = aten_dtype(f->vectors.type);
+    if (!aten_new(&f->x, &f->layout, &results[0]))
+        return false;
+    if (!f->arguments->training)
+        return aten_new_vector(0, dtype, &results[1]) && aten_new_vector(0, dtype, &results[2]);
+    return aten_new_save_mean(f->vectors, &results[1]) &&
+           aten_new_vector(f->vectors.length, dtype, &results[2]);
+}
+
+static void fill_forward(const forward *f, bnf_call *call)
+{
+    double *weight = f->arguments->training ? call->weight : call->scale;
+    aten_fill(weight, f->weight, f->vectors, 1);
+    aten_fill(call->shift, f->bias, f->vectors, 0);
+    if (!f->arguments->training) {
+        aten_fill(call->mean, f->running_mean, f->vectors, 0);
+        aten_fill(call->var, f->running_var, f->vectors, 1);
+    }
+}
+
+/* Running halves are moved in float64 and rounded once, in vectors that have done their work. */
+static void move_running(const forward *f, bnf_call *call, void *mean, void *var)
+{
+    const vector_kind kind = f->vectors;
+    const bool half = is_half(kind.type), wide = half || kind.type == BNF_F64;
+    const bnf_running running = {half ? call->weight : mean, half ? call->shift : var, wide, wide};
+    if (half) {
+        aten_widen(mean, kind.type, kind.length, running.mean);
+        aten_widen(var, kind.type, kind.length, running.var);
+    }
+    aten_driver->move_running(call, running, f->arguments->momentum, 1);
+    if (half) {
+        aten_narrow(running.mean, kind.type, kind.length, mean);
+        aten_narrow(running.var, kind.type, kind.length, var);
+    }
+}
+
+typedef struct {
+    void *save_mean, *save_invstd, *running_mean, *running_var;
+} forward_outputs;
+
+static APART void compute_forward(const forward *f, bnf_call *call, forward_outputs out)
+{
+    const bnf_float_env found = bnf_enter_float_env();
+    fill_forward(f, call);
+    aten_driver->run(call);
+    if (f->arguments->training) {
+        aten_narrow(call->mean, f->vectors.type, f->vectors.length, out.save_mean);
+        aten_narrow(call->inv_std, f->vectors.type, f->vectors.length, out.save_invstd);
+        aten_keep(out.save_mean, f->vectors, call->mean, call->inv_std);
+        if (out.running_mean)
+            move_running(f, call, out.running_mean, out.running_var);
+    }
+    bnf_leave_float_env(found);
+}
+
+static bool find_outputs(const forward *f, const torch_tensor *results, forward_outputs *out)
+{
+    const forward_arguments *a = f->arguments;
+    if (!a->training)
+        return true;
+    if (f->running_mean && (torch.get_data(to_optional(a->running_mean), &out->running_mean) ||
+                            torch.get_data(to_optional(a->running_var), &out->running_var)))
+        return false;
+    return !torch.get_data(results[1], &out->save_mean) &&
+           !torch.get_data(results[2], &out->save_invstd);
+}
+
+static bool run_forward(forward *f, torch_tensor *results)
+{
+    bnf_call call = {
+        .direction = f->arguments->training ? BNF_FORWARD : BNF_INFERENCE,
+        .type = f->x.type,
+        .shape = f->layout.shape,
+        .eps = f->arguments->eps,
+        .has_var = !f->arguments->training,
+    };
+    forward_outputs out = {NULL};
+    /* What lies in another order is copied to where the result will be, and computed in place. */
+    if (!make_forward_results(f, results) || !find_outputs(f, results, &out) ||
+        !aten_in_order(&f->x, &f->layout, &results[0], &call.x) ||
+        torch.get_data(results[0], &call.y))
+        return false;
+    aten_driver->plan(&call, aten_threads());
+    if (!aten_driver->reserve(&call)) {
+        f->error = ATEN_NO_MEMORY;
+        return false;
+    }
+    compute_forward(f, &call, out);
+    aten_driver->release(&call);
+    return true;
+}
+
+static void free_forward(forward_arguments *a)
+{
+    torch.delete_tensor(to_tensor(a->x));
+    delete_optional(a->weight);
+    delete_optional(a->bias);
+    delete_optional(a->running_mean);
+    delete_optional(a->running_var);
+}
+
+/* ---- Forward, left to PyTorch: by other operators that have the kernels that ours replace */
+
+/* Training wants running statistics: where there are none, some to be moved for nobody. */
+static bool make_running(const forward_arguments *a, torch_tensor *mean, torch_tensor *var)
+{
+    int32_t dtype;
+    bnf_type type;
+    int64_t length;
+    const torch_tensor vectors[] = {to_optional(a->weight), to_optional(a->bias),
+                                    to_optional(a->running_mean), to_optional(a->running_var)};
+    return aten_type_for_pytorch(a->x, vectors, 4, &dtype, &type, &length) &&
+           (vectors[2] || aten_new_vector(length, dtype, mean)) &&
+           (vectors[3] || aten_new_vector(length, dtype, var));
+}
+
+static bool leave_training(forward_arguments *a, torch_value *stack)
+{
+    torch_tensor mean = NULL, var = NULL;
+    if (!make_running(a, &mean, &var)) {
+        delete_tensor(&mean);
+        delete_tensor(&var);
+        free_forward(a);
+        return false;
+    }
+    stack[0] = a->x;
+    stack[1] = a->weight;
+    stack[2] = a->bias;
+    stack[3] = either(mean, a->running_mean);
+    stack[4] = either(var, a->running_var);
+    stack[5] = from_double(a->momentum);
+    stack[6] = from_double(a->eps);
+    return !torch.call("aten::_batch_norm_with_update", "", stack, TORCH_ABI);
+}
+
+static bool leave_evaluation(forward_arguments *a, torch_value *stack)
+{
+    stack[0] = a->x;
+    stack[1] = a->weight;
+    stack[2] = a->bias;
+    stack[3] = a->running_mean;
+    stack[4] = a->running_var;
+    stack[5] = from_double(a->momentum);
+    stack[6] = from_double(a->eps);
+    return !torch.call("aten::_batch_norm_no_update", "", stack, TORCH_ABI);
+}
+
+static bool leave_forward(forward_arguments *a, torch_tensor *results)
+{
+    torch_value stack[7];
+    if (!(a->training ? leave_training(a, stack) : leave_evaluation(a, stack)))
+        return false;
+    for (int i = 0; i < 3; i++)
+        results[i] = to_tensor(stack[i]);
+    torch.delete_tensor(to_tensor(stack[3])); /* the reserve, cuDNN's */
+    return true;
+}
+
+static void batch_norm(forward_arguments a, torch_value *stack)
+{
+    torch_tensor results[3] = {NULL};
+    forward f = {.arguments = &a};
+    const aten_outcome outcome = look_at_forward(&f);
+    bool done;
+    if (aten_runs_here(outcome)) {
+        done = run_forward(&f, results);
+        free_forward(&a);
+    } else
+        done = leave_forward(&a, results);
+    aten_finish(done ? NULL : f.error ? f.error : torch.what(), outcome, results, stack);
+}
+
+void aten_batch_norm(torch_value *stack, uint64_t arguments, uint64_t results)
+{
+    (void)arguments, (void)results;
+    const forward_arguments a = {stack[0],
+                                 stack[1],
+                                 stack[2],
+                                 stack[3],
+                                 stack[4],
+                                 to_bool(stack[5]),
+                                 to_double(stack[6]),
+                                 to_double(stack[7])};
+    batch_norm(a, stack);
+}
+
+/* Its running statistics are not optional. */
+void aten_batch_norm_legit(torch_value *stack, uint64_t arguments, uint64_t results)
+{
+    torch_value mean = 0, var = 0;
+    if (!make_optional(stack[3], &mean) || !make_optional(stack[4], &var)) {
+        aten_throw(torch.what());
+        return;
+    }
+    stack[3] = mean;
+    stack[4] = var;
+    aten_batch_norm(stack, arguments, results);
+}
+
+void aten_batch_norm_no_stats(torch_value *stack, uint64_t arguments, uint64_t results)
+{
+    (void)arguments, (void)results;
+    const forward_arguments a = {.x = stack[0],
+                                 .weight = stack[1],
+                                 .bias = stack[2],
+                                 .training = to_bool(stack[3]),
+                                 .momentum = to_double(stack[4]),
+                                 .eps = to_double(stack[5])};
+    batch_norm(a, stack);
+}

@@ -1,0 +1,56 @@
+/* PyTorch's batch norm operators for CPU tensors, on bnfast's driver. */
+#ifndef BNFAST_ATEN_KERNELS_H
+#define BNFAST_ATEN_KERNELS_H
+
+#include <stdbool.h>
+
+#include "aten_tensors.h"
+#include "driver.h"
+
+/* What became of a call: it ran here, or was left to PyTorch's own kernel for a reason. */
+#define ATEN_OUTCOMES(O)                                                                     \
+    O(RAN_TRAINING, "training")                                                              \
+    O(RAN_EVALUATION, "evaluation")                                                          \
+    O(RAN_BACKWARD, "backward")                                                              \
+    O(LEFT_OFF, "bnfast was not enabled")                                                    \
+    O(LEFT_TYPE, "a type of tensor that bnfast does not take")                               \
+    O(LEFT_SHAPE, "no values, or not the shape of a batch")                                  \
+    O(LEFT_PARAMETERS, "parameters or statistics of another type, shape or order in memory") \
+    O(LEFT_MEMORY, "a tensor whose memory was freed")
+
+#define ATEN_OUTCOME(name, text) name,
+typedef enum { ATEN_OUTCOMES(ATEN_OUTCOME) OUTCOMES } aten_outcome;
+
+/* Once, before anything else here and before the kernels are registered. */
+void aten_setup(const bnf_driver *driver);
+
+bool aten_switch(bool on); /* returns what it was */
+bool aten_is_on(void);
+long long aten_count(aten_outcome outcome);
+void aten_forget_counts(void);
+
+/* ---- For the kernels themselves */
+
+extern const bnf_driver *aten_driver;
+#define ATEN_NO_MEMORY "bnfast: not enough memory for the numbers per channel"
+
+/* As in driver.c: no arithmetic is moved out of the environment that it is done in. */
+#define APART __attribute__((noinline))
+
+bool aten_runs_here(aten_outcome outcome);
+/* Whether the kernels here take a tensor of data; any outcome that runs here if so. */
+aten_outcome aten_look_at_data(torch_tensor tensor, aten_view *view);
+/* As many as PyTorch would use in this thread. */
+int aten_threads(void);
+/* Throws PyTorch's exception through the frames up to PyTorch: all has been freed before. */
+void aten_throw(const char *message);
+/* The end of a kernel: its three results, or an error. */
+void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results,
+                 torch_value *stack);
+
+/* ---- The kernels */
+
+torch_kernel aten_batch_norm, aten_batch_norm_legit, aten_batch_norm_no_stats,
+    aten_batch_norm_backward;
+
+#endif

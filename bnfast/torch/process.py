@@ -1,0 +1,165 @@
+"""Every batch norm of the process on bnfast: kernels under PyTorch's own operators."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OLDEST = (2, 13)
+_VARIABLE = "BNFAST_TORCH"
+
+_lock = threading.Lock()
+_spent: list[Any] = []  # what `_spend_warning` made, kept as long as the process
+
+
+def enable() -> None:
+    """Let every batch norm that PyTorch runs on the CPU run on bnfast, in this process.
+
+    The operators behind ``torch.nn.BatchNorm*``, ``torch.nn.InstanceNorm*`` and
+    ``torch.nn.functional.batch_norm`` get kernels of bnfast's; modules, autograd and all else stay
+    PyTorch's. Calls that bnfast does not take run as they would without it; `report` counts them.
+
+    It may be called again, and from any thread, while others compute.
+
+    Raises
+    ------
+    ImportError
+        If PyTorch is older than 2.13, or its C interface lacks what the kernels need.
+
+    See Also
+    --------
+    disable : the way back.
+    enabled : for a while.
+    report : what ran where.
+    """
+    aten = _kernels()
+    aten.switch_to(True)
+
+
+def disable() -> None:
+    """Let PyTorch's own kernels run again, in this process.
+
+    A backward may run on the other side than its forward did.
+    """
+    if _loaded is not None:
+        _loaded.switch_to(False)
+
+
+def is_enabled() -> bool:
+    """Say whether the batch norms of this process run on bnfast."""
+    return _loaded is not None and _loaded.is_on()
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """`enable` for a while: afterwards the process is as it was before.
+
+    Like `enable`, it holds for all threads.
+
+    Raises
+    ------
+    ImportError
+        As `enable`.
+    """
+    aten = _kernels()
+    before = aten.switch_to(True)
+    try:
+        yield
+    finally:
+        aten.switch_to(before)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What became of the batch norms of this process since `enable` was first called.
+
+    Attributes
+    ----------
+    ran : dict of str to int
+        How many calls ran on bnfast: in "training", "evaluation" and "backward".
+    left : dict of str to int
+        How many were left to PyTorch's own kernels, by reason.
+    """
+
+    ran: dict[str, int]
+    left: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"{sum(self.ran.values())} calls ran on bnfast"]
+        lines += [f"{what}: {calls}" for what, calls in self.ran.items()]
+        lines += [f"{calls} left to PyTorch: {why}" for why, calls in self.left.items()]
+        return "\n".join(lines)
+
+
+def activity() -> Activity:
+    """Return what ran where in this process."""
+    return Activity({}, {}) if _loaded is None else Activity(*_loaded.counts())
+
+
+def enable_if_asked() -> None:
+    """`enable` where the environment says so: ``BNFAST_TORCH=1``.
+
+    Raises
+    ------
+    ValueError
+        If the variable is neither 1 nor 0 nor empty.
+    """
+    asked = os.environ.get(_VARIABLE, "").strip()
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"{_VARIABLE} is {asked!r:.60}; expected 1 or 0")
+    if asked == "1":
+        enable()
+
+
+# ---- Kernels are registered once and never taken back: other threads may be in them
+
+_loaded: Any = None
+
+
+def _kernels() -> Any:
+    """Return the extension, its kernels registered."""
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _check_version()
+            from . import _aten
+
+            _spend_warning()
+            library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+            _aten.install(str(library), torch.__version__)
+            _loaded = _aten
+    return _loaded
+
+
+def _check_version() -> None:
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < OLDEST:
+        raise ImportError(
+            f"PyTorch is {torch.__version__}; bnfast.torch.enable needs 2.13 or later"
+        )
+
+
+def _spend_warning() -> None:
+    """Let PyTorch say for the only time in a process that a kernel was registered twice.
+
+    It would be said of ours on C's stderr, which nobody could silence.
+    """
+    if _spent:
+        return
+    library = torch.library.Library("bnfast_spent", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    _spent.append(library)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            library.impl("twice", lambda x: x, "CPU", allow_override=True)
