@@ -28,10 +28,7 @@ def run_python(code, *, timeout=60, **environ):
 
 def run_alone(function, *given):
     """Call a function of a test's module in a Python of its own; return what that printed."""
-    code = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
-        f"import {function.__module__} as tests; tests.{function.__name__}(*{given!r})"
-    )
+    code = f"import {function.__module__} as tests; tests.{function.__name__}(*{given!r})"
     done = run_python(code)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
