@@ -39,6 +39,8 @@ def read(folder: str, name: str) -> str:
     try:
         with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
             return file.read()
+    except TimeoutError:  # a signal handler's, which is an OSError too
+        raise
     except OSError:
         return ""
 

@@ -66,6 +66,8 @@ def _openmp_runtimes(maps: str = "/proc/self/maps") -> list[str]:
     try:
         with open(maps, encoding="utf-8", errors="replace") as file:
             paths = {line.rstrip("\n").partition("/")[2] for line in file}
+    except TimeoutError:  # a signal handler's, which is an OSError too
+        raise
     except OSError:
         return []
     runtime = re.compile(r"lib(gomp|omp|iomp5)\b[^/]*\.(so|dylib)[^/]*$")

@@ -195,11 +195,12 @@ def _moments_of(name: str, value: Any) -> Moments:
 
 def _listed(parts: Any) -> list[Any]:
     try:
-        return list(parts)
+        row = iter(parts)
     except TypeError:
         raise TypeError(
             f"parts is of type {type(parts).__name__}; expected an iterable of Moments"
         ) from None
+    return list(row)  # whose own errors are the caller's
 
 
 def _vector(name: str, value: ArrayLike) -> Vector:
