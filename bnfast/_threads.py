@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["get_num_threads", "num_threads", "set_num_threads"]
 
-# libgomp ends the process where it cannot create a thread, so a typing slip must not reach it.
+# A number that is a typing slip must not make thousands of threads.
 MAX_THREADS = 1024
 
 # Free-threaded Python 3.14 lets new threads inherit context variables, and then they inherit this.
@@ -55,12 +55,12 @@ def set_num_threads(n: SupportsIndex) -> None:
 
     Notes
     -----
-    A process forked after its parent had started threads stays on one, whatever is set here: the
-    OpenMP runtime's threads do not survive a fork, and waiting for them would never end.
+    A process forked after its parent had started OpenMP's threads, for bnfast or for anybody else,
+    stays on one, whatever is set here: they do not survive a fork, and waiting for them would never
+    end.
 
-    libgomp ends the process ("Thread creation failed") where the system grants it no more threads,
-    as under a tight ``ulimit -u`` or a container's limit of processes. It starts them at the first
-    large call and no exception can be made of it, so ask for fewer there.
+    Where the system grants no more threads, as under a tight ``ulimit -u``, a container's limit of
+    processes or a full address space, calls run on those that there are.
 
     A call needs 128 KiB of stack at most, in the calling thread and in each of OpenMP's. Where
     stacks are made smaller than the system's default (`threading.stack_size`, ``OMP_STACKSIZE``),
