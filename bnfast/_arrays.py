@@ -1,9 +1,9 @@
-"""What is not the common case: other memory orders, conversions, and the wording of errors.
+"""What is not the common case: conversions, copies, and the wording of errors.
 
-`_core` recognises C-contiguous float arrays of the right shapes by itself and asks here about
-everything else. `Canonical` brings the tensors of a call into that form, without a copy where
-some order of their axes is contiguous; the functions below it do the same for parameters and
-options. Whatever cannot be brought there gets its exception here, before anything is written.
+`_core` recognises arrays of our own types that are dense in some order of their axes, and asks here
+about everything else. `Canonical` copies the tensors of a call into that form; the functions below
+it do the same for parameters and options. Whatever cannot be brought there gets its exception here,
+before anything is written.
 """
 
 from __future__ import annotations
