@@ -1,8 +1,23 @@
-"""Two networks to train and evaluate: ResNet-50 and MobileNetV2, as their papers have them."""
+"""Networks to train and evaluate.
+
+ResNet-50, MobileNetV2 and an MLP are here as their papers have them, and need PyTorch alone. Where
+torchvision, timm and ultralytics are installed (`make test-zoo` does so in .venv-zoo) their own
+take these places, and more come along. Weights are random.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "zoo"))
+import vision
 
 
 class Bottleneck(nn.Module):
@@ -82,4 +97,74 @@ def mobilenet_v2() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000))
 
 
-NETWORKS = {"resnet50": resnet50, "mobilenet_v2": mobilenet_v2}
+def mlp() -> nn.Module:
+    """Four layers of 64 units: calls so small that what surrounds the arithmetic decides."""
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+def of_torchvision(name: str) -> nn.Module:
+    vision.define_missing_operators()
+    import torchvision
+
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+def of_timm(name: str) -> nn.Module:
+    vision.define_missing_operators()
+    import timm
+
+    return timm.create_model(name, pretrained=False)
+
+
+def of_ultralytics(name: str) -> nn.Module:
+    """Return a detector; its loss is not part of it."""
+    vision.stay_offline()
+    vision.define_missing_operators()
+    from ultralytics.nn.tasks import DetectionModel
+
+    return DetectionModel(f"{name}.yaml", verbose=False)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, the package that has it, and what stands for it where that is missing."""
+
+    name: str
+    package: str
+    make: Callable[[str], nn.Module]
+    own: Callable[[], nn.Module] | None = None
+    rows: int = 0  # of 64 values, where it takes no images
+
+    @property
+    def there(self) -> bool:
+        return self.own is not None or find_spec(self.package) is not None
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        if self.own is not None and find_spec(self.package) is None:
+            return self.own()
+        return self.make(self.name.rpartition(" ")[2])
+
+    def input(self, batch: int, size: int) -> Tensor:
+        return torch.randn((self.rows, 64) if self.rows else (batch, 3, size, size))
+
+
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network("resnet50", "torchvision", of_torchvision, resnet50),
+        Network("densenet121", "torchvision", of_torchvision),
+        Network("mobilenet_v2", "torchvision", of_torchvision, mobilenet_v2),
+        Network("mobilenet_v3_large", "torchvision", of_torchvision),
+        Network("efficientnet_b0", "torchvision", of_torchvision),
+        Network("timm efficientnet_b0", "timm", of_timm),
+        Network("yolov8n", "ultralytics", of_ultralytics),
+        Network("googlenet", "torchvision", of_torchvision),
+        Network("mlp, 32 rows", "torch", lambda _: mlp(), rows=32),
+        Network("mlp, 2048 rows", "torch", lambda _: mlp(), rows=2048),
+    )
+}

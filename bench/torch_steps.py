@@ -1,199 +1,189 @@
-"""Whole training and evaluation steps of PyTorch models, plain and converted.
+"""Whole training and evaluation steps of PyTorch networks: plain, enabled, compiled, frozen.
 
-    python bench/torch_steps.py [--quick] [--json FILE] [--threads 2]
+    python bench/torch_steps.py [--quick] [--minutes 12] [--json FILE] [--markdown FILE]
+    python bench/torch_steps.py --threads 1 2 --variants plain enabled converted backend frozen fx
+    python bench/torch_steps.py --variants plain enabled inductor "inductor enabled"
+    python bench/torch_steps.py --profile
 
-Both copies of a network run in turn on the same batch, medians of steps; then each one's step is
-profiled for the share of batch norm, ReLU and addition. Batch norm stays a layer in evaluation:
-nothing is folded.
+All variants of a network take turns on the same batch, in a process each; what is printed is the
+median of a step's time, and the median over the rounds of plain's time over the variant's. Inductor
+needs a C++ compiler, and minutes. `--profile` says instead how long PyTorch's profiler found the
+batch norm operators to take by themselves within such a step, and additions and activations.
+Networks come from torchvision, timm and ultralytics; those that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import functools
 import json
-import re
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from report import table
 from timing import Progress
-from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch_networks import NETWORKS
+from torch_variants import EVALUATION_ONLY, VARIANTS, Job, serve
 
-import bnfast.torch
-from bnfast import _core
-
-TARGETS = {"train": 1.10, "eval": 1.08}  # times plain, of a converted ResNet-50
-KERNELS = ("forward", "backward", "normalize")
-PARTS = {
-    "batch norm": re.compile(r"batch_?norm|bnfast", re.IGNORECASE),
-    "relu": re.compile(r"relu|threshold|clamp|hardtanh", re.IGNORECASE),
-    "add": re.compile(r"^aten::add_?$"),
-}
+DEFAULT = ("plain", "enabled", "backend", "frozen")
+FORMATS = {"nchw": False, "channels_last": True}
+FEWEST, MOST = 5, 40  # rounds
+REST = 4e-3  # seconds, for the threads of whoever computed before to fall asleep
+PART_RUNS = 3
+Row = dict[str, Any]
 
 
-def variants(network: str) -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    plain = NETWORKS[network]()
-    return {"plain": plain, "converted": bnfast.torch.convert(copy.deepcopy(plain))}
+class Workers:
+    """A process for each variant."""
+
+    def __init__(self, variants: list[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.ends, self.processes = {}, []
+        for variant in variants:
+            self.ends[variant], theirs = context.Pipe()
+            process = context.Process(target=serve, args=(variant, theirs), daemon=True)
+            process.start()
+            self.processes.append(process)
+        self.there = [variant for variant in variants if self.answer(variant)]
+
+    def ask(self, variant: str, what: Job | str | None) -> None:
+        self.ends[variant].send(what)
+
+    def answer(self, variant: str) -> Any:
+        """Return what came back: a str if it is an exception's."""
+        try:
+            return self.ends[variant].recv()
+        except EOFError:
+            raise SystemExit(f"the process of {variant} is gone") from None
+
+    def prepare(self, job: Job, variants: list[str]) -> dict[str, str]:
+        """Let all make ready at the same time; say who could not."""
+        for variant in variants:
+            self.ask(variant, job)
+        answers = {variant: self.answer(variant) for variant in variants}
+        return {variant: said for variant, said in answers.items() if isinstance(said, str)}
+
+    def turn(self, variant: str, what: str) -> Any:
+        time.sleep(REST)
+        self.ask(variant, what)
+        if isinstance(found := self.answer(variant), str):
+            raise SystemExit(f"{variant}: {found}")
+        return found
+
+    def end(self) -> None:
+        for variant, process in zip(self.ends, self.processes, strict=True):
+            self.ask(variant, None)
+            process.join()
 
 
-def step_of(
-    model: nn.Module, step: str, x: torch.Tensor, labels: torch.Tensor
-) -> Callable[[], Any]:
-    if step == "eval":
-        return functools.partial(evaluate, model.eval(), x)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    return functools.partial(train, model.train(), optimizer, x, labels)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x)
-
-
-def train(model: nn.Module, optimizer: Any, x: torch.Tensor, labels: torch.Tensor) -> float:
-    optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(x), labels)
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-def in_turn(steps: dict[str, Callable[[], Any]], rounds: int, budget: float) -> dict[str, list]:
-    """Seconds of each step by name, one of each a round, until the rounds or the budget are up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    start = time.perf_counter()
-    while len(times["plain"]) < rounds:
-        for name, step in steps.items():
-            before = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - before)
-        if time.perf_counter() - start > budget and len(times["plain"]) >= 3:
+def rounds(workers: Workers, variants: list[str], until: float) -> dict[str, list[float]]:
+    """Seconds of a step by variant, one of each a round, to and fro."""
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    for k in range(MOST):
+        if k >= FEWEST and time.perf_counter() > until:
             break
+        for variant in variants if k % 2 else reversed(variants):
+            times[variant].append(workers.turn(variant, "step"))
     return times
 
 
-def record_kernels() -> None:
-    """Let the profiler see bnfast's calls, which are no operators of PyTorch's in eager mode."""
-
-    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
-            with record_function("bnfast"):
-                return function(*args, **options)
-
-        return call
-
-    for name in KERNELS:
-        setattr(_core, name, recorded(getattr(_core, name)))
-
-
-def shares(step: Callable[[], Any]) -> dict[str, float]:
-    """Each part's share of the time that operators take."""
-    with profile(activities=[ProfilerActivity.CPU]) as recording:
-        step()
-    events = recording.key_averages()
-    whole = sum(event.self_cpu_time_total for event in events)
+def profiled(workers: Workers, variants: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds of each part of a step by variant, the median of some runs."""
+    runs = [{v: workers.turn(v, "parts") for v in variants} for _ in range(PART_RUNS)]
     return {
-        part: sum(e.self_cpu_time_total for e in events if pattern.search(e.key)) / whole
-        for part, pattern in PARTS.items()
+        v: {part: statistics.median(run[v][part] for run in runs) for part in runs[0][v]}
+        for v in variants
     }
 
 
-def prepared(network: str, step: str, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """A step of each variant of a network, on the same batch."""
-    models = variants(network)
-    x = torch.randn(options.batch, 3, options.size, options.size)
-    if options.channels_last:
-        x = x.to(memory_format=torch.channels_last)
-        models = {n: m.to(memory_format=torch.channels_last) for n, m in models.items()}
-    labels = torch.randint(0, 1000, (options.batch,))
-    return {name: step_of(model, step, x, labels) for name, model in models.items()}
+def measure(workers: Workers, job: Job, profile: bool, until: float) -> Row:
+    variants = [v for v in workers.there if job.step == "eval" or v not in EVALUATION_ONLY]
+    failed = workers.prepare(job, variants)
+    if "plain" in failed:
+        raise SystemExit(f"{job.network}: {failed['plain']}")
+    there = [variant for variant in variants if variant not in failed]
+    row: Row = asdict(job) | {"failed": failed}
+    if profile:
+        return row | {"parts": profiled(workers, there)}
+    return row | {"times": rounds(workers, there, until)}
 
 
-def measure(network: str, step: str, options: argparse.Namespace) -> dict[str, Any]:
-    times = in_turn(prepared(network, step, options), options.rounds, options.budget)
-    return {
-        "network": network, "step": step, "threads": options.threads, "batch": options.batch,
-        "size": options.size, "channels_last": options.channels_last, "times": times,
-    }  # fmt: skip
-
-
-def profiled(row: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    found = {}
-    for name, step in prepared(row["network"], row["step"], options).items():
-        step()
-        found[name] = shares(step)
-    return found
-
-
-def lines(rows: list[dict[str, Any]]) -> list[str]:
-    header = ["", "ms", "times plain", "target", *PARTS]
-    cells = []
-    for row in rows:
-        medians = {name: statistics.median(t) for name, t in row["times"].items()}
-        for name, seconds in medians.items():
-            has_target = row["network"] == "resnet50" and name == "converted"
-            parts = row["shares"][name].values()
-            cells.append([
-                f"{row['network']} {row['step']} {name}",
-                f"{1e3 * seconds:.0f}",
-                f"{medians['plain'] / seconds:.2f}",
-                f">= {TARGETS[row['step']]:.2f}" if has_target else "",
-                *(f"{100 * share:.1f}%" for share in parts),
-            ])  # fmt: skip
-    return table(header, cells, markdown=False)
+def plan(options: argparse.Namespace) -> Iterator[Job]:
+    for threads in options.threads:
+        for name in options.networks:
+            formats = ["nchw"] if NETWORKS[name].rows else options.formats
+            for step in options.steps:
+                for form in formats:
+                    batch, size = (options.batch, options.size)
+                    yield Job(name, step, FORMATS[form], threads, batch, size)
 
 
 def arguments() -> argparse.Namespace:
+    there = [network.name for network in NETWORKS.values() if network.there]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    add("--steps", nargs="+", choices=TARGETS, default=list(TARGETS))
+    add("--networks", nargs="+", choices=there, default=there)
+    add("--steps", nargs="+", choices=("train", "eval"), default=["train", "eval"])
+    add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    add("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT))
+    add("--threads", nargs="+", type=int, default=[1])
     add("--batch", type=int, default=8)
-    add("--size", type=int, default=224)
-    add("--channels-last", action="store_true")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--rounds", type=int, default=30)
-    add("--budget", type=float, default=120.0, help="seconds for a network's step")
-    add("--quick", action="store_true", help="small images, few rounds")
+    add("--size", type=int, default=160)
+    add("--minutes", type=float, default=12.0, help="for all, if five rounds of each fit into it")
+    add("--profile", action="store_true", help="the operators' own time within a step")
+    add("--quick", action="store_true", help="small images, five rounds")
     add("--json", type=Path, metavar="FILE")
+    add("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args()
+    options.variants = ["plain", *(v for v in options.variants if v != "plain")]
     if options.quick:
-        options.size, options.rounds, options.batch = 64, 3, 2
+        options.size, options.batch, options.minutes = 64, 2, 0.0
     return options
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    jobs = list(plan(options))
+    progress, rows = Progress([1.0] * len(jobs)), []
+    end = time.perf_counter() + 60 * options.minutes
+    workers = Workers(options.variants)
+    for variant in set(options.variants) - set(workers.there):
+        print(f"{variant} left out: bnfast.torch does not have it yet", file=sys.stderr)
+    try:
+        for k, job in enumerate(jobs):
+            now = time.perf_counter()
+            progress.next(f"{job.network}, {job.step}")
+            until = now + (end - now) / (len(jobs) - k)
+            rows.append(measure(workers, job, options.profile, until))
+    finally:
+        workers.end()
+    progress.end()
+    return rows
 
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(options.threads)
-    plan = [(network, step) for network in options.networks for step in options.steps]
-    progress = Progress([options.budget] * len(plan))
-    rows = []
-    for network, step in plan:
-        progress.next(f"{network}, {step}")
-        rows.append(measure(network, step, options))
-    progress.end()
-    record_kernels()
-    for row in rows:
-        row["shares"] = profiled(row, options)
-    print("\n".join(lines(rows)))
+    # Only now: they load bnfast, which plain's process is to be without.
+    import machine
+    from torch_report import report
+
+    before = machine.cpu_seconds()
+    rows = run(options)
+    described = machine.describe() | {"others": machine.share_of_others(before)}
+    results = {"machine": described, "torch": torch.__version__, "rows": rows}
+    text = report(results)
+    print(text)
     if options.json:
-        results = {"machine": machine.describe(), "torch": torch.__version__, "rows": rows}
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"written: {options.json}", file=sys.stderr)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+    for file in (options.json, options.markdown):
+        if file:
+            print(f"written: {file}", file=sys.stderr)
 
 
 if __name__ == "__main__":
