@@ -91,7 +91,7 @@ def part_table(rows: list[Row]) -> list[str]:
                 *(f"{1e3 * found[p]:.2f} ({number(ratios[p])})" for p in found),
                 ", ".join(asked) if shown else "",
             ])  # fmt: skip
-    heads = ["ms (plain's over it)", "batch norm", "its backward", "add, activation", "target"]
+    heads = ["ms (plain's over it)", "batch norm", "its backward", "adds, activations", "target"]
     return table(heads, cells, markdown=True)
 
 

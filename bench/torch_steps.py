@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -34,7 +35,7 @@ DEFAULT = ("plain", "enabled", "backend", "frozen")
 FORMATS = {"nchw": False, "channels_last": True}
 FEWEST, MOST = 5, 40  # rounds
 REST = 4e-3  # seconds, for the threads of whoever computed before to fall asleep
-PART_RUNS = 3
+PART_RUNS = 7
 Row = dict[str, Any]
 
 
@@ -77,7 +78,8 @@ class Workers:
 
     def end(self) -> None:
         for variant, process in zip(self.ends, self.processes, strict=True):
-            self.ask(variant, None)
+            if process.is_alive():
+                self.ask(variant, None)
             process.join()
 
 
@@ -150,6 +152,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     jobs = list(plan(options))
     progress, rows = Progress([1.0] * len(jobs)), []
     end = time.perf_counter() + 60 * options.minutes
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or each profile is announced on stderr
     workers = Workers(options.variants)
     for variant in set(options.variants) - set(workers.there):
         print(f"{variant} left out: bnfast.torch does not have it yet", file=sys.stderr)

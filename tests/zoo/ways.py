@@ -1,0 +1,168 @@
+"""What a step of a model gives, plain and on bnfast, and what its batch norms became."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bnfast.torch
+from bnfast.torch import _aten
+
+FORMATS = {
+    "contiguous": None,
+    "channels_last": {4: torch.channels_last, 5: torch.channels_last_3d},
+}
+MODES = {"training": True, "evaluation": False}
+Outcome = dict[str, Tensor]
+Totals = dict[str, dict[str, int]]
+
+
+def laid_out(model: nn.Module, x: Tensor, form: str) -> tuple[nn.Module, Tensor]:
+    """Return a copy of the model and the input in a memory format."""
+    model, formats = copy.deepcopy(model), FORMATS[form]
+    if formats is None:
+        return model, x
+    return model.to(memory_format=formats[x.dim()]), x.to(memory_format=formats[x.dim()])
+
+
+# ---- What a step gives
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """Floating-point tensors of whatever a forward returned."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif dataclasses.is_dataclass(output):
+        yield from tensors(list(vars(output).values()))
+    elif isinstance(output, dict | list | tuple):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from tensors(part)
+
+
+def weights(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
+
+
+def outcome(model: nn.Module, call: Any, x: Tensor) -> Outcome:
+    """Outputs, gradients and buffers after a forward by `call`, and a backward."""
+    torch.manual_seed(3)  # layers that drop something drop the same
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    ys = [y for y in tensors(call(x)) if y.requires_grad]
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    wanted = [x, *parameters]
+    gradients = torch.autograd.grad(ys, wanted, [weights(y) for y in ys], allow_unused=True)
+    found = {f"output {k}": y.detach() for k, y in enumerate(ys)}
+    found |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+    pairs = zip(("input", *names), gradients, strict=True)
+    return found | {f"gradient of {name}": g for name, g in pairs if g is not None}
+
+
+def largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def differences(found: Outcome, expected: Outcome) -> dict[str, float]:
+    """Say what is apart, by which share of the largest value, if not by rounding alone.
+
+    Where gradients cancel, as those of a bias before a batch norm do, rounding is relative to
+    what cancels, for which the largest of all gradients stands.
+    """
+    if found.keys() != expected.keys():
+        return {name: float("nan") for name in found.keys() ^ expected.keys()}
+    scale = max((largest(g) for name, g in expected.items() if name.startswith("g")), default=0.0)
+    apart = {}
+    for name, tensor in expected.items():
+        if not tensor.is_floating_point():
+            if not torch.equal(found[name], tensor):
+                apart[name] = float("nan")
+            continue
+        floor = 1e-11 * scale if name.startswith("g") else 0.0
+        off = largest(found[name] - tensor)
+        if not off <= 1e-9 * largest(tensor) + floor:
+            apart[name] = off / (largest(tensor) or 1.0)
+    return apart
+
+
+# ---- Plain, and the ways around it
+
+
+class Counting(TorchDispatchMode):
+    """Counts the batch norms that reach PyTorch's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.native_batch_norm.default:
+            self.calls["training" if args[5] else "evaluation"] += 1
+        if function is torch.ops.aten.native_batch_norm_backward.default:
+            self.calls["backward"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def counted(model: nn.Module, x: Tensor) -> Totals:
+    """Batch norms of plain PyTorch's step, by mode."""
+    found = {}
+    for mode, training in MODES.items():
+        model = copy.deepcopy(model).train(training)
+        with Counting() as counting:
+            outcome(model, model, x)
+        found[mode] = dict(sorted(counting.calls.items()))
+    return found
+
+
+def plain(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, None]:
+    model = copy.deepcopy(model).train(training)
+    return outcome(model, model, x), None
+
+
+def enabled(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[str, int]]:
+    """Return what ran on bnfast, too; what did not is there by its reason."""
+    model = copy.deepcopy(model).train(training)
+    with bnfast.torch.enabled():
+        _aten.forget_counts()
+        found = outcome(model, model, x)
+        ran = bnfast.torch.report()
+    return found, dict(sorted(ran.ran.items())) | ran.left
+
+
+def backend(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[str, int]]:
+    """Return what became of batch norms in the graphs, too."""
+    from bnfast.torch.compiled import fused_so_far
+
+    torch._dynamo.reset()
+    model = copy.deepcopy(model).train(training)
+    before = Counter(fused_so_far()[0])
+    found = outcome(model, torch.compile(model, backend=bnfast.torch.backend), x)
+    return found, dict(sorted((Counter(fused_so_far()[0]) - before).items()))
+
+
+@torch.no_grad()
+def frozen(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[str, int]]:
+    """Return how many batch norms were folded, too."""
+    model = bnfast.torch.freeze(model)
+    report = bnfast.torch.report(model)
+    found = {f"output {k}": y for k, y in enumerate(tensors(model(x)))}
+    return found, {"folded": len(report.folded), "left": len(report.left)}
+
+
+WAYS = {"enabled": enabled, "backend": backend, "frozen": frozen}
+NEEDED = {"backend": "backend", "frozen": "freeze"}  # of bnfast.torch
+
+
+def there() -> list[str]:
+    """Names of the ways that this bnfast has."""
+    return [way for way in WAYS if hasattr(bnfast.torch, NEEDED.get(way, "enable"))]
+
+
+def modes(way: str) -> dict[str, bool]:
+    return {"evaluation": False} if way == "frozen" else MODES
