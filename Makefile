@@ -7,6 +7,7 @@ VENV ?= .venv
 EDITABLE ?= --editable
 ARGS ?=
 BENCH_VENV ?= .venv-bench
+ZOO_VENV ?= .venv-zoo
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
@@ -32,8 +33,8 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-torch test-distributed test-onnx test-neon test-avx512-emulated \
-    sanitize sanitize-test coverage coverage-test tsan matrix lint format docs bench \
+.PHONY: help demo test test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
+    test-avx512-emulated sanitize sanitize-test coverage coverage-test tsan matrix lint format docs bench \
     bench-compare bench-suite bench-pytest dist sdist wheels test-wheels clean
 
 help:  ## this list
@@ -107,6 +108,12 @@ tsan: $(VENV)/.bnfast-test  ## whole calls in a C program under ThreadSanitizer,
 test-torch: $(VENV)/.bnfast-pytorch  ## the PyTorch drop-in; TORCH=, TORCH_INDEX= say which PyTorch and where from
 	$(PY) -m pytest tests/pytorch $(ARGS)
 
+test-zoo:  ## some seventy architectures of torchvision, timm, ultralytics, transformers
+	@$(MAKE) --no-print-directory VENV=$(ZOO_VENV) zoo-tests
+
+zoo-tests: $(VENV)/.bnfast-zoo
+	$(PY) -m pytest tests/zoo $(ARGS)
+
 test-distributed: $(VENV)/.bnfast-test $(VENV)/.bnfast-engines  ## over torch.distributed, MPI and Dask, on real processes
 	$(PY) -m pytest tests/distributed $(ARGS)
 
@@ -163,6 +170,13 @@ $(VENV)/.bnfast-peers: $(INSTALLED)
 $(VENV)/.bnfast-pytorch: pyproject.toml $(INSTALLED)
 	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PY) -m pip install --quiet "bnfast[test-torch]"
+	@touch $@
+
+# A torchvision fits one PyTorch. Naming that again keeps the one that is there, instead of the
+# newest with gigabytes of GPU libraries, and finds the torchvision for it.
+$(VENV)/.bnfast-zoo: pyproject.toml $(INSTALLED)
+	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PY) -m pip install --quiet $(TORCH) "bnfast[zoo]"
 	@touch $@
 
 # What work is spread over processes with. Tests of one that cannot be installed are skipped, and

@@ -185,16 +185,15 @@ def transformer(name: str, **options: Any) -> nn.Module:
     return getattr(transformers, f"{name}{head}")(config)
 
 
-SMALL = {"width_coefficient": 1.0, "depth_coefficient": 1.0}
+B0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
 TRANSFORMERS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "EfficientNet Model": (images(64), SMALL),
-    "FastSpeech2Conformer Model": ((4, 32, 7), {}),
+    "EfficientNet Model": (images(64), B0),
     "HGNetV2 ForImageClassification": (images(64), {}),
     "Levit Model": (images(224), {}),
     "MobileNetV1 Model": (images(64), {}),
     "MobileNetV2 ForSemanticSegmentation": (images(64), {}),
     "MobileViT Model": (images(64), {}),
-    "PatchTST Model": ((4, 32, 7), {}),
+    "PatchTST Model": ((4, 32, 7), {"num_input_channels": 7, "context_length": 32}),
     "RegNet Model": (images(64), {}),
     "ResNet Model": (images(64), {}),
     "Segformer ForSemanticSegmentation": (images(64), {}),

@@ -56,12 +56,12 @@ def outcome(model: nn.Module, call: Any, x: Tensor) -> Outcome:
     torch.manual_seed(3)  # layers that drop something drop the same
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     ys = [y for y in tensors(call(x)) if y.requires_grad]
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    wanted = [x, *parameters]
-    gradients = torch.autograd.grad(ys, wanted, [weights(y) for y in ys], allow_unused=True)
+    wanted = {"input": x} | {n: p for n, p in model.named_parameters() if p.requires_grad}
+    given = [weights(y) for y in ys]
+    gradients = torch.autograd.grad(ys, list(wanted.values()), given, allow_unused=True)
     found = {f"output {k}": y.detach() for k, y in enumerate(ys)}
     found |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
-    pairs = zip(("input", *names), gradients, strict=True)
+    pairs = zip(wanted, gradients, strict=True)
     return found | {f"gradient of {name}": g for name, g in pairs if g is not None}
 
 
