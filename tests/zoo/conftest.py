@@ -5,6 +5,7 @@
 
 import importlib.util
 
+import pytest
 import vision
 
 if importlib.util.find_spec("torch") is None or vision.missing():
@@ -12,3 +13,14 @@ if importlib.util.find_spec("torch") is None or vision.missing():
 else:
     vision.stay_offline()
     vision.define_missing_operators()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """On images this small a second thread is waited for longer than it computes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -137,13 +137,11 @@ def enabled(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[
 
 def backend(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[str, int]]:
     """Return what became of batch norms in the graphs, too."""
-    from bnfast.torch.compiled import fused_so_far
-
     torch._dynamo.reset()
     model = copy.deepcopy(model).train(training)
-    before = Counter(fused_so_far()[0])
+    before = Counter(bnfast.torch.report().compiled)
     found = outcome(model, torch.compile(model, backend=bnfast.torch.backend), x)
-    return found, dict(sorted((Counter(fused_so_far()[0]) - before).items()))
+    return found, dict(sorted((Counter(bnfast.torch.report().compiled) - before).items()))
 
 
 @torch.no_grad()
