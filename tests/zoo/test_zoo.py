@@ -28,15 +28,25 @@ def plain_outcome(name, form, training):
     return plain(*model_of(name, form), training)[0]
 
 
+def modes_of(name, form, way):
+    """Compiling takes longer than all else: training in one format then, evaluation in the other.
+
+    Which is which takes turns; what has one format alone is compiled for both.
+    """
+    if way != "backend" or (name, "channels_last") not in CASES:
+        return modes(way)
+    odd = list(ARCHITECTURES).index(name) % 2
+    mode = list(MODES)[list(FORMATS).index(form) ^ odd]
+    return {mode: MODES[mode]}
+
+
 @pytest.mark.parametrize("way", there())
 @pytest.mark.parametrize(("name", "form"), CASES, ids=lambda value: value.replace(" ", "-"))
 def test_it_gives_what_plain_pytorch_does(name, form, way):
-    for mode, training in modes(way).items():
+    for mode, training in modes_of(name, form, way).items():
         found, became = WAYS[way](*model_of(name, form), training)
-        expected = plain_outcome(name, form, training)
-        if way == "frozen":
-            expected = {part: expected[part] for part in found}
-        assert not differences(found, expected), mode
+        assert not differences(found, plain_outcome(name, form, training)), mode
+        assert way in TABLE[name], "not counted yet: python tests/zoo/totals.py"
         assert became == TABLE[name][way][mode], mode
 
 
