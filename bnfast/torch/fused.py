@@ -170,6 +170,11 @@ def activate(y: Tensor, activation: Activation) -> Tensor:
     return F.relu6(y) if name == "relu6" else F.relu(y)
 
 
+def rest(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """Add and activate by PyTorch's own operations."""
+    return activate(y if residual is None else y + residual, activation)
+
+
 # ---- Autograd
 
 

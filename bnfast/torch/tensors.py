@@ -31,7 +31,8 @@ def array(x: Tensor | None) -> Array | None:
     order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
     inner = x.permute(order)
     if not inner.is_contiguous():
-        return _over(x.contiguous()).copy()
+        dense = x.contiguous()
+        return _over(dense).copy()
     return _over(inner).transpose(np.argsort(order))
 
 
