@@ -182,14 +182,19 @@ def test_importing_bnfast_imports_neither_torch_nor_the_kernels():
     )
 
 
-def test_converting_needs_no_kernels():
+@pytest.mark.parametrize("way", ["convert(torch.nn.BatchNorm1d(3))", "BatchNorm1d(3)"])
+def test_importing_changes_no_kernel_and_converting_does(way):
     ask(
-        """
-        import sys, torch, bnfast.torch
-        bnfast.torch.convert(torch.nn.BatchNorm1d(3))(torch.randn(4, 3))
-        assert bnfast.torch.report() == bnfast.torch.Activity({}, {})
-        bnfast.torch.disable()
-        assert "bnfast.torch._aten" not in sys.modules
+        f"""
+        import torch, bnfast.torch
+        torch.nn.BatchNorm1d(3)(torch.randn(4, 3))
+        assert bnfast.torch.report() == bnfast.torch.Activity({{}}, {{}})
+        layer = bnfast.torch.{way}
+        torch.nn.BatchNorm1d(3)(torch.randn(4, 3))
+        layer(torch.randn(4, 3))
+        assert bnfast.torch.report() == bnfast.torch.Activity(
+            {{"training": 1}}, {{"bnfast was not enabled": 1}}
+        )
         """
     )
 
@@ -210,7 +215,7 @@ def test_an_older_pytorch_is_refused():
         "import torch; torch.__version__ = '2.12.1+cpu'; import bnfast.torch\n"
         "bnfast.torch.convert(torch.nn.BatchNorm1d(3)); bnfast.torch.enable()"
     )
-    assert "ImportError: PyTorch is 2.12.1+cpu; bnfast.torch.enable needs 2.13" in done.stderr
+    assert "ImportError: PyTorch is 2.12.1+cpu; bnfast.torch needs 2.13" in done.stderr
 
 
 def test_a_missing_function_is_named():
