@@ -84,7 +84,7 @@ class Workers:
 
 
 def rounds(workers: Workers, variants: list[str], until: float) -> dict[str, list[float]]:
-    """Seconds of a step by variant, one of each a round, to and fro."""
+    """Seconds of a step by variant, one of each a round, there and back."""
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     for k in range(MOST):
         if k >= FEWEST and time.perf_counter() > until:
