@@ -147,7 +147,7 @@ class Network:
         torch.manual_seed(0)
         if self.own is not None and find_spec(self.package) is None:
             return self.own()
-        return self.make(self.name.rpartition(" ")[2])
+        return self.make(self.name.removeprefix("timm_"))
 
     def input(self, batch: int, size: int) -> Tensor:
         return torch.randn((self.rows, 64) if self.rows else (batch, 3, size, size))
@@ -161,10 +161,10 @@ NETWORKS = {
         Network("mobilenet_v2", "torchvision", of_torchvision, mobilenet_v2),
         Network("mobilenet_v3_large", "torchvision", of_torchvision),
         Network("efficientnet_b0", "torchvision", of_torchvision),
-        Network("timm efficientnet_b0", "timm", of_timm),
+        Network("timm_efficientnet_b0", "timm", of_timm),
         Network("yolov8n", "ultralytics", of_ultralytics),
         Network("googlenet", "torchvision", of_torchvision),
-        Network("mlp, 32 rows", "torch", lambda _: mlp(), rows=32),
-        Network("mlp, 2048 rows", "torch", lambda _: mlp(), rows=2048),
+        Network("mlp_32", "torch", lambda _: mlp(), rows=32),
+        Network("mlp_2048", "torch", lambda _: mlp(), rows=2048),
     )
 }

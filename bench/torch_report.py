@@ -19,7 +19,7 @@ from torch_variants import VARIANTS
 # Plain's time over the backend's, training, in NCHW and channels_last; all else: 1.
 FUSED = {
     "mobilenet_v2": (1.35, 1.2), "efficientnet_b0": (1.2, 1.12),
-    "timm efficientnet_b0": (1.2, 1.12), "densenet121": (1.2, 1.08), "resnet50": (1.12, 1.04),
+    "timm_efficientnet_b0": (1.2, 1.12), "densenet121": (1.2, 1.08), "resnet50": (1.12, 1.04),
 }  # fmt: skip
 # Of the operators' own time in training, in NCHW and channels_last.
 OPERATORS = {"norm": (3.0, 1.4), "norm backward": (2.0, 1.6)}
@@ -37,7 +37,7 @@ def target(row: Row, variant: str) -> float | None:
     """Return what plain's time over the variant's is to be, at least."""
     if variant in ("plain", "fx", "inductor"):
         return None
-    if variant == "inductor enabled":
+    if variant == "inductor_enabled":
         return gain(row, "inductor") if "inductor" in row["times"] else None
     if variant == "backend" and row["step"] == "train":
         return FUSED.get(row["network"], (1.0, 1.0))[row["channels_last"]]
@@ -55,14 +55,17 @@ def cell(row: Row, variant: str) -> str:
     return f"{found:.2f}" + (f" (< {asked:.2f})" if missed else "")
 
 
+def is_mlp(row: Row) -> bool:
+    return NETWORKS[row["network"]].rows > 0
+
+
 def title(row: Row) -> str:
-    rows = NETWORKS[row["network"]].rows
-    form = "" if rows else ", channels_last" if row["channels_last"] else ", NCHW"
+    form = "" if is_mlp(row) else ", channels_last" if row["channels_last"] else ", NCHW"
     return f"{row['network']}, {row['step']}{form}, {row['threads']} thr."
 
 
 def asked(row: Row) -> str:
-    found = (target(row, variant) for variant in row["times"] if variant != "inductor enabled")
+    found = (target(row, variant) for variant in row["times"] if variant != "inductor_enabled")
     return number(max((bound for bound in found if bound is not None), default=None))
 
 
@@ -85,7 +88,7 @@ def part_table(rows: list[Row]) -> list[str]:
         for variant, found in row["parts"].items():
             ratios = {p: row["parts"]["plain"][p] / t if t else None for p, t in found.items()}
             asked = [number(OPERATORS[p][row["channels_last"]]) for p in OPERATORS]
-            shown = variant != "plain" and row["step"] == "train"
+            shown = variant != "plain" and row["step"] == "train" and not is_mlp(row)
             cells.append([
                 f"{title(row)}, {variant}",
                 *(f"{1e3 * found[p]:.2f} ({number(ratios[p])})" for p in found),

@@ -2,7 +2,7 @@
 
     python bench/torch_steps.py [--quick] [--minutes 12] [--json FILE] [--markdown FILE]
     python bench/torch_steps.py --threads 1 2 --variants plain enabled converted backend frozen fx
-    python bench/torch_steps.py --variants plain enabled inductor "inductor enabled"
+    python bench/torch_steps.py --variants plain enabled inductor inductor_enabled
     python bench/torch_steps.py --profile
 
 All variants of a network take turns on the same batch, in a process each; what is printed is the
@@ -129,10 +129,11 @@ def arguments() -> argparse.Namespace:
     there = [network.name for network in NETWORKS.values() if network.there]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--networks", nargs="+", choices=there, default=there)
+    add("--networks", nargs="+", choices=there, default=there, metavar="NAME", help=" ".join(there))
     add("--steps", nargs="+", choices=("train", "eval"), default=["train", "eval"])
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    add("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT))
+    add("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT), metavar="NAME",
+        help=" ".join(VARIANTS))  # fmt: skip
     add("--threads", nargs="+", type=int, default=[1])
     add("--batch", type=int, default=8)
     add("--size", type=int, default=160)

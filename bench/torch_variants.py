@@ -85,7 +85,7 @@ VARIANTS: dict[str, tuple[Made, bool]] = {
     "frozen": (frozen, True),
     "fx": (folded, False),
     "inductor": (inductor, False),
-    "inductor enabled": (inductor, True),
+    "inductor_enabled": (inductor, True),
 }
 EVALUATION_ONLY = ("frozen", "fx")
 NEEDED = {"backend": "backend", "frozen": "freeze"}  # of bnfast.torch
