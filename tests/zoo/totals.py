@@ -1,6 +1,7 @@
 """Count what batch norms of each architecture are and become, and write it to totals.json.
 
     python tests/zoo/totals.py [NAME ...]
+    python tests/zoo/totals.py --sums      of all architectures, from the table as it is
 
 Of "enabled" what PyTorch itself calls is counted, so that the tests compare bnfast with that. Ways
 that this bnfast does not have keep the totals that the table has.
@@ -53,7 +54,7 @@ def sums(table: dict[str, dict[str, Totals]]) -> list[str]:
     ]
 
 
-def main(names: list[str]) -> None:
+def count(names: list[str]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     table = {name: ways for name, ways in read().items() if name in ARCHITECTURES}
@@ -61,7 +62,12 @@ def main(names: list[str]) -> None:
         print(name, file=sys.stderr, flush=True)
         table[name] = table.get(name, {}) | totals(name)
         write(table)
-    print("\n".join(sums(table)))
+
+
+def main(names: list[str]) -> None:
+    if names != ["--sums"]:
+        count(names)
+    print("\n".join(sums(read())))
 
 
 if __name__ == "__main__":
