@@ -6,6 +6,7 @@ Needs PyTorch, which the extra ``bnfast[torch]`` brings; the rest of bnfast does
 """
 
 from .convert import Report, convert, report, revert
+from .freeze import FrozenReport, freeze
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -21,6 +22,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenReport",
     "Report",
     "SyncBatchNorm",
     "checkpoint_contexts",
@@ -29,6 +31,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "freeze",
     "is_enabled",
     "paused_statistics",
     "report",
