@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import logging
 import sys
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ _TAKES_APART = {
     "UNPACK_SEQUENCE",
 }
 _TAKERS = {"iter", "next", "map", "filter", "zip", "reduce", "list", "tuple", "reversed", "values"}
+# What first tells how many arguments a call has.
+_CALL = next(name for name in ("PRECALL", "CALL", "CALL_FUNCTION") if name in dis.opmap)
 _LOOKS_UP = {
     "__dict__",
     "__getattr__",
@@ -42,7 +45,6 @@ _LOOKS_UP = {
     "eval",
     "exec",
     "get_submodule",
-    "getattr",
     "methodcaller",
     "modules",
     "named_children",
@@ -114,6 +116,8 @@ class _Code:
         if isinstance(value, property):
             value = value.fget
         value = getattr(value, "__func__", value)
+        if any(value is known for known in vars(nn.Module).values()):
+            return
         if isinstance(value, FunctionType) and (own or not _is_known(value.__module__)):
             self._functions.setdefault(id(value), value)
             self._add(getattr(value, "__wrapped__", None))
@@ -121,26 +125,38 @@ class _Code:
     def _follow(self, function: FunctionType) -> None:
         names: set[str] = set()
         for code in _codes(function.__code__):
-            names.update(code.co_names)
+            names.update(_names(code, function.__globals__))
             self._takes_apart |= _takes_apart(code)
+            if "getattr" in code.co_names:
+                written_out = _attributes_got(code, function.__globals__)
+                self._looks_up |= written_out is None
+                names.update(written_out or ())
         self._names |= names
         self._takes_apart |= bool(names & _TAKERS)
         self._looks_up |= bool(names & _LOOKS_UP)
-        spaces: list[Any] = [function.__globals__.get(name) for name in names]
+        globals_ = set().union(*(code.co_names for code in _codes(function.__code__)))
+        spaces: list[Any] = [function.__globals__.get(name) for name in globals_]
         spaces += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         for value in spaces:
             self._add(value)
-            if isinstance(value, type) and not _is_known(value.__module__):
-                self._add_all(vars(value).values())
+            if isinstance(value, type):
+                self._add_all(_methods(value))
             elif isinstance(value, ModuleType) and not _is_known(value.__name__):
-                self._add_all(getattr(value, name, None) for name in names)
+                self._add_all(getattr(value, name, None) for name in globals_)
         for kind in self._classes:
-            methods = (inspect.getattr_static(kind, name, None) for name in names - {"forward"})
+            # A child's forward is called as a whole, and what is there is not made again.
+            called = names - {"forward", "__init__"}
+            methods = (inspect.getattr_static(kind, name, None) for name in called)
             self._add_all(methods, own=kind in self._own)
 
     def _add_all(self, values: Iterable[Any], own: bool = False) -> None:
         for value in list(values):
             self._add(value, own)
+
+
+def _methods(kind: type) -> Iterable[Any]:
+    """Return what an object of a class may run on the modules that it is given."""
+    return () if issubclass(kind, nn.Module) or _is_known(kind.__module__) else vars(kind).values()
 
 
 def _is_known(module_name: str | None) -> bool:
@@ -164,8 +180,65 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
+def _names(code: CodeType, space: dict[str, Any]) -> set[str]:
+    """Return the names that code uses, but for those of functions in Python modules and loggers."""
+    names: set[str] = set()
+    apart = False
+    for instruction in dis.get_instructions(code):
+        name, operation = instruction.argval, instruction.opname
+        if operation == "LOAD_GLOBAL":
+            apart = isinstance(space.get(name), (ModuleType, logging.Logger))
+        elif not apart and isinstance(name, str) and name in code.co_names:
+            names.add(name)
+        elif operation not in ("LOAD_ATTR", "LOAD_METHOD", "CACHE"):
+            apart = False
+        if operation == "LOAD_GLOBAL" and not apart:
+            names.add(name)
+    return names
+
+
 def _takes_apart(code: CodeType) -> bool:
     return any(
         instruction.opname in _TAKES_APART or instruction.argrepr == "[]"
         for instruction in dis.get_instructions(code)
     )
+
+
+def _attributes_got(code: CodeType, space: dict[str, Any]) -> set[str] | None:
+    """Return the names that calls of getattr have written out; None if one computes its name."""
+    names: set[str] = set()
+    row = list(dis.get_instructions(code))
+    for start, instruction in enumerate(row):
+        if instruction.argval == "getattr" and instruction.opname.startswith("LOAD_"):
+            first = row[start + 1]
+            if first.opname == "LOAD_GLOBAL" and isinstance(space.get(first.argval), ModuleType):
+                continue
+            name = _second_argument(row[start + 1 :])
+            if name is None:
+                return None
+            names.add(name)
+    return names
+
+
+def _second_argument(row: list[dis.Instruction]) -> str | None:
+    """Return the second argument of a call, a string written out; None if it is anything else."""
+    stack: list[Any] = []
+    for instruction in row:
+        name = instruction.opname
+        if name == _CALL and len(stack) == instruction.arg:
+            second = stack[1] if len(stack) > 1 else None
+            return second if isinstance(second, str) else None
+        if name in ("CACHE", "PUSH_NULL", "EXTENDED_ARG", "NOP"):
+            continue
+        if "JUMP" in name or "RETURN" in name:
+            return None
+        effect = dis.stack_effect(instruction.opcode, instruction.arg)
+        if name == "LOAD_CONST" and effect == 1:
+            stack.append(instruction.argval)
+            continue
+        if effect < 0 and -effect >= len(stack):
+            return None
+        stack = stack[: len(stack) + effect] if effect < 0 else stack + [None] * effect
+        if stack:
+            stack[-1] = None
+    return None
