@@ -14,6 +14,7 @@ from .modules import (
     checkpoint_contexts,
     paused_statistics,
 )
+from .population import recompute_statistics
 from .process import Activity, disable, enable, enable_if_asked, enabled, is_enabled
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 
@@ -34,6 +35,7 @@ __all__ = [
     "freeze",
     "is_enabled",
     "paused_statistics",
+    "recompute_statistics",
     "report",
     "revert",
 ]

@@ -193,8 +193,9 @@ class _Tracer(fx.Tracer):
         module = _without_values(module)
         known = {
             name: None
-            for name, parameter in inspect.signature(inspect.unwrap(type(module).forward))
-            .parameters.items()
+            for name, parameter in inspect.signature(
+                inspect.unwrap(type(module).forward)
+            ).parameters.items()
             if parameter.default is None and name != "self" and self.answer(2)
         }
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():

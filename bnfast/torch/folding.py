@@ -41,6 +41,7 @@ class Affine(NamedTuple):
 
     @property
     def at_zero(self) -> Tensor:
+        """What becomes of zero."""
         return self.shift - self.mean * self.scale
 
 
