@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
@@ -15,9 +15,6 @@ from .compare import check_same_outputs
 from .convert import OURS, _check_model, revert
 from .flow import Flow
 from .reach import kept_aside
-
-if TYPE_CHECKING:
-    pass
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _REPORT = "_bnfast_frozen"  # an attribute of plain dicts, which unpickle without bnfast
@@ -109,6 +106,8 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     _check_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is scripted; expected a torch.nn.Module as it is before torch.jit")
+    if type(model).__name__ == "OptimizedModule":  # of torch.compile, around the model
+        model = model._orig_mod
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     report = _fold_all(frozen)
     setattr(frozen, _REPORT, {"folded": report.folded, "left": report.left})
