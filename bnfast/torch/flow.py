@@ -15,7 +15,7 @@ import dis
 import inspect
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,7 @@ from .reach import reached_from
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _MOST_PATHS = 64
 _MOST_QUESTIONS = 64
 # What an argument may be besides a proxy's unknown tensor, for a forward that asks.
@@ -114,9 +115,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether a module may call others; a container, which cannot be called, does not."""
+    """Whether a module may call others that fold: no container, which cannot be called."""
     without: Any = nn.Module.forward
-    if not any(True for _ in module.children()):
+    if isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()):
         return False
     return type(module).forward is not without or "forward" in vars(module)
 
@@ -133,8 +134,6 @@ def graphs_of(module: nn.Module) -> list[fx.Graph] | str:
 
     A way that ends in an exception which the forward raises itself has no result to be right about.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted"
     if not is_called_plainly(module):
         return "it was replaced"
     graphs: list[fx.Graph] = []
@@ -260,10 +259,20 @@ def _without_values(module: nn.Module) -> nn.Module:
     for called in module.modules():
         if called is not module:
             for tensor in (*called._parameters.values(), *called._buffers.values()):
-                if tensor is not None and not nn.parameter.is_lazy(tensor):
+                if tensor is not None:
                     memo[id(tensor)] = _without_memory(tensor)
-    copied: nn.Module = copy.deepcopy(module, memo)
-    return copied
+    return copied(module, memo)
+
+
+def copied(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
+    """Return a deep copy, also of modules that keep what was computed with gradients."""
+    memo = {} if memo is None else memo
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
+    with torch.no_grad():  # or what is scripted would have copies that are no leaves
+        return copy.deepcopy(module, memo)
 
 
 def _without_memory(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from .flow import has_hooks, is_called_plainly
@@ -60,8 +60,6 @@ def why_no_affine(norm: nn.Module) -> str | None:
     kind = type(norm).__name__
     if isinstance(norm, torch.jit.ScriptModule):
         return "it is scripted"
-    if isinstance(norm, _LazyNormBase):
-        return f"{kind} becomes a batch norm at its first forward; freeze after that"
     if why := _why_not_plain(norm):
         return why
     if isinstance(norm, _BatchNorm) and not (_is_torch_forward(norm) or _is_timm(norm)):

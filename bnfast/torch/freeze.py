@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -13,7 +12,7 @@ from torch import fx, nn
 from . import folding
 from .compare import check_same_outputs
 from .convert import OURS, _check_model, revert
-from .flow import Flow
+from .flow import Flow, copied
 from .reach import kept_aside
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -78,6 +77,8 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     ------
     TypeError
         If `model` is no `torch.nn.Module`, or is scripted.
+    ValueError
+        If `model` has lazy layers that have not seen their first input.
     RuntimeError
         If outputs for `example` differ by more than rounding (the square root of their type's
         epsilon, relative to the largest), naming the largest difference.
@@ -108,19 +109,34 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
         raise TypeError("model is scripted; expected a torch.nn.Module as it is before torch.jit")
     if type(model).__name__ == "OptimizedModule":  # of torch.compile, around the model
         model = model._orig_mod
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    _check_not_lazy(model)
+    frozen = copied(model).eval().requires_grad_(False)
     report = _fold_all(frozen)
     setattr(frozen, _REPORT, {"folded": report.folded, "left": report.left})
     if example is not None:
-        check_same_outputs(copy.deepcopy(model).eval(), frozen, example)
-    if report.left:
+        check_same_outputs(copied(model).eval(), frozen, example)
+    if report.left and COMPILES_REST:
         _compile_rest(frozen)
     return frozen
 
 
-def _compile_rest(frozen: nn.Module) -> None:
-    if COMPILES_REST:
-        frozen.compile(backend="bnfast")
+def _check_not_lazy(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"model has the uninitialized {name}; expected one that has run once")
+
+
+def _compile_rest(frozen: nn.Module, backend: Any = "bnfast") -> None:
+    """Let calls of a model go through `torch.compile`, as `torch.nn.Module.compile` does.
+
+    Copies and pickles are without it. Dynamo passes over frames of PyTorch's own modules, such as
+    a `Sequential`'s, unless one that is not PyTorch's calls them.
+    """
+
+    def call(*args: Any, **options: Any) -> Any:
+        return frozen._call_impl(*args, **options)
+
+    frozen._compiled_call_impl = torch.compile(call, backend=backend)
 
 
 # ---- Which batch norm goes where

@@ -11,21 +11,22 @@ import dis
 import inspect
 import logging
 import sys
+from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _MOST_FUNCTIONS = 2000
+_DEEPEST = 5  # attributes in attributes that may hold modules
 _TAKES_APART = {
     "BINARY_SLICE",
     "BINARY_SUBSCR",
     "CALL_FUNCTION_EX",
     "DICT_UPDATE",
-    "FOR_ITER",
     "GET_ITER",
     "LIST_EXTEND",
     "SET_UPDATE",
@@ -72,18 +73,27 @@ def kept_aside(module: nn.Module) -> Iterator[nn.Module]:
     """Find the modules that a module's attributes hold beside the tree of modules."""
     known = {"_modules", "_parameters", "_buffers"}
     row = [(value, 0) for name, value in vars(module).items() if name not in known]
+    seen: set[int] = set()
     while row:
         value, depth = row.pop()
         if isinstance(value, nn.Module):
             yield value
-        elif isinstance(value, MethodType):
-            row.append((value.__self__, depth))
-        elif depth < 4 and isinstance(value, dict):
-            row += [(inner, depth + 1) for inner in (*value.keys(), *value.values())]
-        elif depth < 4 and isinstance(value, (list, tuple, set, frozenset)):
-            row += [(inner, depth + 1) for inner in value]
-        elif depth < 4 and not isinstance(value, type) and hasattr(value, "func"):
-            row.append(((value.func, getattr(value, "args", ())), depth + 1))  # a partial
+        elif depth < _DEEPEST and id(value) not in seen:
+            seen.add(id(value))
+            row += [(inner, depth + 1) for inner in _held_by(value)]
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return (*value.keys(), *value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, partial):
+        return (value.func, value.args, value.keywords)
+    plain = isinstance(value, (type, FunctionType, ModuleType, Tensor))
+    return () if plain else getattr(value, "__dict__", {}).values()
 
 
 class _Code:
@@ -94,7 +104,7 @@ class _Code:
         self._takes_apart = self._looks_up = False
         self._classes = {type(m) for m in module.modules()}
         self._functions: dict[int, FunctionType] = {}
-        if "forward" in vars(module) or hasattr(module, "_c"):  # replaced, or scripted
+        if "forward" in vars(module):  # replaced
             self._looks_up = True
         self._own = set(type(module).__mro__) - {nn.Module, object}
         for kind in self._own:  # PyTorch's too, which use what their own children have
@@ -198,10 +208,19 @@ def _names(code: CodeType, space: dict[str, Any]) -> set[str]:
 
 
 def _takes_apart(code: CodeType) -> bool:
-    return any(
-        instruction.opname in _TAKES_APART or instruction.argrepr == "[]"
-        for instruction in dis.get_instructions(code)
-    )
+    """Whether code goes through anything or picks from it, other than a range and a shape."""
+    row = list(dis.get_instructions(code))
+    counts = {
+        end + 1
+        for start, instruction in enumerate(row)
+        if instruction.argval == "range" and (end := _call(row, start)[1])
+    }
+    for i, instruction in enumerate(row):
+        if instruction.opname in _TAKES_APART or instruction.argrepr == "[]":
+            of_shape = row[i - 2].argval == "shape" and row[i - 1].opname == "LOAD_CONST"
+            if not (of_shape or i in counts):
+                return True
+    return False
 
 
 def _attributes_got(code: CodeType, space: dict[str, Any]) -> set[str] | None:
@@ -213,32 +232,35 @@ def _attributes_got(code: CodeType, space: dict[str, Any]) -> set[str] | None:
             first = row[start + 1]
             if first.opname == "LOAD_GLOBAL" and isinstance(space.get(first.argval), ModuleType):
                 continue
-            name = _second_argument(row[start + 1 :])
-            if name is None:
+            arguments, _ = _call(row, start)
+            if len(arguments) < 2 or not isinstance(arguments[1], str):
                 return None
-            names.add(name)
+            names.add(arguments[1])
     return names
 
 
-def _second_argument(row: list[dis.Instruction]) -> str | None:
-    """Return the second argument of a call, a string written out; None if it is anything else."""
+def _call(row: list[dis.Instruction], start: int) -> tuple[list[Any], int]:
+    """Follow a call whose function is loaded at `start` to its end.
+
+    Returns its arguments, None for each that is not a constant, and where the call is. Where that
+    cannot be told, there are no arguments and the place is 0.
+    """
     stack: list[Any] = []
-    for instruction in row:
+    for i, instruction in enumerate(row[start + 1 :], start + 1):
         name = instruction.opname
         if name == _CALL and len(stack) == instruction.arg:
-            second = stack[1] if len(stack) > 1 else None
-            return second if isinstance(second, str) else None
+            return stack, i + (name == "PRECALL")
         if name in ("CACHE", "PUSH_NULL", "EXTENDED_ARG", "NOP"):
             continue
         if "JUMP" in name or "RETURN" in name:
-            return None
+            break
         effect = dis.stack_effect(instruction.opcode, instruction.arg)
         if name == "LOAD_CONST" and effect == 1:
             stack.append(instruction.argval)
             continue
         if effect < 0 and -effect >= len(stack):
-            return None
+            break
         stack = stack[: len(stack) + effect] if effect < 0 else stack + [None] * effect
         if stack:
             stack[-1] = None
-    return None
+    return [], 0

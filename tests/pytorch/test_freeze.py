@@ -1,6 +1,7 @@
 """`bnfast.torch.freeze`: what is folded is right for every input, and what might not be is left."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from layers import SmallResNet
 from test_freeze_values import apart, trained
 from torch import nn
+from torch.nn.utils import prune
 
 import bnfast.torch
 from bnfast.torch import FrozenReport, freeze, report
@@ -138,7 +140,8 @@ class Asks(Pair):
     def forward(self, x, skip=None, scale=1.0):
         if x.dim() != 4:
             raise ValueError("x must have four axes")
-        assert x.shape[1] == 3
+        if x.shape[1] != 3:  # pytest would rewrite an assert, and look at its values
+            raise AssertionError
         if x.shape[-1] % 2:
             x = F.pad(x, (0, 1))
         y = self.bn(self.conv(x))
@@ -172,20 +175,27 @@ class Stages(nn.Module):
 
 
 class Closed(nn.Module):
-    """What it calls it calls as a whole, with a count that only its input decides."""
+    """What it calls it calls as a whole, in a forward that cannot be followed."""
 
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
 
     def forward(self, x):
-        for _ in range(int(x.shape[0])):
-            x = self.inner(x)
-        return x
+        return self.inner(x) * float(x.shape[0])
 
 
 def sequence():
     return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+
+
+class Counted(Closed):
+    """Loops, but over nothing that it holds."""
+
+    def forward(self, x):
+        for _ in range(int(x.shape[0])):
+            x = self.inner(x)
+        return x
 
 
 class Own(nn.BatchNorm2d):
@@ -208,6 +218,8 @@ FOLDED = {
     "own sequence": (lambda: OwnSequence(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), 1),
     "closed": (lambda: Closed(Pair()), 1),
     "closed sequence": (lambda: Closed(sequence()), 1),
+    "counted": (lambda: Counted(Pair()), 1),
+    "counted sequence": (lambda: Counted(sequence()), 1),
     "hooks above": (lambda: hooked(Holder(sequence()), "block"), 1),
 }
 
@@ -342,10 +354,7 @@ class Aside(Pair):
         self.row = [self.conv]
 
     def forward(self, x):
-        y = self.bn(self.conv(x))
-        for _ in range(int(x.shape[0])):
-            y = y + self.row[0](x)
-        return y
+        return self.bn(self.conv(x)) + self.row[0](x)
 
 
 class Bound(Pair):
@@ -355,6 +364,25 @@ class Bound(Pair):
 
     def forward(self, x):
         return self.bn(self.conv(x)) + self.call(x)
+
+
+class Helper:
+    """An object of the user's, no module, that knows one."""
+
+    def __init__(self, conv):
+        self.parts = {"conv": functools.partial(conv)}
+
+    def tap(self, x):
+        return self.parts["conv"](x)
+
+
+class Helped(Pair):
+    def __init__(self):
+        super().__init__()
+        self.helper = Helper(self.conv)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.helper.tap(x)
 
 
 class Taps(nn.Module):
@@ -452,7 +480,7 @@ def parametrized(name):
 
 def pruned():
     model = Pair()
-    nn.utils.prune.l1_unstructured(model.conv, "weight", 0.5)
+    prune.l1_unstructured(model.conv, "weight", 0.5)
     return model
 
 
@@ -505,7 +533,7 @@ class CalledWithMore(nn.Module):
         self.before = nn.BatchNorm2d(3)
 
     def forward(self, x):
-        return self.bn(self.conv(self.before(x), output_size=[n + 1 for n in x.shape[2:]]))
+        return self.bn(self.conv(self.before(x), output_size=(x.shape[2] + 1, x.shape[3] + 1)))
 
 
 LEFT = {
@@ -525,6 +553,7 @@ LEFT = {
     "numbers": (Numbers, "a forward uses the tensors of bn"),
     "aside": (Aside, "conv is also kept in an attribute"),
     "bound": (Bound, "conv is also kept in an attribute"),
+    "helped": (Helped, "conv is also kept in an attribute"),
     "taps": (lambda: Taps(False), "the output of features.0 goes elsewhere"),
     "taps, counted": (lambda: Taps(True), "the forward of (model), which may get at it"),
     "reaches": (Reaches, "the forward of (model), which may get at it"),
@@ -553,10 +582,7 @@ LEFT = {
 def test_left(name):
     make, why = LEFT[name]
     torch.manual_seed(1)
-    if name == "always trains":
-        frozen = freeze(trained(make()))
-    else:
-        frozen = frozen_of(make())
+    frozen = freeze(trained(make())) if name == "always trains" else frozen_of(make())
     left = report(frozen).left
     assert left
     assert all(why in reason for reason in left.values()), left
@@ -589,11 +615,19 @@ def test_a_batch_norm_alone_and_a_model_without():
     assert not isinstance(report(nn.ReLU()), FrozenReport)
 
 
-def test_lazy_and_meta_models():
-    model = nn.Sequential(nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d())
-    assert "at its first forward" in report(freeze(model)).left["1"]
+def test_models_without_values():
+    with pytest.raises(ValueError, match=r"^model has the uninitialized 0\.weight; expected one"):
+        freeze(nn.Sequential(nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d()))
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to("meta")
     assert "on the meta device" in report(freeze(model)).left["1"]
+
+
+def test_a_model_that_keeps_what_it_computed():
+    model = trained(Pair())
+    model.last = model(torch.randn(SHAPES[0]))  # with a graph, which PyTorch does not copy
+    frozen = freeze(model, example=torch.randn(SHAPES[0]))
+    assert report(frozen).folded == {"bn": "conv"}
+    assert torch.equal(frozen.last, model.last)
 
 
 def test_freezing_again_and_compiled_models():
@@ -618,9 +652,7 @@ def test_a_forward_that_remembers_is_run_on_nobody():
             return super().forward(x)
 
     model = trained(Remembers())
-    state = torch.get_rng_state()
     frozen = freeze(model, example=torch.randn(SHAPES[0]).fill_(1))
-    assert torch.equal(state, torch.get_rng_state()) or True
     assert model.seen == []
     assert model.count == 0
     assert report(frozen).folded == {"bn": "conv"}
