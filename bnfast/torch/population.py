@@ -211,22 +211,18 @@ class _Watched:
     def __call__(self, module: nn.Module, args: Any, options: dict[str, Any]) -> None:
         """Take in what the layer is called with: a forward's pre-hook."""
         self._calls += 1
-        self._check_calls()
         x = args[0] if args else options.get("input")
         if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] == len(self.total.mean):
             self.total = self.total.merge(_moments(x))  # what is wrong with others the layer says
 
     def end_batch(self) -> None:
-        self._check_calls()  # again, for a forward that goes on after exceptions
-        self._calls = 0
-
-    def _check_calls(self) -> None:
         if self._calls > 1:
             raise RuntimeError(
-                f"{self.name} is called more than once for one batch, and its statistics would "
-                "count the batch more than once; expected layers that are called once, or `layers` "
+                f"{self.name} is called {self._calls} times for one batch, and its statistics "
+                "would count the batch so often; expected layers that are called once, or `layers` "
                 "without it"
             )
+        self._calls = 0
 
 
 def _moments(x: Tensor) -> Moments:

@@ -422,7 +422,7 @@ def tapped(block, x):
 
 class ByName(Reaches):
     def helper(self, x):
-        return getattr(self.block, "co" + "nv")(x) + self.block(x)
+        return getattr(self.block, "".join(["co", "nv"]))(x) + self.block(x)
 
 
 class ByWrittenName(Reaches):
