@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
+import operator
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .reach import reached_from
+from .reach import kept_aside, reached_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,7 +106,8 @@ def is_sequence(module: nn.Module) -> bool:
 
 def is_called_plainly(module: nn.Module) -> bool:
     """Whether a call of a module runs the forward of its class, and hooks."""
-    return "forward" not in vars(module) and type(module).__call__ is nn.Module.__call__
+    plain = type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
+    return plain and "forward" not in vars(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -187,6 +189,7 @@ class _Tracer(fx.Tracer):
         self.answers, self.sizes = answers, list[int]()
         self.refused = ""
         self.kinds: dict[fx.Node, type] = {}
+        self.options: dict[fx.Node, bool] = {}
 
     def followed(self, module: nn.Module) -> fx.Graph:
         module = _without_values(module)
@@ -219,15 +222,29 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not is_sequence(m) or has_hooks(m)
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        known = m in (self.submodule_paths or ()) or is_sequence(m)
+        if known or [*m.children(), *m.parameters(), *m.buffers(), *kept_aside(m)]:
+            return super().call_module(m, forward, args, kwargs)
+        return self.create_proxy("call_function", _made_there, args, kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        return bool(self.answer(2))
+        if obj.node.op != "placeholder" or not obj.node.args:
+            return bool(self.answer(2))
+        if obj.node not in self.options:  # an option with a default stays what it is
+            self.options[obj.node] = bool(self.answer(2))
+        return self.options[obj.node]
 
     def iter(self, obj: fx.Proxy) -> Any:
         self.refused = "it iterates over what only an input decides"
         return super().iter(obj)
+
+
+def _made_there(*args: Any, **options: Any) -> None:
+    """Stand in a graph for a module that a forward makes, such as a loss, with nothing of ours."""
 
 
 class _Proxy(fx.Proxy):
@@ -244,6 +261,9 @@ class _Proxy(fx.Proxy):
         if self.node not in kinds:
             kinds[self.node] = _KINDS[self.tracer.answer(len(_KINDS))]
         return kinds[self.node]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
     def __len__(self) -> int:
         self.tracer.refused = "it asks for the length of an input"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -18,9 +17,10 @@ from bnfast.moments import Moments
 
 from . import kernels
 from .convert import _check_model
+from .observing import observing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from bnfast.distributed import Ranks
 
@@ -177,7 +177,10 @@ def _totals(
         ) from None
     done = 0
     watched = [_Watched(target) for target in targets]
-    with _reporting(progress, batches) as report, _observing(model, watched):
+    with (
+        _reporting(progress, batches) as report,
+        observing(model, {layer.module: layer for layer in watched}),
+    ):
         for batch in row:
             _run(model, batch)
             for layer in watched:
@@ -237,69 +240,6 @@ def _moments(x: Tensor) -> Moments:
         if x.dtype not in kernels.DTYPES and x.is_floating_point():
             x = x.float()  # the halves, exactly
     return kernels.moments(x)
-
-
-@contextmanager
-def _observing(model: nn.Module, watched: Sequence[_Watched]) -> Iterator[None]:
-    """Let the layers normalise by their batches and tell what they take; then undo all of it."""
-    with ExitStack() as stack:
-        for context in (_modes_kept(model), _buffers_kept(model), torch.no_grad(), _eager()):
-            stack.enter_context(cast("Any", context))
-        for layer in watched:
-            hook = layer.module.register_forward_pre_hook(layer, with_kwargs=True)
-            stack.callback(hook.remove)
-            stack.enter_context(_by_its_batch(layer.module))
-        yield
-
-
-@contextmanager
-def _by_its_batch(layer: Any) -> Iterator[None]:
-    """Let a layer normalise by this process' batch and leave running statistics alone."""
-    tracks, own = layer.track_running_stats, vars(layer).get("forward")
-    kinds: tuple[Any, ...] = type(layer).__mro__
-    synchronised = next((kind for kind in kinds if kind.__name__ == "SyncBatchNorm"), None)
-    layer.training, layer.track_running_stats = True, False
-    if synchronised is not None and own is None:
-        layer.forward = kinds[kinds.index(synchronised) + 1].forward.__get__(layer)
-    try:
-        yield
-    finally:
-        layer.track_running_stats = tracks
-        if synchronised is not None and own is None:
-            vars(layer).pop("forward", None)
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards change in buffers: other batch norms' statistics, counters."""
-    kept = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not nn.parameter.is_lazy(buffer)
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffers, name, buffer, values in kept:
-                buffers[name] = buffer.copy_(values)
-
-
-def _eager() -> Any:
-    """Let models that were compiled run as they are written, so that hooks see real tensors."""
-    compiled = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 # ---- What they get

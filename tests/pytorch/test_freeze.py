@@ -189,6 +189,41 @@ def sequence():
     return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
 
 
+class Branches(nn.Module):
+    """HRNet's: puts what branches give back into a list that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.branches = Pair(), nn.ModuleList([sequence(), sequence()])
+
+    def forward(self, x):
+        return self.exchange([self.first(x), x])
+
+    def exchange(self, rows):
+        for i, branch in enumerate(self.branches):
+            rows[i] = branch(rows[i])
+        return rows
+
+
+class Loss(Pair):
+    """Makes a module in its forward, as transformers' heads do."""
+
+    def forward(self, x, labels=None):
+        y = self.bn(self.conv(x))
+        return y if labels is None else nn.MSELoss()(y, labels)
+
+
+class Options(Pair):
+    """An option that is asked twice: no way through it has two answers."""
+
+    def forward(self, x, all_of_it=False):
+        seen = () if all_of_it else None
+        y = self.bn(self.conv(x))
+        if all_of_it:
+            seen = (*seen, y)
+        return y
+
+
 class Counted(Closed):
     """Loops, but over nothing that it holds."""
 
@@ -220,6 +255,10 @@ FOLDED = {
     "closed sequence": (lambda: Closed(sequence()), 1),
     "counted": (lambda: Counted(Pair()), 1),
     "counted sequence": (lambda: Counted(sequence()), 1),
+    "loss": (Loss, 1),
+    "options": (Options, 1),
+    "branches": (Branches, 3),
+    "graph": (lambda: torch.fx.symbolic_trace(Head()), 2),
     "hooks above": (lambda: hooked(Holder(sequence()), "block"), 1),
 }
 
@@ -301,6 +340,20 @@ class Values(Pair):
     def forward(self, x):
         y = self.conv(x)
         return self.bn(y) if x.sum() > 1e9 else F.relu(y)
+
+
+class Wrapped(Pair):
+    """Makes a module around one that it has."""
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + OwnSequence(self.conv)(x)
+
+
+class MadeOf(Pair):
+    def forward(self, x):
+        made = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        made.weight = self.conv.weight
+        return self.bn(self.conv(x)) + made(x)
 
 
 class Swallows(Pair):
@@ -540,12 +593,14 @@ LEFT = {
     "returns": (Returns, "the output of conv goes elsewhere"),
     "in place": (InPlace, "no single linear layer"),
     "in-place method": (InPlaceMethod, "the output of conv goes elsewhere"),
-    "item": (Item, "does not support item assignment"),
+    "item": (Item, "the output of conv goes elsewhere"),
     "flag": (Flag, "the output of conv goes elsewhere"),
     "default": (Default, "the output of conv goes elsewhere"),
     "kind": (Kind, "the output of conv goes elsewhere"),
     "values": (Values, "the output of conv goes elsewhere"),
     "swallows": (Swallows, "it iterates over what only an input decides"),
+    "wrapped": (Wrapped, "module is not installed as a submodule"),
+    "made of": (MadeOf, "the forward of (model), which may get at it"),
     "conv twice": (ConvTwice, "the output of conv goes elsewhere"),
     "norm twice": (NormTwice, "no single linear layer"),
     "weight": (Weight, "a forward uses the tensors of conv"),
