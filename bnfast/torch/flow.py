@@ -58,6 +58,7 @@ class Flow:
         self.calls: dict[int, list[fx.Node]] = {}
         self.read: set[int] = set()
         self.lost: dict[int, str] = {}
+        self._followed: dict[str, tuple[nn.Module, list[fx.Graph]]] = {}
         parts = [(path or "(model)", m) for path, m in model.named_modules()]
         parts = [(name, m) for name, m in parts if _has_forward(m) and not is_whole(m)]
         sequences = []
@@ -78,8 +79,23 @@ class Flow:
             for other in reached_from(module):
                 self.lost.setdefault(id(other), why)
             return
+        self._followed[name] = module, graphs
         for graph in graphs:
             self._add(module, graph)
+
+    def changed(self, put_in: set[int]) -> list[tuple[str, nn.Module]]:
+        """Return the modules whose forwards do something else since some others were put in.
+
+        As those do that look at what class a module is of, or at its attributes.
+        """
+        found = []
+        for name, (module, before) in self._followed.items():
+            after = graphs_of(module)
+            if isinstance(after, str) or _steps(module, before, put_in) != _steps(
+                module, after, put_in
+            ):
+                found.append((name, module))
+        return found
 
     def _add(self, module: nn.Module, graph: fx.Graph) -> None:
         for node in graph.nodes:
@@ -92,6 +108,18 @@ class Flow:
             elif node.op == "get_attr" and not all(map(_asks_lasting, node.users)):
                 owner = node.target.rpartition(".")[0]
                 self.read.add(id(module.get_submodule(owner)))
+
+
+def _steps(module: nn.Module, graphs: list[fx.Graph], put_in: set[int]) -> list[list[Any]]:
+    """Return what graphs do, but for the calls of some modules."""
+    return [
+        [
+            (node.op, node.target)
+            for node in graph.nodes
+            if node.op != "call_module" or id(module.get_submodule(node.target)) not in put_in
+        ]
+        for graph in graphs
+    ]
 
 
 def is_sequence(module: nn.Module) -> bool:

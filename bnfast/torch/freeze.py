@@ -110,8 +110,7 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     if type(model).__name__ == "OptimizedModule":  # of torch.compile, around the model
         model = model._orig_mod
     _check_not_lazy(model)
-    frozen = copied(model).eval().requires_grad_(False)
-    report = _fold_all(frozen)
+    frozen, report = _folded(model)
     setattr(frozen, _REPORT, {"folded": report.folded, "left": report.left})
     if example is not None:
         check_same_outputs(copied(model).eval(), frozen, example)
@@ -151,21 +150,33 @@ class _Place(NamedTuple):
     name: str
 
 
-def _fold_all(model: nn.Module) -> FrozenReport:
+def _folded(model: _Model) -> tuple[_Model, FrozenReport]:
+    """Return a copy with all folded that can be, and what that is."""
+    kept: dict[str, str] = {}
+    while True:
+        frozen = copied(model).eval().requires_grad_(False)
+        report, noticed = _fold_all(frozen, kept)
+        if not noticed:
+            return frozen, report
+        kept |= noticed
+
+
+def _fold_all(model: nn.Module, kept: dict[str, str]) -> tuple[FrozenReport, dict[str, str]]:
+    """Fold in place; return the report, and the batch norms whose absence a forward notices."""
     places = _places(model)
     norms = [place for place in places.values() if folding.is_batch_norm(place.module)]
     report = FrozenReport({}, {})
     if not norms:
-        return report
+        return report, {}
     pairs = _Pairs(model, places)
     for place in norms:
-        layer, why = pairs.fold(place)
+        layer, why = (None, kept[place.path]) if place.path in kept else pairs.fold(place)
         if layer is None:
             report.left[place.path] = why
             pairs.make_plain(place.module)
         else:
             report.folded[place.path] = layer.path
-    return report
+    return report, pairs.noticed()
 
 
 def _places(model: nn.Module) -> dict[int, _Place]:
@@ -184,6 +195,7 @@ class _Pairs:
     def __init__(self, model: nn.Module, places: dict[int, _Place]) -> None:
         self._flow = Flow(model, folding.is_batch_norm)
         self._places = places
+        self._made: dict[str, nn.Module] = {}
         modules = [m for _, m in model.named_modules(remove_duplicate=False)]
         self._uses = Counter(map(id, modules))
         self._aside = {id(kept) for m in places.values() for kept in kept_aside(m.module)}
@@ -260,8 +272,18 @@ class _Pairs:
         """Put in a batch norm's place what it did besides."""
         made = folding.successor(place.module, layer)
         assert place.holder is not None
-        place.holder._modules[place.name] = made
+        place.holder._modules[place.name] = self._made[place.path] = made
         return self._places[id(layer)]
+
+    def noticed(self) -> dict[str, str]:
+        """Return the folded batch norms that a forward does something else without, and which."""
+        put_in = {id(part) for made in self._made.values() for part in made.modules()}
+        found: dict[str, str] = {}
+        for name, module in self._flow.changed(put_in) if put_in else ():
+            inner = set(map(id, module.modules()))
+            why = f"the forward of {name} depends on what stands in its place"
+            found |= {path: why for path, made in self._made.items() if id(made) in inner}
+        return found
 
     def make_plain(self, norm: nn.Module) -> None:
         """Make a layer of bnfast's one of PyTorch's, where nothing but its input is given to it."""

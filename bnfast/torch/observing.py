@@ -1,4 +1,4 @@
-"""A model run for what its batch norms see: they normalise by their batches, and nothing changes."""
+"""A model run for what its batch norms see, by their batches, and then left as it was."""
 
 from __future__ import annotations
 

@@ -391,6 +391,21 @@ class Numbers(Pair):
         return self.bn(self.conv(x)) + decay
 
 
+class LooksAtTheClass(Pair):
+    """Does something else where the batch norm is of another class."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y if isinstance(self.bn, nn.BatchNorm2d) else y * 2
+
+
+class AsksItsNorm(Pair):
+    """Reads what a batch norm has, and whatever took its place has not."""
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.bn.eps
+
+
 class Both(Pair):
     def __init__(self):
         super().__init__()
@@ -599,6 +614,8 @@ LEFT = {
     "kind": (Kind, "the output of conv goes elsewhere"),
     "values": (Values, "the output of conv goes elsewhere"),
     "swallows": (Swallows, "it iterates over what only an input decides"),
+    "class": (LooksAtTheClass, "the forward of (model) depends on what stands in its place"),
+    "attribute": (AsksItsNorm, "the forward of (model) depends on what stands in its place"),
     "wrapped": (Wrapped, "module is not installed as a submodule"),
     "made of": (MadeOf, "the forward of (model), which may get at it"),
     "conv twice": (ConvTwice, "the output of conv goes elsewhere"),
@@ -711,6 +728,12 @@ def test_a_forward_that_remembers_is_run_on_nobody():
     assert model.seen == []
     assert model.count == 0
     assert report(frozen).folded == {"bn": "conv"}
+
+
+def test_only_what_is_noticed_is_left():
+    got = report(frozen_of(nn.Sequential(Pair(), LooksAtTheClass(), Pair())))
+    assert got.folded == {"0.bn": "0.conv", "2.bn": "2.conv"}
+    assert list(got.left) == ["1.bn"]
 
 
 # ---- The example
