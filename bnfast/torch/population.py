@@ -15,7 +15,7 @@ from bnfast.distributed import Merging, ranks_of
 from bnfast.inference import _reporting
 from bnfast.moments import Moments
 
-from . import kernels
+from . import fused, tensors
 from .convert import _check_model
 from .observing import observing
 
@@ -233,13 +233,13 @@ def _moments(x: Tensor) -> Moments:
     if x.numel() == 0:
         return Moments.empty(x.shape[1])
     x = x.detach()
-    if not kernels.is_plain(x):  # on another device, lazily negated, a subclass
+    if not fused.is_plain(x):  # on another device, lazily negated, a subclass
         x = x.resolve_neg().to("cpu").as_subclass(Tensor)
         if x.layout is not torch.strided:
             x = x.to_dense()
-        if x.dtype not in kernels.DTYPES and x.is_floating_point():
+        if x.dtype not in fused.DTYPES and x.is_floating_point():
             x = x.float()  # the halves, exactly
-    return kernels.moments(x)
+    return tensors.moments(x)
 
 
 # ---- What they get

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+_UNREAD = (3, 15)  # the first Python whose instructions nobody here has looked at
 _MOST_FUNCTIONS = 2000
 _DEEPEST = 5  # attributes in attributes that may hold modules
 _TAKES_APART = {
@@ -56,6 +57,8 @@ _LOOKS_UP = {
 
 def reached_from(module: nn.Module) -> list[nn.Module]:
     """Return the modules that a module's forward may get at, itself among them."""
+    if sys.version_info >= _UNREAD:
+        return list(module.modules())
     code = _Code(module)
     found = {id(module): module}
     row = [module]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import bnfast.torch
-from bnfast.torch import FrozenReport, freeze, report
+from bnfast.torch import FrozenReport, freeze, reach, report
 
 SHAPES = [(2, 3, 8, 8), (1, 3, 9, 11)]
 
@@ -786,3 +786,13 @@ def test_what_is_no_model_is_refused(model):
 
 def test_names_are_public():
     assert {"freeze", "FrozenReport"} <= set(bnfast.torch.__all__)
+
+
+def test_a_python_whose_code_nobody_can_read(monkeypatch):
+    """There such a forward may get at everything in it."""
+    model = Closed(Pair()).eval()
+    assert not report(freeze(model)).left
+    monkeypatch.setattr(reach, "_UNREAD", (3, 0))
+    left = report(freeze(model)).left
+    assert left
+    assert all("cannot be followed" in why for why in left.values())
