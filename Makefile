@@ -34,8 +34,9 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
-    test-avx512-emulated sanitize sanitize-test coverage coverage-test tsan matrix lint format docs bench \
-    bench-compare bench-suite bench-pytest dist sdist wheels test-wheels clean
+    test-avx512-emulated sanitize sanitize-test sanitize-torch sanitize-torch-test coverage \
+    coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest dist \
+    sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -69,12 +70,24 @@ sanitize:  ## the test suite on a build with AddressSanitizer and UndefinedBehav
 
 # Python itself is not instrumented, so the runtimes come before it; what it never frees is not
 # ours; and a MemoryError must stay one.
+SANITIZED := LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 \
+    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONMALLOC=malloc
+
 sanitize-test: $(VENV)/.bnfast-test
-	cd $(dir $(VENV)) && \
-	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-	    UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONMALLOC=malloc \
+	cd $(dir $(VENV)) && $(SANITIZED) \
 	    $(abspath $(PY)) -m pytest -c ../pyproject.toml --rootdir=.. ../tests -m "not slow" $(ARGS)
+
+sanitize-torch:  ## PyTorch's operators on such a build
+	@mkdir -p .sanitize
+	@BNFAST_SANITIZE=address,undefined $(MAKE) --no-print-directory VENV=.sanitize/venv \
+	    EDITABLE= sanitize-torch-test
+
+# Those that run in one process: PyTorch itself is not built for sanitizers.
+sanitize-torch-test: $(VENV)/.bnfast-pytorch
+	cd $(dir $(VENV)) && $(SANITIZED) \
+	    $(abspath $(PY)) -m pytest -c ../pyproject.toml --rootdir=.. $(addprefix ../tests/pytorch/test_, \
+	    fused.py enable_values.py enable_saved.py convert.py half_tensors.py) -m "not slow" $(ARGS)
 
 coverage:  ## which lines of Python, Cython and C the tests run
 	@mkdir -p .cover

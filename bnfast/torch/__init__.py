@@ -6,6 +6,7 @@ Needs PyTorch, which the extra ``bnfast[torch]`` brings; the rest of bnfast does
 """
 
 from .convert import Report, convert, report, revert
+from .freeze import FrozenReport, freeze
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -13,6 +14,7 @@ from .modules import (
     checkpoint_contexts,
     paused_statistics,
 )
+from .population import recompute_statistics
 from .process import Activity, disable, enable, enable_if_asked, enabled, is_enabled
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 
@@ -21,6 +23,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenReport",
     "Report",
     "SyncBatchNorm",
     "checkpoint_contexts",
@@ -29,8 +32,10 @@ __all__ = [
     "disable",
     "enable",
     "enabled",
+    "freeze",
     "is_enabled",
     "paused_statistics",
+    "recompute_statistics",
     "report",
     "revert",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch.nn.utils import parametrize
 
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
 from .process import Activity, activity, replace_kernels
+
+if TYPE_CHECKING:
+    from .freeze import FrozenReport
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -119,8 +122,8 @@ class Report:
 @overload
 def report() -> Activity: ...
 @overload
-def report(model: nn.Module) -> Report: ...
-def report(model: Any = _NO_MODEL) -> Activity | Report:
+def report(model: nn.Module) -> Report | FrozenReport: ...
+def report(model: Any = _NO_MODEL) -> Activity | Report | FrozenReport:
     """Say which batch norms of a model run on bnfast, and why others do not.
 
     Without a model, say how many calls of this process `enable` made run on bnfast, and why others
@@ -135,9 +138,9 @@ def report(model: Any = _NO_MODEL) -> Activity | Report:
 
     Returns
     -------
-    Activity or Report
-        An Activity without a model. The model itself goes by the name "(model)". ``print`` shows
-        it a line each.
+    Activity, Report or FrozenReport
+        An Activity without a model, a FrozenReport of one that `freeze` returned. The model
+        itself goes by the name "(model)". ``print`` shows it a line each.
 
     Raises
     ------
@@ -147,6 +150,10 @@ def report(model: Any = _NO_MODEL) -> Activity | Report:
     if model is _NO_MODEL:
         return activity()
     _check_model(model)
+    from .freeze import frozen_report  # which needs this module
+
+    if (frozen := frozen_report(model)) is not None:
+        return frozen
     converted, left = [], {}
     for path, module in model.named_modules():
         name = path or "(model)"

@@ -1,0 +1,79 @@
+"""`bnfast.torch.recompute_statistics` over real processes: one data set, the same bits on all."""
+
+import numpy as np
+import pytest
+from cases import bits
+from judged import AT_FAULT, check_raised
+from launch import LAUNCHES, launch
+
+torch = pytest.importorskip("torch")
+
+import population_program as program  # noqa: E402
+
+from bnfast.torch import recompute_statistics  # noqa: E402
+
+SIZES = [size for transport, size in LAUNCHES if transport == "torch"]
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"gloo-{size}")
+def ranks(request, tmp_path_factory):
+    """What each scenario gave: a list of dicts, by rank."""
+    return launch("population_program", "torch", request.param, tmp_path_factory.mktemp("torch"))
+
+
+def check_states(states, batches):
+    """All the same bits; the first layer's those of the whole, the second's as in one process."""
+    for name, value in states[0].items():
+        assert all(bits(state[name]) == bits(value) for state in states)
+    x = program.data().numpy()
+    seen = np.moveaxis(x.astype(np.longdouble), 1, 0).reshape(3, -1)
+    np.testing.assert_allclose(states[0]["0.running_mean"], seen.mean(1).astype(float), rtol=1e-12)
+    np.testing.assert_allclose(
+        states[0]["0.running_var"], seen.var(1, ddof=1).astype(float), rtol=1e-12
+    )
+    alone = program.network()
+    recompute_statistics(alone, batches)
+    for name, value in program.state_of(alone).items():
+        np.testing.assert_allclose(states[0][name], value, rtol=1e-9, atol=1e-12)
+
+
+def all_batches(size):
+    return [batch for rank in range(size) for batch in program.batches_of(rank, size)]
+
+
+def test_statistics(ranks):
+    check_states([rank["statistics"] for rank in ranks], all_batches(len(ranks)))
+
+
+def test_a_rank_without_batches(ranks):
+    states = [rank["a_rank_without_batches"] for rank in ranks]
+    check_states(states, list(program.data().split(11)))
+
+
+@AT_FAULT
+@pytest.mark.parametrize("name", program.REFUSALS)
+def test_refusals(ranks, name, bad):
+    raised, same, states = zip(*(rank["refusals"][name, bad] for rank in ranks), strict=True)
+    check_raised(raised, bad, program.REFUSALS[name][1])
+    assert all(same)
+    check_states(states, all_batches(len(ranks)))
+
+
+def test_nobody_has_values(ranks):
+    for rank in ranks:
+        error, same = rank["nobody_has_values"]
+        assert error.kind == "RuntimeError"
+        assert error.text.startswith("0 saw no values")
+        assert same
+
+
+def test_other_layers(ranks):
+    for rank in ranks:
+        assert rank["other_layers"].kind == "ValueError"
+        assert "expected the same number on all" in rank["other_layers"].text
+
+
+def test_a_part_of_the_ranks(ranks):
+    states = [rank["a_part_of_the_ranks"] for rank in ranks[:2]]
+    check_states(states, [program.data()[0::2], program.data()[1::2]])
+    assert all(rank["a_part_of_the_ranks"] is None for rank in ranks[2:])

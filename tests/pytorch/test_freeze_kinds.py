@@ -1,0 +1,217 @@
+"""`bnfast.torch.freeze`: other libraries' batch norms, and what leaves PyTorch how."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_freeze_values import apart, trained
+from torch import nn
+
+from bnfast.torch import freeze, report
+from bnfast.torch.freeze import _compile_rest
+
+
+def of(library, kind):
+    """The class, as if that library had defined it."""
+    kind.__module__ = f"{library}.layers"
+    return kind
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """torchvision's and detectron2's: buffers only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.eps = 1e-3
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[None, :, None, None] + shift[None, :, None, None]
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's: with dropout and an activation behind it."""
+
+    def __init__(self, channels, drop=None, act=None):
+        super().__init__(channels)
+        self.drop, self.act = drop or nn.Identity(), act or nn.Identity()
+
+    def forward(self, x):
+        y = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+        return self.act(self.drop(y))
+
+
+class FrozenBatchNormAct2d(FrozenBatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+KINDS = {
+    "torchvision": (of("torchvision", FrozenBatchNorm2d), {}, nn.Identity),
+    "timm": (of("timm", BatchNormAct2d), {}, nn.Identity),
+    "timm, activation": (BatchNormAct2d, {"act": nn.SiLU()}, nn.SiLU),
+    "timm, both": (BatchNormAct2d, {"act": nn.SiLU(), "drop": nn.Dropout()}, nn.Sequential),
+    "timm, frozen": (of("timm", FrozenBatchNormAct2d), {}, nn.ReLU),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_libraries_batch_norms(name):
+    kind, options, stands_for_it = KINDS[name]
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, **options), nn.Conv2d(4, 2, 1)))
+    model = model.double()
+    frozen = freeze(model, example=torch.randn(2, 3, 8, 8).double())
+    assert report(frozen).folded == {"1": "0"}
+    assert type(frozen[1]) is stands_for_it
+    assert not any(m.training for m in frozen.modules())
+    assert apart(model, frozen, torch.randn(1, 3, 5, 9).double()) < 1e-12
+
+
+def test_an_activation_does_not_move_behind_the_next_layer():
+    model = trained(nn.Sequential(BatchNormAct2d(3, act=nn.ReLU()), nn.Conv2d(3, 4, 1)))
+    frozen = freeze(model, example=torch.randn(2, 3, 4, 4))
+    assert report(frozen).left == {"0": "it has an activation or dropout behind it"}
+
+
+def test_a_class_of_that_name_from_elsewhere_is_not_known():
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.ones(4))
+
+        def forward(self, x):
+            return x * 7
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d())
+    frozen = freeze(model, example=torch.randn(2, 3, 8, 8))
+    assert report(frozen).folded == report(frozen).left == {}
+    assert len(list(frozen[1].buffers())) == 4
+
+
+def test_transformers_frozen_batch_norm():
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    norm = detr.DetrFrozenBatchNorm2d(4)
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), norm)).double()
+    frozen = freeze(model, example=torch.randn(2, 3, 8, 8).double())
+    assert report(frozen).folded == {"1": "0"}
+
+
+def test_a_scripted_part():
+    part = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval())
+    model = trained(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), part))
+    frozen = freeze(model, example=torch.randn(2, 3, 8, 8))
+    assert report(frozen).folded == {"1": "0"}
+    assert report(frozen).left == {"2.1": "it is scripted"}
+
+
+# ---- Without bnfast
+
+MODEL = """
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(
+                nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+            )
+            self.head, self.bn = nn.Linear(4, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            return self.bn(self.head(self.features(x).mean((2, 3))))
+"""
+LOAD = """
+    import sys
+    sys.modules["bnfast"] = None  # importing it is an ImportError
+    import torch
+    from torch import nn
+
+    x, want = torch.load("data.pt")
+    model = torch.load("model.pt", weights_only=False)
+    assert type(model).__module__ == "net"
+    assert type(model.features[3]) is nn.Identity
+    assert torch.equal(model(x), want)
+    assert model._bnfast_frozen["folded"] == {"features.3": "features.2", "bn": "head"}
+    program = torch.export.load("program.pt2").module()
+    for rows in (x, x[:1]):
+        torch.testing.assert_close(program(rows), model(rows))
+    assert not [name for name in sys.modules if name.startswith("bnfast.")]
+"""
+
+
+def test_saved_models_load_without_bnfast(tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text(textwrap.dedent(MODEL))
+    (tmp_path / "load.py").write_text(textwrap.dedent(LOAD))
+    monkeypatch.syspath_prepend(tmp_path)
+    import net
+
+    from bnfast.torch import convert
+
+    frozen = freeze(convert(trained(net.Net())))
+    assert list(report(frozen).left) == ["features.0"]
+    x = torch.randn(2, 3, 8, 8)
+    torch.save(frozen, tmp_path / "model.pt")
+    torch.save((x, frozen(x)), tmp_path / "data.pt")
+    shapes = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(frozen, (x,), dynamic_shapes=(shapes,))
+    torch.export.save(program, tmp_path / "program.pt2")
+    done = subprocess.run(
+        [sys.executable, "load.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_copies_and_pickles_know_what_was_done():
+    frozen = freeze(trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    saved = io.BytesIO()
+    torch.save(frozen, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(frozen),
+        pickle.loads(pickle.dumps(frozen)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert report(other) == report(frozen)
+        assert report(other).folded == {"1": "0"}
+
+
+class Own(nn.Sequential):
+    """A class that is not PyTorch's."""
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Own])
+def test_what_is_left_can_be_compiled_in_place(kind):
+    """Which pickles and copies drop, and torch.export takes."""
+    calls = []
+
+    def backend(gm, inputs):
+        calls.append(gm)
+        return gm
+
+    frozen = freeze(trained(kind(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1))))
+    x = torch.randn(2, 3, 8, 8)
+    want = frozen(x)
+    _compile_rest(frozen, backend)
+    assert torch.equal(frozen(x), want)
+    assert len(calls) == 1
+    assert torch.equal(torch.export.export(frozen, (x,)).module()(x), want)
+    assert torch.equal(copy.deepcopy(frozen)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), want)
+    assert len(calls) == 1
