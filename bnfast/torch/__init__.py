@@ -5,6 +5,7 @@
 Needs PyTorch, which the extra ``bnfast[torch]`` brings; the rest of bnfast does not.
 """
 
+from .compiled import backend
 from .convert import Report, convert, report, revert
 from .modules import (
     BatchNorm1d,
@@ -23,6 +24,7 @@ __all__ = [
     "BatchNorm3d",
     "Report",
     "SyncBatchNorm",
+    "backend",
     "checkpoint_contexts",
     "convert",
     "convert_sync_batchnorm",
