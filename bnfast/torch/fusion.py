@@ -17,7 +17,6 @@ from .patterns import (
     activation_of,
     alike,
     is_backward_of,
-    value,
 )
 
 if TYPE_CHECKING:
@@ -215,12 +214,17 @@ def _name(node: Node) -> str:
 
 def _replace(graph: Graph, found: Found) -> None:
     norm, gradient, mask = found.norm, found.gradient, found.mask
+    between = [n for n in (found.addition, norm.results.get(0)) if n is not None]
     results = _replace_forward(graph, found)
-    if gradient is not None or mask is not None:
-        _replace_backward(graph, found, results)
-    replaced = [n for n in (found.last, found.addition, norm.results.get(0)) if n is not None]
-    dead = [n for n in (gradient, mask) if n is not None] + replaced
-    dead += norm.results.values()
+    if gradient is not None:
+        _replace_backward(graph, found, gradient, results)
+        dead = [gradient] if mask is None else [gradient, mask]
+    else:
+        dead = []
+        if mask is not None:  # is left, and the output tells as well
+            for node in between:
+                mask.replace_input_with(node, results[0])
+    dead += [found.last, *between, *norm.results.values()]
     for node in dict.fromkeys(n for n in dead if n is not norm.node):
         graph.erase_node(node)
     graph.erase_node(norm.node)
@@ -247,32 +251,29 @@ def _replace_forward(graph: Graph, found: Found) -> dict[Any, Node]:
     return results
 
 
-def _replace_backward(graph: Graph, found: Found, results: dict[Any, Node]) -> None:
-    norm, gradient, mask = found.norm, found.gradient, found.mask
-    name = None if found.activation is None else found.activation.name
+def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[Any, Node]) -> None:
+    norm, mask = found.norm, found.mask
+    name = None if found.activation is None or mask is None else found.activation.name
     others = [] if mask is None else [u for u in mask.users if u is not gradient]
-    wanted: Any = [False] * 3 if gradient is None else gradient.args[9]
-    first = mask if mask is not None else gradient
-    assert first is not None
-    saved = (results[1], results[2]) if norm.training and gradient is not None else (None, None)
-    y = None if found.residual is None or mask is None else results[0]
+    first = gradient if mask is None else mask
+    wanted: Any = gradient.args[9]
+    saved = (results[1], results[2]) if norm.training else (None, None)
+    y = None if mask is None or found.residual is None else results[0]
     with graph.inserting_before(first):
         node = graph.call_function(
             batch_norm_act_backward,
             (
                 *(first.args[0], norm.x, norm.weight, norm.bias, *norm.statistics, *saved),
-                *(norm.training, norm.eps, y, name, found.slope),
-                [*wanted, bool(others)],
+                *(norm.training, norm.eps, y),
+                *(name, found.slope, [*wanted, bool(others)]),
             ),
         )
-        values = (None, None, None) if gradient is None else gradient.meta["val"]
-        _describe(node, first, (*values, value(first) if others else None))
+        _describe(node, first, (*gradient.meta["val"], first.meta["val"] if others else None))
         if others:
-            assert mask is not None
-            residual_gradient = _result(graph, node, 3, mask)
+            residual_gradient = _result(graph, node, 3, first)
             for user in others:
-                user.replace_input_with(mask, residual_gradient)
-        for old in () if gradient is None else list(gradient.users):
+                user.replace_input_with(first, residual_gradient)
+        for old in list(gradient.users):
             index: Any = old.args[1]
             old.replace_all_uses_with(_result(graph, node, index, old))
             graph.erase_node(old)
