@@ -1,20 +1,29 @@
-/* bnfast.torch._aten: registers the kernels of aten_kernels.c and switches them on and off. */
+/* bnfast.torch._aten: registers the kernels and switches them on and off. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "aten_kernels.h"
 
-/* Once a process: kernels are never taken back, since another thread may be in a call. */
-static bool registered;
+/* Each once a process: kernels are never taken back, since another thread may be in a call. */
+static bool installed, replaced;
 
-static const struct {
+typedef struct {
     const char *operator;
     torch_kernel *kernel;
-} KERNELS[] = {
+} entry;
+
+static const entry OURS[] = {
+    {"batch_norm_act", aten_batch_norm_act},
+    {"batch_norm_act_backward", aten_batch_norm_act_backward},
+    {NULL, NULL},
+};
+
+static const entry PYTORCHS[] = {
     {"native_batch_norm", aten_batch_norm},
     {"_native_batch_norm_legit", aten_batch_norm_legit},
     {"_native_batch_norm_legit.no_stats", aten_batch_norm_no_stats},
     {"native_batch_norm_backward", aten_batch_norm_backward},
+    {NULL, NULL},
 };
 
 static PyObject *find_driver(void)
@@ -30,15 +39,18 @@ static PyObject *find_driver(void)
     Py_RETURN_NONE;
 }
 
-static bool register_kernels(void)
+/* True if done before, or now. */
+static bool register_kernels(const char *space, const entry *entries, bool *done)
 {
     torch_library library;
-    if (torch.library_init_impl("aten", "CPU", "bnfast", 1, &library))
+    if (*done)
+        return true;
+    if (torch.library_init_impl(space, "CPU", "bnfast", 1, &library))
         return false;
-    for (size_t i = 0; i < sizeof KERNELS / sizeof *KERNELS; i++)
-        if (torch.library_impl(library, KERNELS[i].operator, KERNELS[i].kernel, TORCH_ABI))
+    for (; entries->operator; entries++)
+        if (torch.library_impl(library, entries->operator, entries->kernel, TORCH_ABI))
             return false;
-    return true;
+    return *done = true;
 }
 
 static PyObject *install(PyObject *module, PyObject *args)
@@ -47,20 +59,28 @@ static PyObject *install(PyObject *module, PyObject *args)
     const char *path, *version;
     if (!PyArg_ParseTuple(args, "ss:install", &path, &version))
         return NULL;
-    if (registered)
-        Py_RETURN_NONE;
     const char *missing = torch_find(path);
     if (missing)
         return PyErr_Format(PyExc_ImportError, "PyTorch %s has no %s, which bnfast's kernels need",
                             version, missing);
+    if (installed)
+        Py_RETURN_NONE;
     PyObject *found = find_driver();
     if (!found)
         return NULL;
     Py_DECREF(found);
-    if (!register_kernels())
+    if (!register_kernels("bnfast", OURS, &installed))
         return PyErr_Format(PyExc_RuntimeError, "PyTorch %s does not take bnfast's kernels: %s",
                             version, torch.what());
-    registered = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *replace(PyObject *module, PyObject *none)
+{
+    (void)module, (void)none;
+    if (!register_kernels("aten", PYTORCHS, &replaced))
+        return PyErr_Format(PyExc_RuntimeError, "PyTorch does not take bnfast's kernels: %s",
+                            torch.what());
     Py_RETURN_NONE;
 }
 
@@ -69,6 +89,17 @@ static PyObject *switch_to(PyObject *module, PyObject *on)
     (void)module;
     const int truth = PyObject_IsTrue(on);
     return truth < 0 ? NULL : PyBool_FromLong(aten_switch(truth));
+}
+
+static PyObject *run_here(PyObject *module, PyObject *const *args, Py_ssize_t number)
+{
+    (void)module;
+    if (number < 1)
+        return PyErr_Format(PyExc_TypeError, "run_here() takes a callable and its arguments");
+    const bool before = aten_switch_here(true);
+    PyObject *result = PyObject_Vectorcall(args[0], args + 1, (size_t)number - 1, NULL);
+    aten_switch_here(before);
+    return result;
 }
 
 static PyObject *is_on(PyObject *module, PyObject *none)
@@ -108,8 +139,12 @@ static PyObject *forget_counts(PyObject *module, PyObject *none)
 }
 
 static PyMethodDef METHODS[] = {
-    {"install", install, METH_VARARGS, "install(library, version): register the kernels, once"},
+    {"install", install, METH_VARARGS,
+     "install(library, version): find PyTorch and register bnfast's own operators, once"},
+    {"replace", replace, METH_NOARGS, "Register kernels for PyTorch's operators, once."},
     {"switch_to", switch_to, METH_O, "switch_to(on): whether calls run here; what it was"},
+    {"run_here", (PyCFunction)(void (*)(void))run_here, METH_FASTCALL,
+     "run_here(callable, *args): call it; what it runs in this thread runs here"},
     {"is_on", is_on, METH_NOARGS, "Whether calls run here."},
     {"counts", counts, METH_NOARGS, "({what ran: calls}, {why calls were left: calls})"},
     {"forget_counts", forget_counts, METH_NOARGS, "Count from nothing again."},

@@ -11,7 +11,8 @@
 #include <stdint.h>
 
 typedef int32_t torch_status; /* 0: done; else torch.what() says why not */
-typedef struct torch_object *torch_tensor, *torch_list, *torch_library; /* handles, owned */
+/* Handles, owned. */
+typedef struct torch_object *torch_tensor, *torch_list, *torch_string, *torch_library;
 /* An argument or a result: a number or a handle; of an optional one a pointer to it, or 0. */
 typedef uint64_t torch_value;
 /* Takes its arguments off the stack, which it then owns, and leaves its results there. */
@@ -46,6 +47,7 @@ typedef void torch_kernel(torch_value *stack, uint64_t arguments, uint64_t resul
     F(torch_status, reinterpret, "aoti_torch__reinterpret_tensor",                                \
       (torch_tensor tensor, int64_t dim, const int64_t *sizes, const int64_t *strides,            \
        int64_t offset, torch_tensor *made))                                                       \
+    F(bool, grad_mode, "aoti_torch_grad_mode_is_enabled", (void))                                 \
     F(torch_status, undefined, "aoti_torch_new_uninitialized_tensor", (torch_tensor * made))      \
     F(torch_status, copy, "aoti_torch_copy_",                                                     \
       (torch_tensor to, torch_tensor from, int32_t non_blocking))                                 \
@@ -53,6 +55,8 @@ typedef void torch_kernel(torch_value *stack, uint64_t arguments, uint64_t resul
     F(torch_status, list_get, "torch_list_get_item",                                              \
       (torch_list list, size_t index, torch_value *item))                                         \
     F(torch_status, delete_list, "torch_delete_list", (torch_list list))                          \
+    F(torch_status, string_text, "torch_string_c_str", (torch_string string, const char **text))  \
+    F(torch_status, delete_string, "torch_delete_string", (torch_string string))                  \
     F(torch_status, new_value, "torch_new_stable_ivalue", (torch_value * *made))                  \
     F(torch_status, delete_value, "torch_delete_stable_ivalue", (torch_value * value))            \
     F(torch_status, get_num_threads, "torch_get_num_threads", (uint32_t *threads))                \

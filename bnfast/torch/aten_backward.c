@@ -5,27 +5,24 @@
 #include "aten_vectors.h"
 #include "float_env.h"
 
-typedef struct {
-    torch_value dy, x, weight, running_mean, running_var, save_mean, save_invstd;
-    bool training;
-    double eps;
-    torch_value wanted; /* a list of three bools */
-} backward_arguments;
+/* Of x, weight, bias and, if the call is fused, residual. */
+enum { MOST_GRADIENTS = 4 };
 
 typedef struct {
-    const backward_arguments *arguments;
-    aten_view dy, x;
+    const aten_backward_arguments *arguments;
+    aten_view dy, x, output; /* output.tensor is NULL where there was no residual */
     aten_layout layout;
     vector_kind vectors;
     torch_tensor save_mean;
-    const void *weight, *mean, *second; /* second: 1 / std, in evaluation the variance */
-    bool wanted[3];                     /* of x, weight, bias */
+    const void *weight, *bias, *mean, *second; /* second: 1 / std, in evaluation the variance */
+    int gradients;
+    bool wanted[MOST_GRADIENTS];
     const char *error;
 } backward;
 
 enum { BACKWARD_VECTORS = 5 };
 
-static void backward_vectors(const backward_arguments *a, torch_tensor *vectors)
+static void backward_vectors(const aten_backward_arguments *a, torch_tensor *vectors)
 {
     const torch_value values[BACKWARD_VECTORS] = {a->weight, a->running_mean, a->running_var,
                                                   a->save_mean, a->save_invstd};
@@ -53,33 +50,51 @@ static aten_outcome look_at_vectors(backward *b)
     const torch_tensor *statistics = vectors + (b->arguments->training ? 3 : 1);
     b->save_mean = vectors[3];
     if (!statistics[0] || !statistics[1] || !aten_fits(vectors[0], b->vectors, &b->weight) ||
+        !aten_fits(to_optional(b->arguments->bias), b->vectors, &b->bias) ||
         !aten_fits(statistics[0], b->vectors, &b->mean) ||
         !aten_fits(statistics[1], b->vectors, &b->second))
         return LEFT_PARAMETERS;
     return RAN_BACKWARD;
 }
 
-static aten_outcome look_at_backward(backward *b)
+static aten_outcome look_beside_x(const backward *b, torch_tensor tensor, aten_view *view)
 {
-    const backward_arguments *a = b->arguments;
-    if (!aten_is_on())
-        return LEFT_OFF;
-    const aten_outcome x = aten_look_at_data(to_tensor(a->x), &b->x);
-    if (!aten_runs_here(x))
-        return x;
-    const aten_outcome dy = aten_look_at_data(to_tensor(a->dy), &b->dy);
-    if (!aten_runs_here(dy))
-        return dy;
-    if (b->dy.type != b->x.type)
+    const aten_outcome data = aten_look_at_data(tensor, view);
+    if (!aten_runs_here(data))
+        return data;
+    if (view->type != b->x.type)
         return LEFT_TYPE;
-    if (!aten_same_shape(&b->dy, &b->x))
-        return LEFT_SHAPE;
-    for (size_t i = 0; i < 3; i++) {
+    return aten_same_shape(view, &b->x) ? data : LEFT_SHAPE;
+}
+
+static bool read_wanted(backward *b)
+{
+    b->gradients = b->arguments->rest.fused ? 4 : 3;
+    for (int i = 0; i < b->gradients; i++) {
         torch_value item;
-        if (torch.list_get((torch_list)(uintptr_t)a->wanted, i, &item))
-            return LEFT_PARAMETERS;
+        if (torch.list_get((torch_list)(uintptr_t)b->arguments->wanted, (size_t)i, &item))
+            return false;
         b->wanted[i] = to_bool(item);
     }
+    return true;
+}
+
+static aten_outcome look_at_backward(backward *b)
+{
+    const aten_backward_arguments *a = b->arguments;
+    if (!a->rest.fused && !aten_is_wanted() && !aten_ran_here(to_optional(a->save_mean)))
+        return LEFT_OFF;
+    if (!aten_has_activation(&a->rest))
+        return LEFT_ACTIVATION;
+    aten_outcome data = aten_look_at_data(to_tensor(a->x), &b->x);
+    if (aten_runs_here(data))
+        data = look_beside_x(b, to_tensor(a->dy), &b->dy);
+    if (aten_runs_here(data) && to_optional(a->rest.residual))
+        data = look_beside_x(b, to_optional(a->rest.residual), &b->output);
+    if (!aten_runs_here(data))
+        return data;
+    if (!read_wanted(b))
+        return LEFT_PARAMETERS;
     b->layout = aten_gradient_layout(&b->x, &b->dy);
     return look_at_vectors(b);
 }
@@ -87,11 +102,11 @@ static aten_outcome look_at_backward(backward *b)
 static bool make_backward_results(const backward *b, torch_tensor *results)
 {
     const int32_t dtype = aten_dtype(b->vectors.type);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < b->gradients; i++) {
         bool made;
         if (!b->wanted[i])
             made = !torch.undefined(&results[i]);
-        else if (i == 0)
+        else if (i == 0 || i == 3)
             made = aten_new(&b->x, &b->layout, &results[i]);
         else
             made = aten_new_vector(b->vectors.length, dtype, &results[i]);
@@ -104,10 +119,11 @@ static bool make_backward_results(const backward *b, torch_tensor *results)
 static void fill_backward(const backward *b, bnf_call *call)
 {
     aten_fill(call->weight, b->weight, b->vectors, 1);
+    aten_fill(call->shift, b->bias, b->vectors, 0);
     aten_fill(call->mean, b->mean, b->vectors, 0);
     aten_fill(call->inv_std, b->second, b->vectors, 1);
     if (b->arguments->training)
-        aten_recall(b->save_mean, b->mean, b->vectors, call->mean, call->inv_std);
+        aten_recall(b->save_mean, call->mean, call->inv_std);
     else
         for (int64_t c = 0; c < b->vectors.length; c++)
             call->inv_std[c] = 1 / sqrt(call->inv_std[c] + b->arguments->eps);
@@ -134,18 +150,22 @@ static bool run_backward_in(backward *b, torch_tensor *results, torch_tensor *ro
         .direction = BNF_BACKWARD,
         .type = b->x.type,
         .shape = shape,
+        .activation = b->arguments->rest.activation,
+        .slope = b->arguments->rest.slope,
         .count = training ? (double)(shape.outer * shape.inner) : 0,
         .gathers = b->wanted[1] || b->wanted[2] || (training && b->wanted[0]),
     };
-    void *outputs[3] = {NULL};
+    void *outputs[MOST_GRADIENTS] = {NULL};
     if (!make_backward_results(b, results) ||
         !aten_in_order(&b->x, &b->layout, &rooms[0], &call.x) ||
-        !aten_in_order(&b->dy, &b->layout, &rooms[1], &call.dy))
+        !aten_in_order(&b->dy, &b->layout, &rooms[1], &call.dy) ||
+        (b->output.tensor && !aten_in_order(&b->output, &b->layout, &rooms[2], &call.output)))
         return false;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < b->gradients; i++)
         if (b->wanted[i] && torch.get_data(results[i], &outputs[i]))
             return false;
     call.dx = outputs[0];
+    call.dresidual = outputs[3];
     aten_driver->plan(&call, aten_threads());
     if (!aten_driver->reserve(&call)) {
         b->error = ATEN_NO_MEMORY;
@@ -158,15 +178,15 @@ static bool run_backward_in(backward *b, torch_tensor *results, torch_tensor *ro
 
 static bool run_backward(backward *b, torch_tensor *results)
 {
-    torch_tensor rooms[2] = {NULL};
+    torch_tensor rooms[3] = {NULL};
     const bool done = run_backward_in(b, results, rooms);
-    delete_tensor(&rooms[0]);
-    delete_tensor(&rooms[1]);
+    for (int i = 0; i < 3; i++)
+        delete_tensor(&rooms[i]);
     return done;
 }
 
 /* A vector of ones, in the type of the other vectors. */
-static bool new_ones(const backward_arguments *a, torch_tensor *made)
+static bool new_ones(const aten_backward_arguments *a, torch_tensor *made)
 {
     int32_t dtype;
     bnf_type type;
@@ -184,8 +204,10 @@ static bool new_ones(const backward_arguments *a, torch_tensor *made)
     return true;
 }
 
-static void free_backward(backward_arguments *a)
+static void free_backward(aten_backward_arguments *a)
 {
+    delete_optional(a->bias);
+    delete_optional(a->rest.residual);
     torch.delete_tensor(to_tensor(a->dy));
     torch.delete_tensor(to_tensor(a->x));
     delete_optional(a->weight);
@@ -197,7 +219,7 @@ static void free_backward(backward_arguments *a)
 }
 
 /* PyTorch's own kernel has another operator, which wants a weight, and a tensor of cuDNN's. */
-static bool leave_backward(backward_arguments *a, torch_tensor *results)
+static bool leave_backward(aten_backward_arguments *a, torch_tensor *results)
 {
     torch_tensor weight = NULL, reserve = NULL;
     if ((!to_optional(a->weight) && !new_ones(a, &weight)) ||
@@ -226,21 +248,36 @@ static bool leave_backward(backward_arguments *a, torch_tensor *results)
     return true;
 }
 
-void aten_batch_norm_backward(torch_value *stack, uint64_t arguments, uint64_t results_expected)
+void aten_backward(aten_backward_arguments a, torch_value *stack)
 {
-    (void)arguments, (void)results_expected;
-    backward_arguments a = {stack[0], stack[1],          stack[2],
-                            stack[3], stack[4],          stack[5],
-                            stack[6], to_bool(stack[7]), to_double(stack[8]),
-                            stack[9]};
-    torch_tensor results[3] = {NULL};
+    torch_tensor results[MOST_GRADIENTS] = {NULL};
     backward b = {.arguments = &a};
     const aten_outcome outcome = look_at_backward(&b);
-    bool done;
-    if (aten_runs_here(outcome)) {
+    bool done = false;
+    if (aten_runs_here(outcome))
         done = run_backward(&b, results);
+    else if (a.rest.fused)
+        b.error = aten_refusal(outcome);
+    if (aten_runs_here(outcome) || a.rest.fused)
         free_backward(&a);
-    } else
+    else
         done = leave_backward(&a, results);
-    aten_finish(done ? NULL : b.error ? b.error : torch.what(), outcome, results, stack);
+    aten_finish(done ? NULL : b.error ? b.error : torch.what(), outcome, results,
+                a.rest.fused ? 4 : 3, stack);
+}
+
+void aten_batch_norm_backward(torch_value *stack, uint64_t arguments, uint64_t results)
+{
+    (void)arguments, (void)results;
+    const aten_backward_arguments a = {.dy = stack[0],
+                                       .x = stack[1],
+                                       .weight = stack[2],
+                                       .running_mean = stack[3],
+                                       .running_var = stack[4],
+                                       .save_mean = stack[5],
+                                       .save_invstd = stack[6],
+                                       .training = to_bool(stack[7]),
+                                       .eps = to_double(stack[8]),
+                                       .wanted = stack[9]};
+    aten_backward(a, stack);
 }

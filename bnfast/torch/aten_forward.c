@@ -4,26 +4,34 @@
 #include "float_env.h"
 
 typedef struct {
-    torch_value x, weight, bias, running_mean, running_var; /* all but x optional */
-    bool training;
-    double momentum, eps;
-} forward_arguments;
-
-typedef struct {
-    const forward_arguments *arguments;
-    aten_view x;
+    const aten_forward_arguments *arguments;
+    aten_view x, residual; /* residual.tensor is NULL where there is none */
     aten_layout layout;
     vector_kind vectors;
     const void *weight, *bias, *running_mean, *running_var;
     const char *error; /* not PyTorch's own */
 } forward;
 
+static aten_outcome look_at_residual(forward *f, torch_tensor residual)
+{
+    const aten_outcome data = aten_look_at_data(residual, &f->residual);
+    if (!aten_runs_here(data))
+        return data;
+    if (f->residual.type != f->x.type)
+        return LEFT_TYPE;
+    return aten_same_shape(&f->residual, &f->x) ? data : LEFT_SHAPE;
+}
+
 static aten_outcome look_at_forward(forward *f)
 {
-    const forward_arguments *a = f->arguments;
-    if (!aten_is_on())
+    const aten_forward_arguments *a = f->arguments;
+    if (!a->rest.fused && !aten_is_wanted())
         return LEFT_OFF;
-    const aten_outcome data = aten_look_at_data(to_tensor(a->x), &f->x);
+    if (!aten_has_activation(&a->rest))
+        return LEFT_ACTIVATION;
+    aten_outcome data = aten_look_at_data(to_tensor(a->x), &f->x);
+    if (aten_runs_here(data) && to_optional(a->rest.residual))
+        data = look_at_residual(f, to_optional(a->rest.residual));
     if (!aten_runs_here(data))
         return data;
     const torch_tensor vectors[] = {to_optional(a->weight), to_optional(a->bias),
@@ -41,15 +49,22 @@ static aten_outcome look_at_forward(forward *f)
     return a->training ? RAN_TRAINING : RAN_EVALUATION;
 }
 
+/* Evaluation has no statistics of its own, and leaves a mark alone. */
+static vector_kind kept_vectors(const forward *f)
+{
+    return (vector_kind){f->vectors.type, f->arguments->training ? f->vectors.length : 0};
+}
+
 static bool make_forward_results(forward *f, torch_tensor *results)
 {
     const int32_t dtype = aten_dtype(f->vectors.type);
     if (!aten_new(&f->x, &f->layout, &results[0]))
         return false;
-    if (!f->arguments->training)
+    if (!f->arguments->training && !torch.grad_mode())
         return aten_new_vector(0, dtype, &results[1]) && aten_new_vector(0, dtype, &results[2]);
-    return aten_new_save_mean(f->vectors, &results[1]) &&
-           aten_new_vector(f->vectors.length, dtype, &results[2]);
+    const vector_kind kept = kept_vectors(f);
+    return aten_new_save_mean(kept, &results[1]) &&
+           aten_new_vector(kept.length, dtype, &results[2]);
 }
 
 static void fill_forward(const forward *f, bnf_call *call)
@@ -101,7 +116,7 @@ static APART void compute_forward(const forward *f, bnf_call *call, forward_outp
 
 static bool find_outputs(const forward *f, const torch_tensor *results, forward_outputs *out)
 {
-    const forward_arguments *a = f->arguments;
+    const aten_forward_arguments *a = f->arguments;
     if (!a->training)
         return true;
     if (f->running_mean && (torch.get_data(to_optional(a->running_mean), &out->running_mean) ||
@@ -111,19 +126,25 @@ static bool find_outputs(const forward *f, const torch_tensor *results, forward_
            !torch.get_data(results[2], &out->save_invstd);
 }
 
-static bool run_forward(forward *f, torch_tensor *results)
+/* `room`: for a residual that lies in another order than the result. */
+static bool run_forward_in(forward *f, torch_tensor *results, torch_tensor *room)
 {
+    const aten_forward_arguments *a = f->arguments;
     bnf_call call = {
-        .direction = f->arguments->training ? BNF_FORWARD : BNF_INFERENCE,
+        .direction = a->training ? BNF_FORWARD : BNF_INFERENCE,
         .type = f->x.type,
         .shape = f->layout.shape,
-        .eps = f->arguments->eps,
-        .has_var = !f->arguments->training,
+        .activation = a->rest.activation,
+        .slope = a->rest.slope,
+        .eps = a->eps,
+        .has_var = !a->training,
     };
     forward_outputs out = {NULL};
     /* What lies in another order is copied to where the result will be, and computed in place. */
     if (!make_forward_results(f, results) || !find_outputs(f, results, &out) ||
         !aten_in_order(&f->x, &f->layout, &results[0], &call.x) ||
+        (f->residual.tensor &&
+         !aten_in_order(&f->residual, &f->layout, room, &call.residual)) ||
         torch.get_data(results[0], &call.y))
         return false;
     aten_driver->plan(&call, aten_threads());
@@ -136,8 +157,17 @@ static bool run_forward(forward *f, torch_tensor *results)
     return true;
 }
 
-static void free_forward(forward_arguments *a)
+static bool run_forward(forward *f, torch_tensor *results)
 {
+    torch_tensor room = NULL;
+    const bool done = run_forward_in(f, results, &room);
+    delete_tensor(&room);
+    return done;
+}
+
+static void free_forward(aten_forward_arguments *a)
+{
+    delete_optional(a->rest.residual);
     torch.delete_tensor(to_tensor(a->x));
     delete_optional(a->weight);
     delete_optional(a->bias);
@@ -148,7 +178,7 @@ static void free_forward(forward_arguments *a)
 /* ---- Forward, left to PyTorch: by other operators that have the kernels that ours replace */
 
 /* Training wants running statistics: where there are none, some to be moved for nobody. */
-static bool make_running(const forward_arguments *a, torch_tensor *mean, torch_tensor *var)
+static bool make_running(const aten_forward_arguments *a, torch_tensor *mean, torch_tensor *var)
 {
     int32_t dtype;
     bnf_type type;
@@ -160,7 +190,7 @@ static bool make_running(const forward_arguments *a, torch_tensor *mean, torch_t
            (vectors[3] || aten_new_vector(length, dtype, var));
 }
 
-static bool leave_training(forward_arguments *a, torch_value *stack)
+static bool leave_training(aten_forward_arguments *a, torch_value *stack)
 {
     torch_tensor mean = NULL, var = NULL;
     if (!make_running(a, &mean, &var)) {
@@ -179,7 +209,7 @@ static bool leave_training(forward_arguments *a, torch_value *stack)
     return !torch.call("aten::_batch_norm_with_update", "", stack, TORCH_ABI);
 }
 
-static bool leave_evaluation(forward_arguments *a, torch_value *stack)
+static bool leave_evaluation(aten_forward_arguments *a, torch_value *stack)
 {
     stack[0] = a->x;
     stack[1] = a->weight;
@@ -191,7 +221,7 @@ static bool leave_evaluation(forward_arguments *a, torch_value *stack)
     return !torch.call("aten::_batch_norm_no_update", "", stack, TORCH_ABI);
 }
 
-static bool leave_forward(forward_arguments *a, torch_tensor *results)
+static bool leave_forward(aten_forward_arguments *a, torch_tensor *results)
 {
     torch_value stack[7];
     if (!(a->training ? leave_training(a, stack) : leave_evaluation(a, stack)))
@@ -202,32 +232,35 @@ static bool leave_forward(forward_arguments *a, torch_tensor *results)
     return true;
 }
 
-static void batch_norm(forward_arguments a, torch_value *stack)
+void aten_forward(aten_forward_arguments a, torch_value *stack)
 {
     torch_tensor results[3] = {NULL};
     forward f = {.arguments = &a};
     const aten_outcome outcome = look_at_forward(&f);
-    bool done;
-    if (aten_runs_here(outcome)) {
+    bool done = false;
+    if (aten_runs_here(outcome))
         done = run_forward(&f, results);
+    else if (a.rest.fused)
+        f.error = aten_refusal(outcome);
+    if (aten_runs_here(outcome) || a.rest.fused)
         free_forward(&a);
-    } else
+    else
         done = leave_forward(&a, results);
-    aten_finish(done ? NULL : f.error ? f.error : torch.what(), outcome, results, stack);
+    aten_finish(done ? NULL : f.error ? f.error : torch.what(), outcome, results, 3, stack);
 }
 
 void aten_batch_norm(torch_value *stack, uint64_t arguments, uint64_t results)
 {
     (void)arguments, (void)results;
-    const forward_arguments a = {stack[0],
-                                 stack[1],
-                                 stack[2],
-                                 stack[3],
-                                 stack[4],
-                                 to_bool(stack[5]),
-                                 to_double(stack[6]),
-                                 to_double(stack[7])};
-    batch_norm(a, stack);
+    const aten_forward_arguments a = {.x = stack[0],
+                                      .weight = stack[1],
+                                      .bias = stack[2],
+                                      .running_mean = stack[3],
+                                      .running_var = stack[4],
+                                      .training = to_bool(stack[5]),
+                                      .momentum = to_double(stack[6]),
+                                      .eps = to_double(stack[7])};
+    aten_forward(a, stack);
 }
 
 /* Its running statistics are not optional. */
@@ -246,11 +279,11 @@ void aten_batch_norm_legit(torch_value *stack, uint64_t arguments, uint64_t resu
 void aten_batch_norm_no_stats(torch_value *stack, uint64_t arguments, uint64_t results)
 {
     (void)arguments, (void)results;
-    const forward_arguments a = {.x = stack[0],
-                                 .weight = stack[1],
-                                 .bias = stack[2],
-                                 .training = to_bool(stack[3]),
-                                 .momentum = to_double(stack[4]),
-                                 .eps = to_double(stack[5])};
-    batch_norm(a, stack);
+    const aten_forward_arguments a = {.x = stack[0],
+                                      .weight = stack[1],
+                                      .bias = stack[2],
+                                      .training = to_bool(stack[3]),
+                                      .momentum = to_double(stack[4]),
+                                      .eps = to_double(stack[5])};
+    aten_forward(a, stack);
 }

@@ -5,6 +5,7 @@
 
 const bnf_driver *aten_driver;
 static atomic_bool enabled;
+static _Thread_local bool wanted_here;
 static atomic_llong counts[OUTCOMES];
 
 void aten_setup(const bnf_driver *driver)
@@ -14,6 +15,15 @@ void aten_setup(const bnf_driver *driver)
 }
 
 bool aten_switch(bool on) { return atomic_exchange(&enabled, on); }
+
+bool aten_switch_here(bool on)
+{
+    const bool before = wanted_here;
+    wanted_here = on;
+    return before;
+}
+
+bool aten_is_wanted(void) { return wanted_here || aten_is_on(); }
 
 bool aten_is_on(void) { return atomic_load_explicit(&enabled, memory_order_relaxed); }
 
@@ -51,15 +61,30 @@ int aten_threads(void)
 
 void aten_throw(const char *message) { torch.check(false, "batch_norm", "bnfast", 0, message); }
 
-void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results, torch_value *stack)
+const char *aten_refusal(aten_outcome outcome)
+{
+#define ATEN_REFUSAL(name, text) [name] = "bnfast does not take this call: " text,
+    static const char *const TEXTS[OUTCOMES] = {ATEN_OUTCOMES(ATEN_REFUSAL)};
+    return TEXTS[outcome];
+}
+
+bool aten_has_activation(const aten_rest *rest)
+{
+    if (rest->activation == BNF_LEAKY_RELU)
+        return rest->slope > 0 && rest->slope <= 1;
+    return rest->activation < BNF_ACTIVATIONS;
+}
+
+void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results, int number,
+                 torch_value *stack)
 {
     if (error) {
-        for (int i = 0; i < 3; i++)
+        for (int i = 0; i < number; i++)
             delete_tensor(&results[i]);
         aten_throw(error);
         return;
     }
     atomic_fetch_add_explicit(&counts[outcome], 1, memory_order_relaxed);
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < number; i++)
         stack[i] = from_tensor(results[i]);
 }

@@ -16,7 +16,8 @@
     O(LEFT_TYPE, "a type of tensor that bnfast does not take")                               \
     O(LEFT_SHAPE, "no values, or not the shape of a batch")                                  \
     O(LEFT_PARAMETERS, "parameters or statistics of another type, shape or order in memory") \
-    O(LEFT_MEMORY, "a tensor whose memory was freed")
+    O(LEFT_MEMORY, "a tensor whose memory was freed")                                        \
+    O(LEFT_ACTIVATION, "an activation that bnfast does not have")
 
 #define ATEN_OUTCOME(name, text) name,
 typedef enum { ATEN_OUTCOMES(ATEN_OUTCOME) OUTCOMES } aten_outcome;
@@ -24,7 +25,8 @@ typedef enum { ATEN_OUTCOMES(ATEN_OUTCOME) OUTCOMES } aten_outcome;
 /* Once, before anything else here and before the kernels are registered. */
 void aten_setup(const bnf_driver *driver);
 
-bool aten_switch(bool on); /* returns what it was */
+bool aten_switch(bool on);      /* for the process; returns what it was */
+bool aten_switch_here(bool on); /* for this thread */
 bool aten_is_on(void);
 long long aten_count(aten_outcome outcome);
 void aten_forget_counts(void);
@@ -38,19 +40,58 @@ extern const bnf_driver *aten_driver;
 #define APART __attribute__((noinline))
 
 bool aten_runs_here(aten_outcome outcome);
+/* Whether the process or this thread wants its calls to run here. */
+bool aten_is_wanted(void);
 /* Whether the kernels here take a tensor of data; any outcome that runs here if so. */
 aten_outcome aten_look_at_data(torch_tensor tensor, aten_view *view);
 /* As many as PyTorch would use in this thread. */
 int aten_threads(void);
 /* Throws PyTorch's exception through the frames up to PyTorch: all has been freed before. */
 void aten_throw(const char *message);
-/* The end of a kernel: its three results, or an error. */
-void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results,
+/* The end of a kernel: its results, or an error. */
+void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results, int number,
                  torch_value *stack);
 
 /* ---- The kernels */
 
+/* What follows the normalization in the same pass; zero: nothing. */
+typedef struct {
+    bool fused;           /* an operator of our own: nobody else has a kernel to leave a call to */
+    torch_value residual; /* optional; of a backward, the output where there was a residual */
+    bnf_activation activation;
+    double slope;
+} aten_rest;
+
+typedef struct {
+    torch_value x, weight, bias, running_mean, running_var; /* all but x optional */
+    bool training;
+    double momentum, eps;
+    aten_rest rest;
+} aten_forward_arguments;
+
+typedef struct {
+    torch_value dy, x, weight, running_mean, running_var, save_mean, save_invstd;
+    bool training;
+    double eps;
+    torch_value wanted; /* a list: whether of x, weight, bias and, if fused, residual */
+    torch_value bias;   /* if fused */
+    aten_rest rest;
+} aten_backward_arguments;
+
+/* Why a call cannot run here, as a message of an operator of our own. */
+const char *aten_refusal(aten_outcome outcome);
+/* Whether the kernels have the activation of a fused call. */
+bool aten_has_activation(const aten_rest *rest);
+
+/* They own what is in the arguments, and leave three results on the stack, or four of a fused
+ * backward. */
+void aten_forward(aten_forward_arguments arguments, torch_value *stack);
+void aten_backward(aten_backward_arguments arguments, torch_value *stack);
+
+/* PyTorch's operators. */
 torch_kernel aten_batch_norm, aten_batch_norm_legit, aten_batch_norm_no_stats,
     aten_batch_norm_backward;
+/* bnfast's own. */
+torch_kernel aten_batch_norm_act, aten_batch_norm_act_backward;
 
 #endif

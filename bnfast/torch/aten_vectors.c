@@ -111,8 +111,9 @@ bool aten_type_for_pytorch(torch_value x, const torch_tensor *vectors, int numbe
 /* ---- What the forward keeps for the backward
  *
  * save_mean and save_invstd are what PyTorch's own are, rounded.  The float64 numbers lie behind
- * save_mean in its storage after a mark.  They are used where they round to what is visible: not
- * where somebody overwrote, copied or cut save_mean or save_invstd. */
+ * save_mean in its storage after a mark, which says that the forward ran here.  They are used where
+ * they round to what is visible: not where somebody overwrote save_mean or save_invstd; a copy or a
+ * part has none.  In evaluation save_mean has no values, and the mark alone lies behind it. */
 
 typedef struct {
     uint64_t mark;
@@ -133,7 +134,7 @@ static int64_t kept_end(vector_kind kind)
            2 * kind.length * (int64_t)sizeof(double);
 }
 
-static kept_numbers *kept_behind(void *save_mean, vector_kind kind)
+static kept_numbers *kept_behind(const void *save_mean, vector_kind kind)
 {
     return (kept_numbers *)((char *)save_mean + kept_offset(kind));
 }
@@ -142,24 +143,61 @@ bool aten_new_save_mean(vector_kind kind, torch_tensor *made)
 {
     const int64_t stride = 1;
     torch_tensor longer = NULL;
-    if (kind.type == BNF_F64)
-        return aten_new_vector(kind.length, aten_dtype(kind.type), made);
+    void *values;
     const bool done = aten_new_vector(kept_end(kind) / (int64_t)aten_itemsize(kind.type),
                                       aten_dtype(kind.type), &longer) &&
+                      !torch.get_data(longer, &values) &&
                       !torch.reinterpret(longer, 1, &kind.length, &stride, 0, made);
+    if (done)
+        kept_behind(values, kind)->mark = KEPT_MARK;
     delete_tensor(&longer);
     return done;
 }
 
 void aten_keep(void *save_mean, vector_kind kind, const double *mean, const double *inv_std)
 {
-    if (kind.type == BNF_F64)
-        return;
     kept_numbers *kept = kept_behind(save_mean, kind);
     const size_t bytes = (size_t)kind.length * sizeof(double);
     memcpy(kept->values, mean, bytes);
     memcpy(kept->values + kind.length, inv_std, bytes);
-    kept->mark = KEPT_MARK;
+}
+
+/* Where a storage begins; PyTorch does not tell of a tensor without values. */
+static const void *storage_of(const aten_view *view)
+{
+    const int64_t one = 1;
+    const void *values = NULL;
+    torch_tensor first = NULL;
+    if (view->sizes[0] > 0)
+        return torch.get_const_data(view->tensor, &values) ? NULL : values;
+    if (torch.reinterpret(view->tensor, 1, &one, &one, 0, &first) ||
+        torch.get_const_data(first, &values))
+        values = NULL;
+    delete_tensor(&first);
+    return values;
+}
+
+/* NULL where there is nothing behind a vector. */
+static const kept_numbers *find_kept(const aten_view *save_mean)
+{
+    int64_t offset, bytes;
+    const vector_kind kind = {save_mean->type, save_mean->sizes[0]};
+    if (torch.get_storage_offset(save_mean->tensor, &offset) || offset != 0 ||
+        torch.get_storage_size(save_mean->tensor, &bytes) || bytes < kept_end(kind))
+        return NULL;
+    const void *values = storage_of(save_mean);
+    if (!values || (uintptr_t)values % sizeof(double) != 0)
+        return NULL;
+    const kept_numbers *kept = kept_behind(values, kind);
+    return kept->mark == KEPT_MARK ? kept : NULL;
+}
+
+bool aten_ran_here(torch_tensor save_mean)
+{
+    aten_view view;
+    if (!save_mean || !aten_look(save_mean, &view) || view.type == BNF_TYPES || view.dim != 1)
+        return false;
+    return find_kept(&view) != NULL;
 }
 
 static bool round_to(const double *exact, const double *visible, vector_kind kind)
@@ -172,19 +210,17 @@ static bool round_to(const double *exact, const double *visible, vector_kind kin
     return true;
 }
 
-void aten_recall(torch_tensor save_mean, const void *values, vector_kind kind, double *mean,
-                 double *inv_std)
+void aten_recall(torch_tensor save_mean, double *mean, double *inv_std)
 {
-    int64_t offset, bytes;
-    if (kind.type == BNF_F64 || torch.get_storage_offset(save_mean, &offset) || offset != 0 ||
-        torch.get_storage_size(save_mean, &bytes) || bytes < kept_end(kind) ||
-        (uintptr_t)values % sizeof(double) != 0)
+    aten_view view;
+    const kept_numbers *kept = aten_look(save_mean, &view) ? find_kept(&view) : NULL;
+    if (!kept)
         return;
-    const kept_numbers *kept = kept_behind((void *)values, kind);
-    if (kept->mark != KEPT_MARK || !round_to(kept->values, mean, kind) ||
-        !round_to(kept->values + kind.length, inv_std, kind))
+    const vector_kind kind = {view.type, view.sizes[0]};
+    const double *exact = kept->values;
+    if (!round_to(exact, mean, kind) || !round_to(exact + kind.length, inv_std, kind))
         return;
     const size_t size = (size_t)kind.length * sizeof(double);
-    memcpy(mean, kept->values, size);
-    memcpy(inv_std, kept->values + kind.length, size);
+    memcpy(mean, exact, size);
+    memcpy(inv_std, exact + kind.length, size);
 }

@@ -32,7 +32,8 @@ void aten_fill(double *to, const void *values, vector_kind kind, double otherwis
  * numbers, where it is theirs. */
 bool aten_new_save_mean(vector_kind kind, torch_tensor *made);
 void aten_keep(void *save_mean, vector_kind kind, const double *mean, const double *inv_std);
-void aten_recall(torch_tensor save_mean, const void *values, vector_kind kind, double *mean,
-                 double *inv_std);
+void aten_recall(torch_tensor save_mean, double *mean, double *inv_std);
+/* Whether a forward that ran here made it. */
+bool aten_ran_here(torch_tensor save_mean);
 
 #endif

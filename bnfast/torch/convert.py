@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
-from .process import Activity, activity
+from .process import Activity, activity, replace_kernels
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -60,6 +60,7 @@ def convert(model: _Model, fuse: bool = False) -> _Model:
             f"fuse is {fuse!r:.60}; expected False: a recorded graph of a forward is not the "
             "forward. To fuse, pass residual= and activation= to bnfast.torch's layers"
         )
+    replace_kernels()
     for module in model.modules():
         if type(module) in OURS and _why_not(module) is None:
             module.__class__ = OURS[type(module)]

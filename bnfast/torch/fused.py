@@ -1,30 +1,34 @@
-"""Batch norm, addition and activation as one operator of PyTorch's: what `backend` calls."""
+"""Batch norm, an addition and an activation as one operator, and its gradients.
+
+``torch.ops.bnfast.batch_norm_act`` and its backward are C, below autograd: the graphs of
+`bnfast.torch.backend` call them. `batch_norm_act` puts autograd on top, for the layers.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from . import process
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    Activation = str | tuple[str, float] | None
+    Vector = Tensor | None
+    # Of x, weight, bias and residual; None where nobody asked.
+    Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-    Results = tuple[Tensor | None, ...]
-
-_aten = torch.ops.aten
-_library = torch.library.Library("bnfast", "FRAGMENT")
-
-# activation(batch_norm(x) + residual). Running statistics move in training, if given; save_mean
-# and save_invstd are as aten::native_batch_norm has them: without elements in evaluation.
+_library = torch.library.Library("bnfast", "DEF")
+# y = act(batch_norm(x) + residual); the rest as in aten::native_batch_norm.
 _library.define(
     "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
     " Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor? residual,"
     " str? activation, float slope) -> (Tensor y, Tensor save_mean, Tensor save_invstd)"
 )
-# Where the activation was flat is found out by x again, or by y where there was a residual. What
-# `needs`, of x, weight, bias and residual, leaves out is not there.
+# y: the output, where there was a residual; where there was none, x tells what it was.
 _library.define(
     "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias,"
     " Tensor? running_mean, Tensor? running_var, Tensor? save_mean, Tensor? save_invstd,"
@@ -32,144 +36,261 @@ _library.define(
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 
-_ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
-    None: lambda z, slope: z,
-    "relu": lambda z, slope: _aten.relu(z),
-    "relu6": lambda z, slope: _aten.hardtanh(z, 0, 6),
-    "leaky_relu": _aten.leaky_relu,
-}
-_DERIVATIVES: dict[str | None, Callable[[Tensor, Tensor, float], Tensor]] = {
-    None: lambda dy, z, slope: dy,
-    "relu": lambda dy, z, slope: _aten.threshold_backward(dy, z, 0),
-    "relu6": lambda dy, z, slope: _aten.hardtanh_backward(dy, z, 0, 6),
-    "leaky_relu": lambda dy, z, slope: _aten.leaky_relu_backward(dy, z, slope, False),
-}
-
-
-@torch.library.impl(_library, "batch_norm_act", "CPU")
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-    slope: float,
-) -> Results:
-    y, *saved = _aten.native_batch_norm(
-        x, weight, bias, running_mean, running_var, training, momentum, eps
-    )
-    if residual is not None:
-        y = y + residual
-    return (_ACTIVATIONS[activation](y, slope), *saved)
-
-
-@torch.library.impl(_library, "batch_norm_act_backward", "CPU")
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    save_mean: Tensor | None,
-    save_invstd: Tensor | None,
-    training: bool,
-    eps: float,
-    y: Tensor | None,
-    activation: str | None,
-    slope: float,
-    needs: Sequence[bool],
-) -> Results:
-    if activation is not None and y is None:
-        statistics = (running_mean, running_var)
-        y, *_ = _aten.native_batch_norm(x, weight, bias, *statistics, training, 0.0, eps)
-    dz = dy if y is None else _DERIVATIVES[activation](dy, y, slope)
-    found = _aten.native_batch_norm_backward(
-        dz,
-        x,
-        weight,
-        running_mean,
-        running_var,
-        save_mean,
-        save_invstd,
-        training,
-        eps,
-        list(needs[:3]),
-    )
-    return (*found, dz if needs[3] else None)
-
 
 def _like(x: Tensor) -> Tensor:
-    """Return a tensor with the strides that PyTorch's batch norm gives its results."""
     return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
 
-def _parameter_type(x: Tensor, *vectors: Tensor | None) -> torch.dtype:
-    return next((v.dtype for v in vectors if v is not None), x.dtype)
+def _vector_like(x: Tensor, *vectors: Vector) -> Tensor:
+    given = next((v for v in vectors if v is not None), x)
+    return given.new_empty(x.shape[1])
 
 
 @torch.library.register_fake("bnfast::batch_norm_act", lib=_library)
-def _forward_fake(
+def _(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    weight: Vector,
+    bias: Vector,
+    running_mean: Vector,
+    running_var: Vector,
     training: bool,
-    *others: object,
-) -> Results:
-    dtype = _parameter_type(x, weight, bias, running_mean)
-    saved = (x.new_empty(x.shape[1] if training else 0, dtype=dtype) for _ in range(2))
-    return (_like(x), *saved)
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    vector = _vector_like(x, weight, bias, running_mean, running_var)
+    save_mean, save_invstd = (vector.new_empty(x.shape[1] if training else 0) for _ in range(2))
+    return _like(x), save_mean, save_invstd
 
 
 @torch.library.register_fake("bnfast::batch_norm_act_backward", lib=_library)
-def _backward_fake(
+def _(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    save_mean: Tensor | None,
-    *others: object,
-) -> Results:
-    needs = others[-1]
-    assert isinstance(needs, (list, tuple))
-    dtype = _parameter_type(x, weight, bias, running_mean, save_mean)
-    vectors = (x.new_empty(x.shape[1], dtype=dtype) for _ in range(2))
-    all_of_them = (_like(x), *vectors, _like(x))
-    return tuple(g if needed else None for g, needed in zip(all_of_them, needs, strict=True))
+    weight: Vector,
+    bias: Vector,
+    running_mean: Vector,
+    running_var: Vector,
+    save_mean: Vector,
+    *others: Any,
+) -> Gradients:
+    vectors = (weight, running_mean, running_var, save_mean)
+    made = (
+        lambda: _like(x),
+        lambda: _vector_like(x, *vectors),
+        lambda: _vector_like(x, *vectors),
+        lambda: _like(x),
+    )
+    return tuple(make() if n else None for make, n in zip(made, others[-1], strict=True))  # type: ignore[return-value]
 
 
-batch_norm_act = torch.ops.bnfast.batch_norm_act.default
-batch_norm_act_backward = torch.ops.bnfast.batch_norm_act_backward.default
+process.install()
 
 
-def functional(
+# ---- Who runs a call
+
+DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+_CLASSES = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(x: Any) -> bool:
+    """Whether x is an ordinary dense tensor whose numbers the kernels can read now.
+
+    One without memory, as a symbolic zero or a parameter whose storage was freed, is not.
+    """
+    return (
+        type(x) in _CLASSES
+        and x.is_cpu
+        and x.layout is torch.strided
+        and x.dtype in DTYPES
+        and not x.is_neg()
+        and (x.data_ptr() != 0 or x.numel() == 0)
+    )
+
+
+def is_transformed() -> bool:
+    """Whether tensors may stand for more than their numbers: functorch, forward mode, jit."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_recorded() -> bool:
+    """Whether a mode wants to see every operation: fake tensors, proxies, counters."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
+
+
+def takes(x: Any, residual: Any, vectors: tuple[Vector, ...], training: bool) -> bool:
+    """Whether the operator takes these tensors as they are; all others are PyTorch's to refuse.
+
+    Parameters
+    ----------
+    x, residual
+        What a layer was given.
+    vectors : tuple
+        weight, bias, running_mean and running_var.
+    training : bool
+        Whether the batch's own statistics are used.
+    """
+    given = [t for t in (x, residual, *vectors) if t is not None]
+    if is_transformed() or is_recorded() or not all(is_plain(t) for t in given):
+        return False
+    kinds = {v.dtype for v in vectors if v is not None}
+    allowed = {x.dtype} if x.dtype in (torch.float32, torch.float64) else {x.dtype, torch.float32}
+    return (
+        x.dim() >= 2
+        and x.numel() > (x.shape[1] if training else 0)
+        and len(kinds) <= 1
+        and kinds <= allowed
+        and all(v is None or v.shape == x.shape[1:2] for v in vectors)
+        # PyTorch refuses them a gradient, which nobody would notice the lack of.
+        and not any(v is not None and v.requires_grad for v in vectors[2:])
+        and (residual is None or (residual.shape == x.shape and residual.dtype is x.dtype))
+    )
+
+
+# ---- Activations
+
+
+def name_and_slope(activation: Activation) -> tuple[str | None, float]:
+    """Return an activation as the two values that an operator takes."""
+    return activation if isinstance(activation, tuple) else (activation, 0.01)
+
+
+def activate(y: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation by PyTorch's own operation."""
+    name, slope = name_and_slope(activation)
+    if name is None:
+        return y
+    if name == "leaky_relu":
+        return F.leaky_relu(y, slope)
+    return F.relu6(y) if name == "relu6" else F.relu(y)
+
+
+# ---- Autograd
+
+
+def batch_norm_act(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    weight: Vector,
+    bias: Vector,
+    running_mean: Vector,
+    running_var: Vector,
     training: bool,
     momentum: float,
     eps: float,
     residual: Tensor | None,
-    activation: str | None,
-    slope: float,
-) -> Results:
-    """`batch_norm_act` that returns the moved statistics and leaves those it was given alone.
+    activation: Activation,
+) -> Tensor:
+    """Return ``act(batch_norm(x) + residual)``, with gradients of every order.
 
-    Graphs hold it while operations may still be left out, moved or done twice.
+    Parameters
+    ----------
+    x : Tensor
+        And all others: what `takes` said yes to.
+    weight, bias, running_mean, running_var : Tensor, shape (channels,), optional
+    training : bool
+        Normalise by the batch, and move the running statistics towards it by `momentum`.
+    momentum, eps : float
+    residual : Tensor, optional
+        Added before the activation; shape and dtype of `x`.
+    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+
+    Returns
+    -------
+    Tensor
+        With the strides of PyTorch's batch norm.
     """
-    statistics = [None if s is None else s.clone() for s in (running_mean, running_var)]
-    results = batch_norm_act(
-        x, weight, bias, *statistics, training, momentum, eps, residual, activation, slope
+    y: Tensor = _BatchNormAct.apply(
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        *name_and_slope(activation),
     )
-    return (*results, *statistics)
+    return y
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Vector,
+        bias: Vector,
+        residual: Tensor | None,
+        running_mean: Vector,
+        running_var: Vector,
+        training: bool,
+        momentum: float,
+        eps: float,
+        *activation: Any,
+    ) -> Tensor:
+        rest = (training, momentum, eps, residual, *activation)
+        y, save_mean, save_invstd = torch.ops.bnfast.batch_norm_act(
+            x, weight, bias, running_mean, running_var, *rest
+        )
+        fixed: tuple[Vector, Vector] = (None, None)
+        if not training:  # copies: a training forward in between may move them
+            fixed = tuple(v.clone() for v in (running_mean, running_var) if v is not None)  # type: ignore[assignment]
+        output = y if residual is not None and activation[0] is not None else None
+        ctx.save_for_backward(x, weight, bias, *fixed, save_mean, save_invstd, output)
+        ctx.options = (training, eps, *activation)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        name = ctx.options[2]
+        *needs, to_residual = ctx.needs_input_grad[:4]
+        passes = to_residual and name is None  # the gradient of a sum is that of its terms
+        needs = [*needs, to_residual and not passes]
+        again = torch.is_grad_enabled()
+        plain = is_plain(dy) and not is_recorded() and not is_transformed()
+        found = (_formula if again or not plain else _kernel)(ctx, dy, needs)
+        *others, dresidual = found
+        return (*others, dy if passes else dresidual, *(None,) * 7)
+
+
+def _kernel(ctx: Any, dy: Tensor, needs: list[bool]) -> Gradients:
+    if not any(needs):
+        return None, None, None, None
+    training, eps, *activation = ctx.options
+    *tensors, y = ctx.saved_tensors
+    found: Gradients = torch.ops.bnfast.batch_norm_act_backward(
+        dy, *tensors, training, eps, y, *activation, needs
+    )
+    return found
+
+
+def _formula(ctx: Any, dy: Tensor, needs: list[bool]) -> Gradients:
+    """Compute the same by PyTorch's operators, whose gradients can be differentiated again."""
+    x, weight, bias, mean, var, *_, y = ctx.saved_tensors
+    training, eps, name, slope = ctx.options
+    with torch.enable_grad():
+        inputs = [None if t is None else _alias(t) for t in (x, weight, bias)]
+        z = F.batch_norm(inputs[0], mean, var, inputs[1], inputs[2], training, 0.0, eps)
+        g = dy if name is None else _masked(dy, z if y is None else y, (name, slope))
+        wanted = [t for t, n in zip(inputs, needs, strict=False) if n]
+        found = iter(torch.autograd.grad(z, wanted, g, create_graph=True) if wanted else ())
+    dx, dweight, dbias = (next(found) if n else None for n in needs[:3])
+    return dx, dweight, dbias, g if needs[3] else None
+
+
+def _masked(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
+    """Return dy times the activation's derivative where its input, or its output, was z."""
+    leaf = z.detach().requires_grad_()
+    (g,) = torch.autograd.grad(activate(leaf, activation), leaf, dy, create_graph=True)
+    return g
+
+
+def _alias(t: Tensor) -> Tensor:
+    """Return t as a variable of its own, so that a gradient stops there and not at t's past."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()

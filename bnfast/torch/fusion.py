@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, Node
 
-from .fused import batch_norm_act_backward, functional
+from .in_place import functional
 from .patterns import (
     NORMS,
     Activation,
@@ -261,7 +261,7 @@ def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[
     y = None if mask is None or found.residual is None else results[0]
     with graph.inserting_before(first):
         node = graph.call_function(
-            batch_norm_act_backward,
+            torch.ops.bnfast.batch_norm_act_backward.default,
             (
                 *(first.args[0], norm.x, norm.weight, norm.bias, *norm.statistics, *saved),
                 *(norm.training, norm.eps, y),

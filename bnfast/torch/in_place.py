@@ -6,12 +6,31 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
-from .fused import batch_norm_act, batch_norm_act_backward, functional
+from . import fused  # noqa: F401, defines the operators
 from .patterns import alike
 
 _aten = torch.ops.aten
+_batch_norm_act = torch.ops.bnfast.batch_norm_act.default
+
+
+def functional(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """Do as the operator, but leave statistics alone: the new ones are two results more.
+
+    Graphs hold it while operations may still be left out, sorted or done twice. It stays where
+    somebody reads the new statistics.
+    """
+    new = [None if s is None else s.clone() for s in (running_mean, running_var)]
+    return (*_batch_norm_act(x, weight, bias, *new, *options), *(s for s in new if s is not None))
 
 
 def lower(graph: Graph) -> None:
@@ -44,7 +63,7 @@ def _move_statistics(graph: Graph) -> None:
             continue  # somebody reads the new statistics: `functional` makes them
         if node.args[5] and node not in moving:  # in training, and nobody reads them
             _give(node, None, None)
-        node.target = batch_norm_act
+        node.target = _batch_norm_act
 
 
 def _chain(first: Node) -> tuple[list[Node], list[Node]]:
@@ -115,8 +134,9 @@ def _count_batches(graph: Graph) -> None:
 
 # Operators that give new memory, and not a view of what they read.
 _FRESH = {
-    batch_norm_act,
-    batch_norm_act_backward,
+    _batch_norm_act,
+    torch.ops.bnfast.batch_norm_act_backward.default,
+    functional,
     *(
         getattr(_aten, name).default
         for name in (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import _aten as kernels
 from .compiled import fused_so_far
 
 if TYPE_CHECKING:
@@ -33,33 +34,27 @@ def enable() -> None:
 
     It may be called again, and from any thread, while others compute.
 
-    Raises
-    ------
-    ImportError
-        If PyTorch is older than 2.13, or its C interface lacks what the kernels need.
-
     See Also
     --------
     disable : the way back.
     enabled : for a while.
     report : what ran where.
     """
-    aten = _kernels()
-    aten.switch_to(True)
+    replace_kernels()
+    kernels.switch_to(True)
 
 
 def disable() -> None:
     """Let PyTorch's own kernels run again, in this process.
 
-    A backward may run on the other side than its forward did.
+    A backward runs where its forward did.
     """
-    if _loaded is not None:
-        _loaded.switch_to(False)
+    kernels.switch_to(False)
 
 
 def is_enabled() -> bool:
     """Say whether the batch norms of this process run on bnfast."""
-    return _loaded is not None and _loaded.is_on()
+    return kernels.is_on()
 
 
 @contextmanager
@@ -67,18 +62,13 @@ def enabled() -> Iterator[None]:
     """`enable` for a while: afterwards the process is as it was before.
 
     Like `enable`, it holds for all threads.
-
-    Raises
-    ------
-    ImportError
-        As `enable`.
     """
-    aten = _kernels()
-    before = aten.switch_to(True)
+    replace_kernels()
+    before = kernels.switch_to(True)
     try:
         yield
     finally:
-        aten.switch_to(before)
+        kernels.switch_to(before)
 
 
 @dataclass(frozen=True)
@@ -114,8 +104,7 @@ class Activity:
 
 def activity() -> Activity:
     """Return what ran where in this process."""
-    ran, left = ({}, {}) if _loaded is None else _loaded.counts()
-    return Activity(ran, left, *fused_so_far())
+    return Activity(*kernels.counts(), *fused_so_far())
 
 
 def enable_if_asked() -> None:
@@ -135,30 +124,30 @@ def enable_if_asked() -> None:
 
 # ---- Kernels are registered once and never taken back: other threads may be in them
 
-_loaded: Any = None
 
+def install() -> None:
+    """Find PyTorch's C interface, and register the kernels of bnfast's own operators.
 
-def _kernels() -> Any:
-    """Return the extension, its kernels registered."""
-    global _loaded
-    with _lock:
-        if _loaded is None:
-            _check_version()
-            from . import _aten
-
-            _spend_warning()
-            library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-            _aten.install(str(library), torch.__version__)
-            _loaded = _aten
-    return _loaded
-
-
-def _check_version() -> None:
+    Raises
+    ------
+    ImportError
+        If PyTorch is older than 2.13, or its C interface lacks what the kernels need.
+    """
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST:
-        raise ImportError(
-            f"PyTorch is {torch.__version__}; bnfast.torch.enable needs 2.13 or later"
-        )
+        raise ImportError(f"PyTorch is {torch.__version__}; bnfast.torch needs 2.13 or later")
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    kernels.install(str(library), torch.__version__)
+
+
+def replace_kernels() -> None:
+    """Put bnfast's kernels under PyTorch's operators, if they are not there.
+
+    They hand every call back but those of a process or a thread that wants it otherwise.
+    """
+    with _lock:
+        _spend_warning()
+        kernels.replace()
 
 
 def _spend_warning() -> None:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from bnfast import _arrays, _core
 from bnfast.distributed import Merging, Move, Ranks, Summing, plain_activation, ranks_of
 
-from . import autograd, kernels
+from . import fused, tensors
 from .convert import OURS
 from .modules import BatchNormOnCPU
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from bnfast.moments import Moments
 
-    from .kernels import Activation, Gradients
-    from .modules import State
+    from .fused import Activation, Gradients, Vector
+
+    State = tuple[Vector, ...]
 
 _STATE = ("weight", "bias", "running_mean", "running_var")
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -124,7 +125,7 @@ class SyncBatchNorm(BatchNormOnCPU):
         if not isinstance(input, Tensor) or input.device.type in ("cpu", "meta"):
             return self._over_ranks(input, residual, activation)
         y = nn.SyncBatchNorm.forward(self, input)
-        return autograd.activate(y if residual is None else y + residual, activation)
+        return fused.activate(y if residual is None else y + residual, activation)
 
     def _synchronises(self) -> bool:
         return (
@@ -140,12 +141,12 @@ class SyncBatchNorm(BatchNormOnCPU):
         exchange = Merging(ranks, training=True)
         with exchange:
             call = self._forward_call(x, residual, activation)
-            batch = exchange.merged(kernels.moments(call.x), call.move)
+            batch = exchange.merged(tensors.moments(call.x), call.move)
         mean, inv_std = call.normalize(batch)
         if not call.wants_gradient:
             return call.y
-        tensors = (call.x, call.weight, call.bias, call.residual)
-        y: Tensor = _SyncBatchNorm.apply(*tensors, call, mean, inv_std, batch.count, ranks)
+        inputs = (call.x, call.weight, call.bias, call.residual)
+        y: Tensor = _SyncBatchNorm.apply(*inputs, call, mean, inv_std, batch.count, ranks)
         return y
 
     def _forward_call(
@@ -156,7 +157,7 @@ class SyncBatchNorm(BatchNormOnCPU):
         After the exchange nobody could be told: nothing is looked at again, and there is room for
         the output.
         """
-        if kernels.is_transformed() or kernels.is_recorded():
+        if fused.is_transformed() or fused.is_recorded():
             raise RuntimeError(
                 "SyncBatchNorm in training exchanges numbers with other processes, which is not "
                 "possible under transforms, tracing or fake tensors; call eval(), or use BatchNorm"
@@ -167,14 +168,15 @@ class SyncBatchNorm(BatchNormOnCPU):
             raise ValueError(
                 f"SyncBatchNorm expected input tensor to be on GPU, or on the CPU, got {x.device}"
             )
-        state, eps = self._state(), _arrays.eps(self.eps, training=True)
+        state = (self.weight, self.bias, self.running_mean, self.running_var)
+        eps = _arrays.eps(self.eps, training=True)
         x = x.resolve_neg()
         self._check_input_dim(x)
         self._check_non_zero_input_channels(x)
         self._check_tensors(x, residual, state)
         weight, bias, *running = state
         move = self._move(running) if self._moves_statistics() else None
-        wants_gradient = autograd._needs_gradient(x, weight, bias, residual)
+        wants_gradient = _needs_gradient(x, weight, bias, residual)
         kept = (x, weight, None if activation is None else bias)
         if wants_gradient and any(t is not None and t.is_inference() for t in kept):
             raise RuntimeError(
@@ -213,14 +215,17 @@ class SyncBatchNorm(BatchNormOnCPU):
     @torch.no_grad()
     def _move(self, running: Sequence[Tensor | None]) -> Move:
         """Return what moves the running statistics, known to be able to."""
-        momentum = _arrays.real("momentum", self._momentum())
+        tracked, count = self.num_batches_tracked, None
+        momentum: Any = self.momentum
+        if momentum is None:  # the cumulative average
+            momentum = 0.0 if tracked is None else 1 / (float(tracked) + 1)
+        momentum = _arrays.real("momentum", momentum)
         pairs = []
         for tensor in running:
             if tensor is not None:
                 write, old = partial(_write, tensor), tensor.to(torch.float64, copy=True).numpy()
                 write(old)  # whatever cannot be written is refused
                 pairs.append((write, old))
-        tracked, count = self.num_batches_tracked, None
         if tracked is not None:
             tracked.copy_(tracked.clone())
             count = partial(_copy, tracked, tracked.clone().add_(1))
@@ -267,16 +272,24 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
 
 
 def _check_readable(name: str, tensor: Any) -> None:
-    if kernels.is_plain(tensor):
+    if fused.is_plain(tensor):
         return
     if isinstance(tensor, Tensor):  # PyTorch's repr of one whose memory was freed would crash
         found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
     else:
         found = _arrays.kind(tensor)
-    accepted = ", ".join(sorted(str(dtype) for dtype in kernels.DTYPES))
+    accepted = ", ".join(sorted(str(dtype) for dtype in fused.DTYPES))
     raise TypeError(
         f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"
     )
+
+
+def _needs_gradient(*inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    given = [t for t in inputs if t is not None]
+    # As in PyTorch, there is no gradient where all were made in inference mode.
+    return any(t.requires_grad for t in given) and not all(t.is_inference() for t in given)
 
 
 @torch.no_grad()
@@ -306,20 +319,19 @@ class _ForwardCall(NamedTuple):
         with np.errstate(all="ignore"):  # whatever one rank's caller would have it raise
             var = batch.var()
             inv_std = 1 / np.sqrt(var + self.eps)
-        order = kernels._storage_order(self.x)
-        kernels._on_torch_threads(
-            _core.normalize,
-            kernels._array(self.x, order),
-            batch.mean,
-            var,
-            kernels._array(self.weight),
-            kernels._array(self.bias),
-            self.eps,
-            kernels._axis(order),
-            kernels._array(self.residual, order),
-            self.activation,
-            kernels._array(self.y, order),
-        )
+        with tensors.torch_threads():
+            _core.normalize(
+                tensors.array(self.x),
+                batch.mean,
+                var,
+                tensors.array(self.weight),
+                tensors.array(self.bias),
+                self.eps,
+                1,
+                tensors.array(self.residual),
+                self.activation,
+                tensors.array(self.y),
+            )
         return torch.from_numpy(batch.mean), torch.from_numpy(inv_std)
 
 
@@ -340,7 +352,11 @@ class _SyncBatchNorm(torch.autograd.Function):
         ranks: Ranks,
     ) -> Tensor:
         y, activation = call.y, call.activation
-        autograd.save(ctx, x, weight, bias, residual, y, mean, inv_std, True, activation)
+        masked = activation is not None
+        output = y if masked and residual is not None else None
+        ctx.save_for_backward(x, weight, bias if masked else None, output, mean, inv_std)
+        ctx.activation = activation
+        ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
         ctx.count, ctx.ranks, ctx.channels = count, ranks, len(mean)
         return y
 
@@ -375,7 +391,7 @@ def _backward_call(ctx: Any, dy: Tensor) -> _BackwardCall:
     _check_readable("the output's gradient", call.dy)
     saved = {"input": x, "weight": weight, "bias": bias, "output": y, "mean": mean, "std": inv_std}
     for name, tensor in saved.items():
-        if tensor is not None and not kernels.is_plain(tensor):
+        if tensor is not None and not fused.is_plain(tensor):
             raise RuntimeError(f"the {name}'s memory was freed; expected it for the backward")
     return call
 
@@ -394,32 +410,39 @@ class _BackwardCall(NamedTuple):
 
     def over_part(self, needs: tuple[bool, ...]) -> Gradients:
         """Return gradients for a mean and a variance that are constants."""
-        tensors = (self.dy, self.x, self.mean, self.inv_std, self.weight, self.bias, self.y)
-        return kernels.backward(*tensors, False, self.activation, needs)
+        dx, dweight, dbias, dresidual = self._run(0, None, needs, None)
+        return (
+            None if dx is None else tensors.tensor(dx, self.x),
+            None if dweight is None else torch.from_numpy(dweight),
+            None if dbias is None else torch.from_numpy(dbias),
+            None if dresidual is None else tensors.tensor(dresidual, self.x),
+        )
 
     def through_batch(
         self, dx: Tensor, count: int, masked: bool, sums: tuple[Any, Any]
     ) -> Tensor | None:
         """Fill x's gradient, of a batch that x is a part of; return the residual's if masked."""
-        order = kernels._storage_order(self.x)
-        *_, dresidual = kernels._on_torch_threads(
-            _core.backward,
-            kernels._array(self.dy, order),
-            kernels._array(self.x, order),
-            kernels._array(self.mean),
-            kernels._array(self.inv_std),
-            count,
-            kernels._array(self.weight),
-            kernels._array(self.bias),
-            kernels._axis(order),
-            None,
-            self.activation,
-            kernels._array(self.y, order),
-            kernels._array(dx, order),
-            (True, False, False, masked),
-            sums,
-        )
-        return None if dresidual is None else kernels._tensor(dresidual, self.x, order)
+        *_, dresidual = self._run(count, dx, (True, False, False, masked), sums)
+        return None if dresidual is None else tensors.tensor(dresidual, self.x)
+
+    def _run(self, count: int, dx: Tensor | None, needs: tuple[bool, ...], sums: Any) -> Any:
+        with tensors.torch_threads():
+            return _core.backward(
+                tensors.array(self.dy),
+                tensors.array(self.x),
+                tensors.array(self.mean),
+                tensors.array(self.inv_std),
+                count,
+                tensors.array(self.weight),
+                tensors.array(self.bias),
+                1,
+                None,
+                self.activation,
+                tensors.array(self.y),
+                tensors.array(dx),
+                needs,
+                sums,
+            )
 
 
 def _typed(

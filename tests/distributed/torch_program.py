@@ -15,7 +15,7 @@ from torch import nn
 import bnfast.torch
 from bnfast import _core
 from bnfast.torch import SyncBatchNorm, convert_sync_batchnorm
-from bnfast.torch.kernels import DTYPES
+from bnfast.torch.fused import DTYPES
 
 FORMATS = {
     "contiguous": torch.contiguous_format,

@@ -1,0 +1,61 @@
+/* bnfast's own operators: what batch norm, an addition and an activation are as one call. */
+#include "aten_kernels.h"
+#include "aten_stack.h"
+
+/* BNF_ACTIVATIONS: none that the kernels have.  The name is used up. */
+static bnf_activation read_activation(torch_value optional)
+{
+    static const char *const NAMES[BNF_ACTIVATIONS] = {
+        [BNF_RELU] = "relu", [BNF_RELU6] = "relu6", [BNF_LEAKY_RELU] = "leaky_relu"};
+    if (!optional)
+        return BNF_LINEAR;
+    torch_value *box = (torch_value *)(uintptr_t)optional;
+    const torch_string string = (torch_string)(uintptr_t)*box;
+    const char *text;
+    int found = BNF_ACTIVATIONS;
+    if (!torch.string_text(string, &text))
+        for (found = BNF_LINEAR + 1; found < BNF_ACTIVATIONS; found++)
+            if (strcmp(text, NAMES[found]) == 0)
+                break;
+    torch.delete_string(string);
+    torch.delete_value(box);
+    return (bnf_activation)found;
+}
+
+static aten_rest read_rest(torch_value residual, torch_value activation, torch_value slope)
+{
+    return (aten_rest){true, residual, read_activation(activation), to_double(slope)};
+}
+
+void aten_batch_norm_act(torch_value *stack, uint64_t arguments, uint64_t results)
+{
+    (void)arguments, (void)results;
+    const aten_forward_arguments a = {.x = stack[0],
+                                      .weight = stack[1],
+                                      .bias = stack[2],
+                                      .running_mean = stack[3],
+                                      .running_var = stack[4],
+                                      .training = to_bool(stack[5]),
+                                      .momentum = to_double(stack[6]),
+                                      .eps = to_double(stack[7]),
+                                      .rest = read_rest(stack[8], stack[9], stack[10])};
+    aten_forward(a, stack);
+}
+
+void aten_batch_norm_act_backward(torch_value *stack, uint64_t arguments, uint64_t results)
+{
+    (void)arguments, (void)results;
+    const aten_backward_arguments a = {.dy = stack[0],
+                                       .x = stack[1],
+                                       .weight = stack[2],
+                                       .bias = stack[3],
+                                       .running_mean = stack[4],
+                                       .running_var = stack[5],
+                                       .save_mean = stack[6],
+                                       .save_invstd = stack[7],
+                                       .training = to_bool(stack[8]),
+                                       .eps = to_double(stack[9]),
+                                       .rest = read_rest(stack[10], stack[11], stack[12]),
+                                       .wanted = stack[13]};
+    aten_backward(a, stack);
+}

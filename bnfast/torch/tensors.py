@@ -1,0 +1,67 @@
+"""Tensors as NumPy arrays over the same memory, for what calls bnfast's functions on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bnfast import _core, _threads
+from bnfast.moments import Moments
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Array = NDArray[Any]
+
+
+def array(x: Tensor | None) -> Array | None:
+    """Return a dense CPU tensor's memory as an array of the same axes, while the tensor is there.
+
+    PyTorch's own way to an array takes from a storage for good that it can be resized. What has
+    gaps is copied.
+    """
+    if x is None:
+        return None
+    x = x.detach()
+    order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
+    inner = x.permute(order)
+    if not inner.is_contiguous():
+        return _over(x.contiguous()).copy()
+    return _over(inner).transpose(np.argsort(order))
+
+
+def _over(x: Tensor) -> Array:
+    if x.dtype is torch.bfloat16:
+        import ml_dtypes  # NumPy has no such type of its own
+
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    else:
+        dtype = np.dtype(str(x.dtype).removeprefix("torch."))
+    found: Array = _core.over_memory(x.data_ptr(), tuple(x.shape), dtype.num)
+    return found
+
+
+def tensor(values: Array, like: Tensor) -> Tensor:
+    """Return a result as a tensor, with the strides of ``torch.empty_like(like)``."""
+    if like.dtype is torch.bfloat16:
+        made = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    else:
+        made = torch.from_numpy(values)
+    strides = torch.empty_like(like, device="meta").stride()
+    return made if made.stride() == strides else torch.empty_like(like).copy_(made)
+
+
+def moments(x: Tensor) -> Moments:
+    """Return the moments of each channel of a dense CPU tensor, axis 1."""
+    with torch_threads():
+        return Moments(*_core.moments(array(x), 1))
+
+
+def torch_threads() -> AbstractContextManager[None]:
+    """Compute on as many threads as PyTorch would here."""
+    return _threads.num_threads(min(torch.get_num_threads(), _threads.MAX_THREADS))
