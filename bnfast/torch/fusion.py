@@ -67,6 +67,7 @@ def fuse(graph: Graph, seen: Callable[[str, str | None], None]) -> None:
         if reason is not None:
             seen("", reason)
             continue
+        _keep_type(graph, norm)
         found, reason = _find(norm)
         _replace(graph, found)
         seen(found.kind, reason)
@@ -89,6 +90,19 @@ def _read_directly(graph: Graph) -> None:
             continue
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+
+
+def _keep_type(graph: Graph, norm: Norm) -> None:
+    """Have new statistics in the type of the old, where PyTorch expected float32 and a cast."""
+    for index, old in ((3, norm.running_mean), (4, norm.running_var)):
+        new = norm.results.get(index)
+        if new is None:
+            continue
+        for cast in list(new.users):
+            if cast.target is _aten._to_copy.default and alike(cast, old):
+                cast.replace_all_uses_with(new)
+                new.meta = dict(cast.meta)
+                graph.erase_node(cast)
 
 
 # ---- What belongs together
@@ -183,7 +197,7 @@ def _check_order(norm: Norm, last: Node) -> None:
     """See that nothing reads the other results before the place of the fused operation."""
     for index, result in norm.results.items():
         if index != 0 and any(user < last for user in result.users):
-            raise Apart("what is added depends on its statistics")
+            raise Apart("its statistics are read before")
 
 
 def _check_regions(a: Node, b: Node) -> None:
