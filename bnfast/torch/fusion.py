@@ -179,7 +179,7 @@ def _mask(found: Found, last: Node, activation: Activation, slope: float) -> Nod
         node
         for source in (found.last, last)
         for node in source.users
-        if is_backward_of(node, activation, slope)
+        if is_backward_of(node, activation, slope) and node.args[1] is source
     ]
     if found.gradient is not None:
         if found.gradient.args[0] not in masks:

@@ -134,6 +134,8 @@ class Norm:
             return f"tensors on {x.device.type}"
         if x.dtype not in _DTYPES or x.layout is not torch.strided:
             return f"{x.dtype} tensors"
+        if not all(_is_vector(v, x.shape[1]) for v in vectors):
+            return "parameters of another shape, or with gaps"
         kinds = {v.dtype for v in vectors}
         if len(kinds) > 1 or kinds - {x.dtype, torch.float32 if x.dtype in _HALVES else x.dtype}:
             return f"parameters of {', '.join(sorted(map(str, kinds)))} beside {x.dtype}"
@@ -144,6 +146,12 @@ class Norm:
         saved = self.results.get(1)
         users = () if saved is None else saved.users
         return [u for u in users if u.target is BACKWARD and u.args[1] is self.x]
+
+
+def _is_vector(v: Tensor, channels: Any) -> bool:
+    if v.dim() != 1 or not statically_known_true(v.shape[0] == channels):
+        return False
+    return statically_known_true(v.stride(0) == 1) or statically_known_true(v.shape[0] == 1)
 
 
 def value(node: Node) -> Tensor | None:

@@ -385,6 +385,34 @@ def test_same_input_as_residual():
     assert_same_steps(Own().double(), images())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_with_gaps(training, fused):
+    """Left to PyTorch, with the reason."""
+
+    def norm():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).double().train(training)
+        model[0].running_mean = torch.randn(10, dtype=torch.float64)[::2]
+        return model
+
+    ours, model = norm(), norm()
+    x = images()
+    faster = torch.compile(ours, backend=bnfast.torch.backend)
+    assert_same(step(faster, x), step(model, x))
+    assert_same(list(ours.buffers()), list(model.buffers()))
+    assert fused() == ({}, {"parameters of another shape, or with gaps": 1})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3)], ids=str)
+def test_empty_batch(shape, training):
+    model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).double().train(training)
+    faster, ours = compile_copy(model)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert_same(step(faster, x), step(model, x))
+    assert_same(list(ours.buffers()), list(model.buffers()))
+
+
 # ---- What it refuses
 
 
