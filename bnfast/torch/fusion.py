@@ -273,11 +273,12 @@ def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[
     wanted: Any = gradient.args[9]
     saved = (results[1], results[2]) if norm.training else (None, None)
     y = None if mask is None or found.residual is None else results[0]
+    bias = norm.bias if mask is not None and y is None else None  # what y is told by
     with graph.inserting_before(first):
         node = graph.call_function(
             torch.ops.bnfast.batch_norm_act_backward.default,
             (
-                *(first.args[0], norm.x, norm.weight, norm.bias, *norm.statistics, *saved),
+                *(first.args[0], norm.x, norm.weight, bias, *norm.statistics, *saved),
                 *(norm.training, norm.eps, y),
                 *(name, found.slope, [*wanted, bool(others)]),
             ),

@@ -344,6 +344,36 @@ def test_one_operator_forward_and_backward():
     assert calls.count("bnfast::batch_norm_act_backward") == 1
 
 
+def test_unfused_activations_are_in_place():
+    """What nobody reads any more is overwritten, as in the model."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5)).double()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    faster, _ = compile_copy(model)
+    with torch.no_grad():
+        assert_same([faster(x)], [model(x)])
+        calls = recorded(lambda: faster(x))
+    assert "aten::relu_" in calls
+    assert "aten::relu" not in calls
+
+
+class ReadsTwice(nn.Module):
+    """A value and its activation are both read, and its sum with itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x):
+        y = self.linear(x)
+        z = F.relu(y) + y
+        return z + z
+
+
+def test_what_is_read_again_is_not_overwritten():
+    x = torch.randn(7, 5, dtype=torch.float64)
+    assert_same_steps(ReadsTwice().double(), x, steps=1)
+
+
 @pytest.mark.parametrize("frozen", ["x", "parameters"])
 def test_some_gradients(frozen):
     model = Residual(nn.ReLU()).double()
