@@ -224,6 +224,23 @@ def test_inplace_on_the_input():
     assert (x >= 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_inplace_on_an_input_with_gradient():
+    """Its backward reads what the input was before."""
+
+    def function(norm, x):
+        F.hardtanh(x, 0, 6, inplace=True)
+        return norm(x)
+
+    norm = nn.BatchNorm2d(5).double()
+    found = []
+    for f in (torch.compile(function, backend=bnfast.torch.backend, fullgraph=True), function):
+        x = (5 * torch.ones(2, 5, 3, 4, dtype=torch.float64)).cumsum(3).sub_(9).requires_grad_()
+        y = f(copy.deepcopy(norm), x * 1)
+        found.append([y, *torch.autograd.grad(y.pow(3).sum(), x)])
+    assert_same(*found)
+
+
 def test_report():
     faster, _ = compile_copy(nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5)))
     before = bnfast.torch.report().compiled.get("batch norm + relu", 0)
