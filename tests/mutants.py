@@ -5,6 +5,7 @@ copy of the sources, built for the best instruction set of this machine, and giv
 the functions. Each must be caught; the exit status says whether all were.
 """
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,35 @@ if ISA in ("avx2", "avx512"):
         ("src/simd_m256.h", "_mm256_min_ps(a, b)", "_mm256_min_ps(b, a)"),
     ]
 
+if importlib.util.find_spec("torch"):
+    MUTANTS += [
+        ("bnfast/torch/aten_kernels.c", "wanted_here = on;", "wanted_here = true;"),
+        ("bnfast/torch/aten_kernels.c", "return wanted_here || aten_is_on();", "return enabled;"),
+        ("bnfast/torch/aten_kernels.c", "rest->slope <= 1", "rest->slope <= 2"),
+        ("bnfast/torch/aten_backward.c", "&& !aten_ran_here(to_optional(a->save_mean))", ""),
+        ("bnfast/torch/aten_backward.c", "call->shift, b->bias,", "call->shift, NULL,"),
+        ("bnfast/torch/aten_backward.c", ".slope = b->arguments->rest.slope,", ""),
+        ("bnfast/torch/aten_backward.c", "call.dresidual = outputs[3];", ""),
+        (
+            "bnfast/torch/aten_backward.c",
+            "call->inv_std[c] + b->arguments->eps",
+            "call->inv_std[c]",
+        ),
+        ("bnfast/torch/aten_forward.c", "call->shift, f->bias,", "call->shift, NULL,"),
+        ("bnfast/torch/aten_forward.c", ".eps = a->eps,", ".eps = 1e-5,"),
+        ("bnfast/torch/aten_forward.c", "f->arguments->momentum, 1)", "f->arguments->momentum, 0)"),
+        ("bnfast/torch/aten_vectors.c", "!round_to(exact, mean, kind) ||", ""),
+        ("bnfast/torch/aten_vectors.c", "kept->mark == KEPT_MARK ? kept : NULL", "kept"),
+        (
+            "bnfast/torch/aten_tensors.c",
+            "looks_channels_last(x) == looks_channels_last(dy)",
+            "true",
+        ),
+        ("bnfast/torch/aten_fused.c", '[BNF_RELU6] = "relu6"', '[BNF_RELU6] = "relu7"'),
+        ("bnfast/torch/fused.py", "tuple(v.clone() for v", "tuple(v for v"),
+        ("bnfast/torch/modules.py", "self.num_batches_tracked.sub_(1)", "pass"),
+    ]
+
 
 def built(folder):
     """Build in a copy; only the chosen instruction set's kernels are compiled again."""
@@ -186,9 +216,17 @@ def built(folder):
         sys.exit(f"the build failed:\n{done.stderr}")
 
 
-def first_failure(folder):
+def tests_of(file):
+    """The tests that are to notice a mistake in a file."""
+    if not file.startswith("bnfast/torch"):
+        return TESTS
+    names = ("fused", "convert", "exceptions", "modules", "enable_values", "enable_saved")
+    return [f"tests/pytorch/test_{name}.py" for name in (*names, "autograd", "state")]
+
+
+def first_failure(folder, tests=TESTS):
     """The first test that fails, or None."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     others = " and ".join(f"not {name}" for name in OTHERS) or "True"
     done = subprocess.run(
         [*command, "-k", others, "--timeout", "300"],
@@ -207,7 +245,7 @@ def survives(folder, file, old, new):
     path.write_text(source.replace(old, new), "utf-8")
     try:
         built(folder)
-        caught = first_failure(folder)
+        caught = first_failure(folder, tests_of(file))
     finally:
         path.write_text(source, "utf-8")
     print(

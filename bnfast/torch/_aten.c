@@ -144,7 +144,7 @@ static PyMethodDef METHODS[] = {
     {"replace", replace, METH_NOARGS, "Register kernels for PyTorch's operators, once."},
     {"switch_to", switch_to, METH_O, "switch_to(on): whether calls run here; what it was"},
     {"run_here", (PyCFunction)(void (*)(void))run_here, METH_FASTCALL,
-     "run_here(callable, *args): call it; what it runs in this thread runs here"},
+     "run_here(call, *args): call it; what it runs in this thread runs here"},
     {"is_on", is_on, METH_NOARGS, "Whether calls run here."},
     {"counts", counts, METH_NOARGS, "({what ran: calls}, {why calls were left: calls})"},
     {"forget_counts", forget_counts, METH_NOARGS, "Count from nothing again."},

@@ -262,8 +262,10 @@ void aten_backward(aten_backward_arguments a, torch_value *stack)
         free_backward(&a);
     else
         done = leave_backward(&a, results);
-    aten_finish(done ? NULL : b.error ? b.error : torch.what(), outcome, results,
-                a.rest.fused ? 4 : 3, stack);
+    aten_finish(done      ? NULL
+                : b.error ? b.error
+                          : torch.what(),
+                outcome, results, a.rest.fused ? 4 : 3, stack);
 }
 
 void aten_batch_norm_backward(torch_value *stack, uint64_t arguments, uint64_t results)

@@ -143,8 +143,7 @@ static bool run_forward_in(forward *f, torch_tensor *results, torch_tensor *room
     /* What lies in another order is copied to where the result will be, and computed in place. */
     if (!make_forward_results(f, results) || !find_outputs(f, results, &out) ||
         !aten_in_order(&f->x, &f->layout, &results[0], &call.x) ||
-        (f->residual.tensor &&
-         !aten_in_order(&f->residual, &f->layout, room, &call.residual)) ||
+        (f->residual.tensor && !aten_in_order(&f->residual, &f->layout, room, &call.residual)) ||
         torch.get_data(results[0], &call.y))
         return false;
     aten_driver->plan(&call, aten_threads());

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils import parametrize
 
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
 from .process import Activity, activity, replace_kernels
@@ -25,8 +26,9 @@ def convert(model: _Model, fuse: bool = False) -> _Model:
     """Make every batch norm of a model run on bnfast, in place.
 
     Layers stay the objects they are, with their parameters, buffers, hooks and modes; only their
-    class changes. Converting twice changes nothing more. PyTorch's own ``BatchNorm1d``, ``2d``,
-    ``3d`` and ``SyncBatchNorm`` are converted, and no class derived from them.
+    class changes, to one that runs the same operator on bnfast. Converting twice changes nothing
+    more. PyTorch's own ``BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` are converted, and
+    classes derived from them that have no forward of their own; `enable` serves the others, too.
 
     Parameters
     ----------
@@ -62,8 +64,8 @@ def convert(model: _Model, fuse: bool = False) -> _Model:
         )
     replace_kernels()
     for module in model.modules():
-        if type(module) in OURS and _why_not(module) is None:
-            module.__class__ = OURS[type(module)]
+        if isinstance(module, _BatchNorm) and not _is_ours(module) and _why_not(module) is None:
+            module.__class__ = OURS.get(type(module)) or derived(type(module))
     return model
 
 
@@ -87,8 +89,9 @@ def revert(model: _Model) -> _Model:
     _check_model(model)
     theirs = {ours: their for their, ours in OURS.items()}
     for module in model.modules():
-        if type(module) in theirs:
-            module.__class__ = theirs[type(module)]
+        kind = theirs.get(type(module)) or vars(type(module)).get("derived_from")
+        if kind is not None:
+            module.__class__ = kind
     return model
 
 
@@ -147,11 +150,11 @@ def report(model: Any = _NO_MODEL) -> Activity | Report:
     converted, left = [], {}
     for path, module in model.named_modules():
         name = path or "(model)"
-        if isinstance(module, BatchNormOnCPU):  # or a class made of it, as parametrizations do
+        if _is_ours(module):
             converted.append(name)
         elif (why := _why_not(module)) is not None:
             left[name] = why
-        elif type(module) in OURS:
+        elif isinstance(module, _BatchNorm):
             left[name] = "convert has not been called"
     return Report(tuple(converted), left)
 
@@ -166,6 +169,10 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, BatchNormOnCPU)  # or a class made of it, as parametrizations do
+
+
 def _why_not(module: nn.Module) -> str | None:
     """Return why convert leaves a batch norm alone; None for those it takes and other modules."""
     kind = type(module)
@@ -174,9 +181,38 @@ def _why_not(module: nn.Module) -> str | None:
         return f"a scripted {scripted}" if "BatchNorm" in scripted else None
     if not isinstance(module, _BatchNorm):
         return None
-    if kind in OURS:
-        patched = "forward" in vars(module)
-        return "its forward was replaced on the instance" if patched else None
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
     if isinstance(module, _LazyNormBase):
         return f"{kind.__name__} becomes a batch norm at its first forward; convert after that"
-    return f"{kind.__name__} is a class of its own, derived from PyTorch's"
+    if parametrize.is_parametrized(module):
+        return "its parameters are parametrized; convert before that"
+    if kind in OURS or kind.forward is _BatchNorm.forward:
+        return None
+    return f"{kind.__name__} has a forward of its own, which enable() serves"
+
+
+# ---- Classes that users derived from PyTorch's
+
+_derived: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def derived(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a user's, with our forward: one of each, made when it is asked for."""
+    if kind not in _derived:
+        members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "derived_from": kind}
+        made = type(kind.__name__, (BatchNormOnCPU, kind), {**members, "__reduce_ex__": _reduce})
+        _derived.setdefault(kind, made)
+    return _derived[kind]
+
+
+def _reduce(module: Any, protocol: int) -> Any:
+    """Pickle by the user's class: nobody could find ours by its name."""
+    constructor, args, *rest = super(type(module), module).__reduce_ex__(protocol)
+    if args[:1] != (type(module),):  # a way of the user's own
+        return constructor, args, *rest
+    return _rebuilt, (module.derived_from, constructor, *args[1:]), *rest
+
+
+def _rebuilt(kind: type[nn.Module], constructor: Any, *args: Any) -> Any:
+    return constructor(derived(kind), *args)

@@ -16,10 +16,12 @@ from torch._prims_common import suggest_memory_format
 from . import process
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     Activation = str | tuple[str, float] | None
-    Vector = Tensor | None
+    Vector: TypeAlias = Tensor | None
     # Of x, weight, bias and residual; None where nobody asked.
-    Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+    Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 _library = torch.library.Library("bnfast", "DEF")
 # y = act(batch_norm(x) + residual); the rest as in aten::native_batch_norm.
@@ -170,6 +172,11 @@ def activate(y: Tensor, activation: Activation) -> Tensor:
     return F.relu6(y) if name == "relu6" else F.relu(y)
 
 
+def rest(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """Add and activate by PyTorch's own operations."""
+    return activate(y if residual is None else y + residual, activation)
+
+
 # ---- Autograd
 
 
@@ -235,16 +242,17 @@ class _BatchNormAct(torch.autograd.Function):
         *activation: Any,
     ) -> Tensor:
         rest = (training, momentum, eps, residual, *activation)
+        y: Tensor
         y, save_mean, save_invstd = torch.ops.bnfast.batch_norm_act(
             x, weight, bias, running_mean, running_var, *rest
         )
         fixed: tuple[Vector, Vector] = (None, None)
         if not training:  # copies: a training forward in between may move them
-            fixed = tuple(v.clone() for v in (running_mean, running_var) if v is not None)  # type: ignore[assignment]
+            fixed = tuple(v.clone() for v in (running_mean, running_var) if v is not None)
         output = y if residual is not None and activation[0] is not None else None
         ctx.save_for_backward(x, weight, bias, *fixed, save_mean, save_invstd, output)
         ctx.options = (training, eps, *activation)
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

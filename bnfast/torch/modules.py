@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import fused, process
+from . import _aten, fused, process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     from .fused import Activation, Vector
-
-_run_here = process.kernels.run_here
 
 _paused: ContextVar[bool] = ContextVar("bnfast_statistics_paused", default=False)
 
@@ -89,26 +87,43 @@ class BatchNormOnCPU(_BatchNorm):
             With the strides that PyTorch's layer gives.
         """
         if torch.compiler.is_compiling():
-            return self._by_torch(input, residual, activation)
+            y: Tensor = super().forward(input)
+            return fused.rest(y, residual, activation)
         if isinstance(input, torch.fx.Proxy):
             return self._as_leaf(input, residual, activation)
         if residual is not None or activation is not None:
             state = self._fusable(input, residual)
             if state is not None:
                 return self._fused(input, residual, activation, state)
-        elif not _paused.get():
-            y: Tensor = _run_here(_BatchNorm.forward, self, input)
-            return y
-        return _run_here(self._by_torch, input, residual, activation)
-
-    def _by_torch(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-        paused = self.training and not torch.compiler.is_compiling() and _paused.get()
-        if paused:
-            self._check_input_dim(x)
-            y = F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        if self.training and _paused.get():
+            y = _aten.run_here(self._with_statistics_paused, input)
         else:
-            y = super().forward(x)
-        return fused.activate(y if residual is None else y + residual, activation)
+            y = self._counted(input)
+        return fused.rest(y, residual, activation)
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """Run PyTorch's forward here; it counts a batch before it looks whether it can take it."""
+        try:
+            y: Tensor = _aten.run_here(_BatchNorm.forward, self, x)
+        except (RuntimeError, ValueError):
+            self._uncount(x)
+            raise
+        return y
+
+    def _uncount(self, x: Tensor) -> None:
+        try:
+            self._check_input_dim(x)
+        except ValueError:
+            return  # which comes before the count
+        if self._moves_statistics() and self.num_batches_tracked is not None:
+            self.num_batches_tracked.sub_(1)
+
+    def _with_statistics_paused(self, x: Tensor) -> Tensor:
+        """Give the operator copies to move: autograd saves as much as when they do."""
+        self._check_input_dim(x)
+        running = (self.running_mean, self.running_var)
+        mean, var = (None if v is None else v.clone() for v in running)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, 0.0, self.eps)
 
     def _fusable(self, x: Tensor, residual: Tensor | None) -> tuple[Vector, ...] | None:
         """Return weight, bias, running_mean and running_var if one operator takes it all."""
@@ -130,17 +145,17 @@ class BatchNormOnCPU(_BatchNorm):
         state: tuple[Vector, ...],
     ) -> Tensor:
         self._check_input_dim(x)
-        weight, bias, *running = state
-        training = self.training or running[0] is None
+        weight, bias, mean, var = state
+        training = self.training or mean is None
         moves = self._moves_statistics()
         if training and not moves:
-            running = [None, None]
+            mean = var = None
         tracked = self.num_batches_tracked if moves else None
         momentum = self.momentum
         if momentum is None:  # the cumulative average
             momentum = 0.0 if tracked is None else 1 / (float(tracked) + 1)
         y = fused.batch_norm_act(
-            x, weight, bias, *running, training, momentum, self.eps, residual, activation
+            x, weight, bias, mean, var, training, momentum, self.eps, residual, activation
         )
         if tracked is not None:
             tracked.add_(1)

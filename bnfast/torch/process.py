@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _aten as kernels
+from . import _aten
 from .compiled import fused_so_far
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def enable() -> None:
     report : what ran where.
     """
     replace_kernels()
-    kernels.switch_to(True)
+    _aten.switch_to(True)
 
 
 def disable() -> None:
@@ -49,12 +49,12 @@ def disable() -> None:
 
     A backward runs where its forward did.
     """
-    kernels.switch_to(False)
+    _aten.switch_to(False)
 
 
 def is_enabled() -> bool:
     """Say whether the batch norms of this process run on bnfast."""
-    return kernels.is_on()
+    return _aten.is_on()
 
 
 @contextmanager
@@ -64,11 +64,11 @@ def enabled() -> Iterator[None]:
     Like `enable`, it holds for all threads.
     """
     replace_kernels()
-    before = kernels.switch_to(True)
+    before = _aten.switch_to(True)
     try:
         yield
     finally:
-        kernels.switch_to(before)
+        _aten.switch_to(before)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Activity:
 
 def activity() -> Activity:
     """Return what ran where in this process."""
-    return Activity(*kernels.counts(), *fused_so_far())
+    return Activity(*_aten.counts(), *fused_so_far())
 
 
 def enable_if_asked() -> None:
@@ -137,7 +137,7 @@ def install() -> None:
     if found < OLDEST:
         raise ImportError(f"PyTorch is {torch.__version__}; bnfast.torch needs 2.13 or later")
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    kernels.install(str(library), torch.__version__)
+    _aten.install(str(library), torch.__version__)
 
 
 def replace_kernels() -> None:
@@ -147,7 +147,7 @@ def replace_kernels() -> None:
     """
     with _lock:
         _spend_warning()
-        kernels.replace()
+        _aten.replace()
 
 
 def _spend_warning() -> None:

@@ -218,7 +218,7 @@ class SyncBatchNorm(BatchNormOnCPU):
         tracked, count = self.num_batches_tracked, None
         momentum: Any = self.momentum
         if momentum is None:  # the cumulative average
-            momentum = 0.0 if tracked is None else 1 / (float(tracked) + 1)
+            momentum = 0.0 if tracked is None else 1 / (tracked.double() + 1)
         momentum = _arrays.real("momentum", momentum)
         pairs = []
         for tensor in running:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
-def array(x: Tensor | None) -> Array | None:
+def array(x: Tensor | None) -> Any:
     """Return a dense CPU tensor's memory as an array of the same axes, while the tensor is there.
+
+    None stays None.
 
     PyTorch's own way to an array takes from a storage for good that it can be resized. What has
     gaps is copied.
@@ -31,7 +33,8 @@ def array(x: Tensor | None) -> Array | None:
     order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
     inner = x.permute(order)
     if not inner.is_contiguous():
-        return _over(x.contiguous()).copy()
+        dense = x.contiguous()
+        return _over(dense).copy()
     return _over(inner).transpose(np.argsort(order))
 
 

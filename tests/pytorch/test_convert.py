@@ -1,16 +1,19 @@
 """convert, revert and report: what is swapped, what is left, what stays as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from cases import by_direction
 from layers import SmallResNet
 from torch import nn
+from torch.nn.utils import parametrize
 
 import bnfast
 import bnfast.torch
 from bnfast.torch import convert, report, revert
+from bnfast.torch.modules import BatchNormOnCPU
 
 
 def kinds(model):
@@ -127,16 +130,15 @@ def test_what_is_left_is_reported(ran):
         def forward(self, x):
             return super().forward(x) + 1
 
-    class Derived(nn.BatchNorm2d):
-        pass
-
     scripted = torch.jit.script(nn.BatchNorm2d(3))
     patched = nn.BatchNorm2d(3)
     patched.forward = patched.forward
+    parametrized = nn.BatchNorm2d(3)
+    parametrize.register_parametrization(parametrized, "weight", nn.Identity())
     model = nn.ModuleDict(
         {
             "own": Own(3),
-            "derived": Derived(3),
+            "parametrized": parametrized,
             "patched": patched,
             "lazy": nn.LazyBatchNorm2d(),
             "scripted": scripted,
@@ -148,20 +150,66 @@ def test_what_is_left_is_reported(ran):
     found = report(convert(model))
     assert found.converted == ("fine",)
     assert found.left == {
-        "own": "Own is a class of its own, derived from PyTorch's",
-        "derived": "Derived is a class of its own, derived from PyTorch's",
+        "own": "Own has a forward of its own, which enable() serves",
+        "parametrized": "its parameters are parametrized; convert before that",
         "patched": "its forward was replaced on the instance",
         "lazy": "LazyBatchNorm2d becomes a batch norm at its first forward; convert after that",
         "scripted": "a scripted BatchNorm2d",
     }
     assert str(found).splitlines()[:2] == [
         "1 batch norms run on bnfast",
-        "own: left to PyTorch, Own is a class of its own, derived from PyTorch's",
+        "own: left to PyTorch, Own has a forward of its own, which enable() serves",
     ]
     assert type(model["own"]) is Own
     x = torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(model["own"](x), nn.BatchNorm2d(3)(x) + 1)
     assert not ran()
+
+
+class Derived(nn.BatchNorm2d):
+    """Without a forward of its own."""
+
+    def __init__(self, num_features, tag):
+        super().__init__(num_features)
+        self.tag = tag
+
+    def _check_input_dim(self, x):
+        if x.shape[0] == 1:
+            raise ValueError("my rule")
+
+
+class Reduced(nn.BatchNorm2d):
+    """Pickled in a way of its own."""
+
+    def __reduce__(self):
+        return Reduced, (self.num_features,)
+
+
+def test_derived_classes_are_converted(ran):
+    layer = Derived(3, "mine")
+    assert report(layer).left == {"(model)": "convert has not been called"}
+    assert convert(layer) is layer
+    assert type(convert(Derived(3, "another's"))) is type(convert(layer))
+    assert report(layer).converted == ("(model)",)
+    assert isinstance(layer, Derived)
+    assert isinstance(layer, BatchNormOnCPU)
+    assert repr(layer) == repr(Derived(3, ""))
+    layer(torch.randn(4, 3, 2, 2))
+    assert by_direction(ran()) == {"forward": 1}
+    with pytest.raises(ValueError, match="my rule"):
+        layer(torch.randn(1, 3, 2, 2))
+    for copied in (
+        copy.deepcopy(layer),
+        *(pickle.loads(pickle.dumps(layer, p)) for p in (0, 2, 5)),
+    ):
+        assert type(copied) is type(layer)
+        assert copied.tag == "mine"
+        assert copied.num_batches_tracked == 1
+    assert type(revert(layer)) is Derived
+
+
+def test_a_derived_class_with_a_pickle_of_its_own():
+    assert type(pickle.loads(pickle.dumps(convert(Reduced(3))))) is Reduced
 
 
 def test_convolutions_take_our_layers_in(ran):

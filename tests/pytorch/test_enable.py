@@ -182,14 +182,19 @@ def test_importing_bnfast_imports_neither_torch_nor_the_kernels():
     )
 
 
-def test_converting_needs_no_kernels():
+@pytest.mark.parametrize("way", ["convert(torch.nn.BatchNorm1d(3))", "BatchNorm1d(3)"])
+def test_importing_changes_no_kernel_and_converting_does(way):
     ask(
-        """
-        import sys, torch, bnfast.torch
-        bnfast.torch.convert(torch.nn.BatchNorm1d(3))(torch.randn(4, 3))
-        assert bnfast.torch.report() == bnfast.torch.Activity({}, {})
-        bnfast.torch.disable()
-        assert "bnfast.torch._aten" not in sys.modules
+        f"""
+        import torch, bnfast.torch
+        torch.nn.BatchNorm1d(3)(torch.randn(4, 3))
+        assert bnfast.torch.report() == bnfast.torch.Activity({{}}, {{}})
+        layer = bnfast.torch.{way}
+        torch.nn.BatchNorm1d(3)(torch.randn(4, 3))
+        layer(torch.randn(4, 3))
+        assert bnfast.torch.report() == bnfast.torch.Activity(
+            {{"training": 1}}, {{"bnfast was not enabled": 1}}
+        )
         """
     )
 

@@ -1,8 +1,5 @@
 """float16 and bfloat16 tensors with float32 parameters, and what autocast makes of a model."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -80,29 +77,3 @@ def test_autocast_reaches_the_kernels():
     assert kinds() == {("forward", "bfloat16", "planar"), ("backward", "bfloat16", "planar")}
     assert model[1].weight.grad.dtype == torch.float32
     assert model[1].weight.grad.abs().max() > 0
-
-
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
-def test_without_ml_dtypes_bfloat16_is_pytorchs():
-    done = run("""
-import sys
-sys.modules["ml_dtypes"] = None
-import torch, bnfast.torch
-from bnfast import _core
-print(bnfast.torch.BatchNorm2d(3)(torch.ones(2, 3, 4, 4).bfloat16()).dtype, _core.dispatches())
-""")
-    assert (done.stdout, done.stderr) == ("torch.bfloat16 {}\n", "")
-
-
-def test_an_ml_dtypes_that_cannot_be_imported_is_not_passed_over(tmp_path):
-    (tmp_path / "ml_dtypes.py").write_text("raise ImportError('built for another NumPy')")
-    done = run(f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-import bnfast.torch
-""")
-    assert done.returncode == 1
-    assert done.stderr.endswith("ImportError: built for another NumPy\n")

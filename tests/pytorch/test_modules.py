@@ -1,4 +1,4 @@
-"""The layers against the paper, PyTorch's own tests of its layers, and what falls through."""
+"""The layers against the paper, PyTorch's own tests of its layers, and unusual tensors."""
 
 import copy
 import io
@@ -71,7 +71,7 @@ def test_values_and_gradients_are_the_papers(kind, dtype, activation, residual, 
     masked = variant(activation, residual and activation is not None)
     assert ran() == {("backward", dtype, layout, masked): 1}
 
-    assert y.stride() == torch.empty_like(x).stride()
+    assert y.stride() == CLASSES[x.dim()][0](p.channels, dtype=x.dtype)(x).stride()
     want = reference.inference(p.exact()[0], s.mean, s.var, *p.exact()[1:])
     tolerance.assert_within(y.detach().numpy(), want, tolerance.forward_bound(p, s), "y")
     exact = exact_gradients(p, s, training)
@@ -230,15 +230,13 @@ def test_hooks_run(ran):
     assert len(ran()) == 2
 
 
-# ---- What falls through to PyTorch, and is right
+# ---- Unusual tensors
 
 
-def check_falls_through(layer, call, ran):
+def check_alike(layer, call):
     theirs = copy.deepcopy(layer)
     bnfast.torch.revert(theirs)
-    ran()
     got, want = call(layer), call(theirs)
-    assert not ran(), "a kernel ran where it should not have"
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(layer.state_dict(), theirs.state_dict())
 
@@ -258,7 +256,7 @@ def test_fake_tensors_keep_their_strides():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_functorch(training, ran):
+def test_functorch(training):
     x = torch.randn(5, 4, 3, 2, 2)
     layer = bnfast.torch.BatchNorm2d(3, track_running_stats=not training).train(training)
 
@@ -272,10 +270,10 @@ def test_functorch(training, ran):
         return torch.func.jvp(layer, (x[0],), (x[1],))
 
     for call in (vmapped, gradient, forward_mode):
-        check_falls_through(layer, call, ran)
+        check_alike(layer, call)
 
 
-def test_forward_mode(ran):
+def test_forward_mode():
     from torch.autograd import forward_ad
 
     x, tangent = torch.randn(2, 4, 3, 2, 2)
@@ -284,33 +282,32 @@ def test_forward_mode(ran):
         with forward_ad.dual_level():
             return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
 
-    check_falls_through(bnfast.torch.BatchNorm2d(3), derivative, ran)
+    check_alike(bnfast.torch.BatchNorm2d(3), derivative)
 
 
-def test_other_types_and_places(ran):
+def test_other_types_and_places():
     x = torch.randn(4, 3, 2, 2)
     layer = bnfast.torch.BatchNorm2d(3)
-    check_falls_through(layer, lambda layer: layer(torch._neg_view(x)), ran)
-    check_falls_through(copy.deepcopy(layer).double().eval(), lambda _: x, ran)
+    check_alike(layer, lambda layer: layer(torch._neg_view(x)))
 
     class Tagged(torch.Tensor):
         pass
 
-    check_falls_through(layer, lambda layer: layer(x.as_subclass(Tagged)), ran)
+    check_alike(layer, lambda layer: layer(x.as_subclass(Tagged)))
     assert isinstance(layer(x.as_subclass(Tagged)), Tagged)
     empty = torch.randn(0, 3, 2, 2)
-    check_falls_through(layer, lambda layer: layer(empty), ran)
+    check_alike(layer, lambda layer: layer(empty))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_activations_of_what_falls_through(training, activation, ran):
+def test_activations_of_what_no_single_operator_takes(training, activation, ran):
     x, residual = torch.randn(2, 4, 3, 2, 2)
     layer = bnfast.torch.BatchNorm2d(3).train(training)
     want = copy.deepcopy(layer)(-x, residual, activation)
-    assert len(ran()) == 1
+    assert [v for *_, v in ran()] == [variant(activation, True)]
     torch.testing.assert_close(layer(torch._neg_view(x), residual, activation), want)
-    assert not ran()
+    assert [v for *_, v in ran()] == ["plain"]
 
 
 def test_traced_by_jit():
@@ -328,5 +325,5 @@ def test_mixed_residuals_are_added_by_pytorch(ran):
         want = copy.deepcopy(layer)(x) + residual
         ran()
         got = layer(x, residual)
-        assert not ran()
+        assert [v for *_, v in ran()] == ["plain"]
         torch.testing.assert_close(got, want)

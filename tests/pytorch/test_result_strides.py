@@ -64,19 +64,11 @@ REORDERED = {
 
 @TRAINING
 @pytest.mark.parametrize("name", REORDERED)
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a dense input's order in memory is kept, whichever it is",
-)
 def test_of_reordered_inputs(name, training):
     check_strides(REORDERED[name], training)
 
 
 @TRAINING
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="the result has the order in memory of its input"
-)
 def test_a_result_can_be_viewed_as_pytorchs(training):
     theirs = torch.nn.BatchNorm1d(6).train(training)
     x = lying_as(0, 2, 1)

@@ -53,22 +53,23 @@ def outcome(call, *args):
         return type(error), str(error)
 
 
-def check_alike(theirs, ours, x, ran, on_bnfast):
+def check_alike(theirs, ours, x, ran, on_bnfast, **tolerance):
     """One forward, or one refusal, and one state after it: what came of it."""
-    want = outcome(theirs, x)
+    want, before = outcome(theirs, x), copy.deepcopy(ours.state_dict())
     ran()
     got = outcome(ours, x)
     assert bool(ran()) == on_bnfast
     if isinstance(want, tuple):
-        assert got == want
+        assert got == want  # and, where PyTorch's may have counted, nothing has changed
+        torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0, equal_nan=True)
     else:
-        torch.testing.assert_close(got, want, equal_nan=True)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), equal_nan=True)
+        torch.testing.assert_close(got, want, equal_nan=True, **tolerance)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), equal_nan=True)
     return want
 
 
-def check_step(theirs, ours, ran, training=True):
-    """The same for a forward and a backward that run on bnfast."""
+def check_step(theirs, ours, ran, training=True, on_bnfast=True):
+    """The same for a forward and a backward."""
     found = []
     for layer in (theirs, ours):
         x = batch().requires_grad_()
@@ -76,7 +77,7 @@ def check_step(theirs, ours, ran, training=True):
         y = layer(x)
         loss(y).backward()
         found.append((y, x.grad, [p.grad for p in layer.parameters()], layer.state_dict()))
-    assert by_direction(ran()) == {forward_of(training): 1, "backward": 1}
+    assert by_direction(ran()) == ({forward_of(training): 1, "backward": 1} if on_bnfast else {})
     torch.testing.assert_close(found[1], found[0], equal_nan=True)
 
 
@@ -120,7 +121,8 @@ def test_replaced(name, training, ran):
     for layer in layers:
         layer(batch())  # nothing of the old tensors may be remembered
         REPLACEMENTS[name](layer)
-    check_step(*layers, ran, training or name == "no running statistics")
+    of_batch = training or name == "no running statistics"
+    check_step(*layers, ran, of_batch, on_bnfast="gaps" not in name)
 
 
 def test_parametrized(ran):
@@ -173,9 +175,12 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int32, torch.complex64], ids=str)
 def test_every_pair_of_types(dtype, parameters, training, ran):
     theirs, ours = (layer.to(parameters) for layer in pair(training=training))
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    on_bnfast = dtype in DTYPES and parameters is wide
-    check_alike(theirs, ours, (3 * batch()).to(dtype), ran, on_bnfast)
+    half = dtype in (torch.float16, torch.bfloat16)
+    on_bnfast = dtype in DTYPES and (parameters is dtype or (half and parameters is torch.float32))
+    # PyTorch rounds statistics to halves before it uses them, where the parameters are halves.
+    eps = torch.finfo(dtype).eps if half else None
+    tolerance = {"rtol": eps, "atol": 2 * eps} if half else {}
+    check_alike(theirs, ours, (3 * batch()).to(dtype), ran, on_bnfast, **tolerance)
 
 
 @TRAINING
@@ -183,11 +188,12 @@ def test_every_pair_of_types(dtype, parameters, training, ran):
     "eps", [1, 0, 0.1, 0.0, -1.0, float("nan"), np.float64(0.1), np.float32(0.1)]
 )
 def test_every_eps(eps, training, ran):
-    """Those that are no plain positive number are PyTorch's to judge."""
+    """PyTorch judges what it takes."""
     layers = pair(training=training)
     for layer in layers:
         layer.eps = eps
-    check_alike(*layers, batch(), ran, type(eps) is float and eps > 0)
+    refused = isinstance(outcome(copy.deepcopy(layers[0]), batch()), tuple)
+    check_alike(*layers, batch(), ran, not refused)
 
 
 @pytest.mark.parametrize("momentum", [1, 0, True, np.float32(0.5), torch.tensor(0.3), -0.5, 2.0])
@@ -222,10 +228,9 @@ def test_no_tensor(given, ran):
     ],
     ids=["sparse", "mkldnn", "symbolic zeros", "channels"],
 )
-def test_other_tensors(arrange, ran):
+def test_other_tensors(arrange):
     theirs, ours = pair(training=False)
     want, got = (outcome(layer, arrange(batch())) for layer in (theirs, ours))
-    assert not ran()
     if isinstance(want, tuple):
         assert got == want
     else:
@@ -276,11 +281,6 @@ for kind in (torch.nn.BatchNorm2d, bnfast.torch.BatchNorm2d):
 
 @TRAINING
 @pytest.mark.parametrize("name", ["x", "weight"])
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the backward does not look again whether saved tensors still have memory",
-)
 def test_memory_freed_before_the_backward_is_not_read(name, training):
     """In a process of its own, which may crash."""
     command = [sys.executable, "-c", FREED, name, str(training)]
