@@ -1,6 +1,7 @@
 """`torch.compile(model, backend="bnfast")`: values, gradients, statistics, and what is fused."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ FORMATS = {"NCHW": dense, "channels_last": channels_last}
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
+    """Graphs and counts of this test alone."""
     torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "_fused", Counter())
+    monkeypatch.setattr(compiled, "_apart", Counter())
 
 
 @pytest.fixture
