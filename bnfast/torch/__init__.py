@@ -5,6 +5,7 @@
 Needs PyTorch, which the extra ``bnfast[torch]`` brings; the rest of bnfast does not.
 """
 
+from .compiled import backend
 from .convert import Report, convert, report, revert
 from .freeze import FrozenReport, freeze
 from .modules import (
@@ -26,6 +27,7 @@ __all__ = [
     "FrozenReport",
     "Report",
     "SyncBatchNorm",
+    "backend",
     "checkpoint_contexts",
     "convert",
     "convert_sync_batchnorm",

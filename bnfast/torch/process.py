@@ -6,13 +6,14 @@ import os
 import threading
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _aten
+from .compiled import fused_so_far
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,21 +81,30 @@ class Activity:
         How many calls ran on bnfast: in "training", "evaluation" and "backward".
     left : dict of str to int
         How many were left to PyTorch's own kernels, by reason.
+    compiled : dict of str to int
+        What batch norms became in graphs compiled by `backend`, as "batch norm + relu", and how
+        often. A graph counts once, however often it runs.
+    unfused : dict of str to int
+        How many of them were not fused, or with less than what follows, by reason.
     """
 
     ran: dict[str, int]
     left: dict[str, int]
+    compiled: dict[str, int] = field(default_factory=dict)
+    unfused: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{sum(self.ran.values())} calls ran on bnfast"]
         lines += [f"{what}: {calls}" for what, calls in self.ran.items()]
         lines += [f"{calls} left to PyTorch: {why}" for why, calls in self.left.items()]
+        lines += [f"{times} compiled as {what}" for what, times in self.compiled.items()]
+        lines += [f"{times} not fused: {why}" for why, times in self.unfused.items()]
         return "\n".join(lines)
 
 
 def activity() -> Activity:
     """Return what ran where in this process."""
-    return Activity(*_aten.counts())
+    return Activity(*_aten.counts(), *fused_so_far())
 
 
 def enable_if_asked() -> None:

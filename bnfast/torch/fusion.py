@@ -1,0 +1,306 @@
+"""Turn batch norm + addition + activation into one operation, in graphs of AOTAutograd's."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .in_place import functional
+from .patterns import (
+    NORMS,
+    Activation,
+    Norm,
+    activation_of,
+    alike,
+    is_backward_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_aten = torch.ops.aten
+
+
+@dataclass
+class Found:
+    """A batch norm, what it is fused with, and where that is in the backward."""
+
+    norm: Norm
+    last: Node  # whose value the fused operation gives
+    gradient: Node | None  # the batch norm's
+    addition: Node | None = None
+    residual: Node | None = None
+    activation: Activation | None = None
+    slope: float = 0.01
+    mask: Node | None = None  # the activation's gradient
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        parts = ["batch norm"]
+        parts += ["addition"] if self.residual is not None else []
+        parts += [self.activation.name] if self.activation is not None else []
+        return " + ".join(parts)
+
+
+class Apart(Exception):
+    """Why operations are not fused."""
+
+
+def fuse(graph: Graph, seen: Callable[[str, str | None], None]) -> None:
+    """Let every batch norm in a graph, and what follows it, be one of bnfast's operations.
+
+    The graph may be a forward, or a forward and its backward, whose patterns are replaced
+    together. `seen` is called for each batch norm with what it became ("" if it was left) and why
+    not more.
+    """
+    _read_directly(graph)
+    for node in [n for n in graph.nodes if n.target in NORMS]:
+        norm = Norm(node)
+        reason = norm.refused()
+        if reason is None and len(norm.gradients()) > 1:
+            reason = "it is differentiated twice"
+        if reason is not None:
+            seen("", reason)
+            continue
+        _keep_type(graph, norm)
+        found, reason = _find(norm)
+        _replace(graph, found)
+        seen(found.kind, reason)
+
+
+def _read_directly(graph: Graph) -> None:
+    """Take away what autograd read saved values through: no value changes in these graphs.
+
+    In-place activations make it copy what they overwrite. Inputs do change, at the end.
+    """
+    for node in [n for n in graph.nodes if n.target in (_aten.detach.default, _aten.clone.default)]:
+        source = node.args[0]
+        copied = node.target is _aten.clone.default
+        if (
+            source.op == "placeholder"
+            or any(u.op == "output" for u in node.users)
+            or (copied and not all(_is_backward(u) for u in node.users))
+            or not alike(source, node)
+        ):
+            continue
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def _keep_type(graph: Graph, norm: Norm) -> None:
+    """Have new statistics in the type of the old, where PyTorch expected float32 and a cast."""
+    for index, old in ((3, norm.running_mean), (4, norm.running_var)):
+        new = norm.results.get(index)
+        if new is None:
+            continue
+        for cast in list(new.users):
+            if cast.target is _aten._to_copy.default and alike(cast, old):
+                cast.replace_all_uses_with(new)
+                new.meta = dict(cast.meta)
+                graph.erase_node(cast)
+
+
+# ---- What belongs together
+
+
+def _find(norm: Norm) -> tuple[Found, str | None]:
+    """Return the most that can be fused, and why it is not more."""
+    y = norm.results.get(0, norm.node)
+    gradient = next(iter(norm.gradients()), None)
+    found = Found(norm, y, gradient)
+    reason = None
+    try:
+        found = _with_addition(found)
+        found = _with_activation(found)
+    except Apart as why:
+        reason = str(why)
+    return found, reason
+
+
+def _with_addition(found: Found) -> Found:
+    y = found.last
+    users = list(y.users)
+    if len(users) != 1 or users[0].target is not _aten.add.Tensor:
+        return found
+    addition = users[0]
+    terms = addition.args
+    residual: Any = terms[1] if terms[0] is y else terms[0]
+    if addition.kwargs or residual is y or not isinstance(residual, Node):
+        raise Apart("an addition that is more than a sum of two")
+    if not (alike(residual, y) and alike(addition, y)):
+        raise Apart("a residual of another shape, type or memory order")
+    _check_order(found.norm, addition)
+    _check_regions(found.norm.node, addition)
+    return Found(found.norm, addition, found.gradient, addition, residual)
+
+
+def _with_activation(found: Found) -> Found:
+    z = found.last
+    known = [(u, a) for u in z.users if (a := activation_of(u)) is not None]
+    if not z.users or all(u.op == "output" for u in z.users):
+        return found
+    if not known:
+        raise Apart(f"followed by {' and '.join(sorted({_name(u) for u in _ahead(z)}))}")
+    if len(known) > 1:
+        raise Apart("its result has several readers")
+    last, (activation, slope) = known[0]
+    mask = _mask(found, last, activation, slope)
+    if any(u is not last and u is not mask for u in z.users):
+        raise Apart("its result has several readers")
+    if not alike(last, z):
+        raise Apart("an activation that changes the memory order")
+    if found.residual is not None and mask is not None:
+        if not activation.from_output or (activation.name == "leaky_relu" and slope < 0):
+            raise Apart(f"the gradient of {activation.name} needs the sum")
+        if not alike(mask, z):
+            raise Apart("a gradient in another memory order")
+    _check_order(found.norm, last)
+    _check_regions(found.norm.node, last)
+    return Found(
+        found.norm,
+        last,
+        found.gradient,
+        found.addition,
+        found.residual,
+        activation,
+        slope,
+        mask,
+    )
+
+
+def _mask(found: Found, last: Node, activation: Activation, slope: float) -> Node | None:
+    """Return the gradient of an activation, if the graph has it."""
+    masks = [
+        node
+        for source in (found.last, last)
+        for node in source.users
+        if is_backward_of(node, activation, slope) and node.args[1] is source
+    ]
+    if found.gradient is not None:
+        if found.gradient.args[0] not in masks:
+            raise Apart("its gradient is not the activation's alone")
+        mask: Any = found.gradient.args[0]
+        if found.residual is None and len(mask.users) > 1:
+            raise Apart("the activation's gradient has several readers")
+        return mask
+    if len(masks) > 1 or (masks and found.residual is None):
+        raise Apart("its gradient is not the activation's alone")
+    return masks[0] if masks else None
+
+
+def _check_order(norm: Norm, last: Node) -> None:
+    """See that nothing reads the other results before the place of the fused operation."""
+    for index, result in norm.results.items():
+        if index != 0 and any(user < last for user in result.users):
+            raise Apart("its statistics are read before")
+
+
+def _check_regions(a: Node, b: Node) -> None:
+    """See that both are recomputed together, or neither."""
+    if any(a.meta.get(key) != b.meta.get(key) for key in ("recompute", "ac_graph_id")):
+        raise Apart("the end of a checkpoint lies between them")
+
+
+def _ahead(node: Node) -> list[Node]:
+    """Return what reads a node in the forward."""
+    return [u for u in node.users if not _is_backward(u)]
+
+
+def _is_backward(node: Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
+
+
+def _name(node: Node) -> str:
+    if node.op == "output":
+        return "the end of the graph"
+    if node.target is functional:
+        return "the addition of another batch norm"
+    return str(getattr(node.target, "_opname", node.target))
+
+
+# ---- One in their place
+
+
+def _replace(graph: Graph, found: Found) -> None:
+    norm, gradient, mask = found.norm, found.gradient, found.mask
+    between = [n for n in (found.addition, norm.results.get(0)) if n is not None]
+    results = _replace_forward(graph, found)
+    if gradient is not None:
+        _replace_backward(graph, found, gradient, results)
+        dead = [gradient] if mask is None else [gradient, mask]
+    else:
+        dead = []
+        if mask is not None:  # is left, and the output tells as well
+            for node in between:
+                mask.replace_input_with(node, results[0])
+    dead += [found.last, *between, *norm.results.values()]
+    for node in dict.fromkeys(n for n in dead if n is not norm.node):
+        graph.erase_node(node)
+    graph.erase_node(norm.node)
+
+
+def _replace_forward(graph: Graph, found: Found) -> dict[Any, Node]:
+    """Put the operation where all that it reads is there; return its results."""
+    norm, last = found.norm, found.last
+    name = None if found.activation is None else found.activation.name
+    alone = found.addition is None and found.activation is None
+    with graph.inserting_before(norm.node.next if alone else last):
+        node = graph.call_function(
+            functional,
+            (
+                *(norm.x, norm.weight, norm.bias, norm.running_mean, norm.running_var),
+                *(norm.training, norm.momentum, norm.eps, found.residual, name, found.slope),
+            ),
+        )
+        _describe(node, last, norm.node.meta["val"])
+        old = {i: last if i == 0 else result for i, result in sorted(norm.results.items())}
+        results = {i: _result(graph, node, i, result) for i, result in old.items()}
+    for i, result in old.items():
+        result.replace_all_uses_with(results[i])
+    return results
+
+
+def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[Any, Node]) -> None:
+    norm, mask = found.norm, found.mask
+    name = None if found.activation is None or mask is None else found.activation.name
+    others = [] if mask is None else [u for u in mask.users if u is not gradient]
+    first = gradient if mask is None else mask
+    wanted: Any = gradient.args[9]
+    saved = (results[1], results[2]) if norm.training else (None, None)
+    y = None if mask is None or found.residual is None else results[0]
+    bias = norm.bias if mask is not None and y is None else None  # what y is told by
+    with graph.inserting_before(first):
+        node = graph.call_function(
+            torch.ops.bnfast.batch_norm_act_backward.default,
+            (
+                *(first.args[0], norm.x, norm.weight, bias, *norm.statistics, *saved),
+                *(norm.training, norm.eps, y),
+                *(name, found.slope, [*wanted, bool(others)]),
+            ),
+        )
+        _describe(node, first, (*gradient.meta["val"], first.meta["val"] if others else None))
+        if others:
+            residual_gradient = _result(graph, node, 3, first)
+            for user in others:
+                user.replace_input_with(first, residual_gradient)
+        for old in list(gradient.users):
+            index: Any = old.args[1]
+            old.replace_all_uses_with(_result(graph, node, index, old))
+            graph.erase_node(old)
+
+
+def _result(graph: Graph, node: Node, index: int, like: Node) -> Node:
+    result = graph.call_function(operator.getitem, (node, index))
+    result.meta = dict(like.meta)
+    return result
+
+
+def _describe(node: Node, like: Node, values: Sequence[Any]) -> None:
+    """Give a new node what PyTorch knew of the old: its place, its checkpoint, its results."""
+    node.meta = {k: v for k, v in like.meta.items() if k != "tensor_meta"}
+    node.meta["val"] = tuple(values)
