@@ -18,7 +18,7 @@ from .reach import kept_aside
 _Model = TypeVar("_Model", bound=nn.Module)
 _REPORT = "_bnfast_frozen"  # an attribute of plain dicts, which unpickle without bnfast
 # Whether what cannot be folded is run by this package's backend of `torch.compile`.
-COMPILES_REST = False
+COMPILES_REST = True
 
 
 @dataclass(frozen=True)

@@ -149,13 +149,15 @@ def _with_activation(found: Found) -> Found:
     if len(known) > 1:
         raise Apart("its result has several readers")
     last, (activation, slope) = known[0]
+    if activation.name == "leaky_relu" and not 0 < slope <= 1:
+        raise Apart("a slope that bnfast does not have")
     mask = _mask(found, last, activation, slope)
     if any(u is not last and u is not mask for u in z.users):
         raise Apart("its result has several readers")
     if not alike(last, z):
         raise Apart("an activation that changes the memory order")
     if found.residual is not None and mask is not None:
-        if not activation.from_output or (activation.name == "leaky_relu" and slope < 0):
+        if not activation.from_output:
             raise Apart(f"the gradient of {activation.name} needs the sum")
         if not alike(mask, z):
             raise Apart("a gradient in another memory order")

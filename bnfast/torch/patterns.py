@@ -95,6 +95,7 @@ _EVALUATION = _aten._native_batch_norm_legit_no_training.default
 BACKWARD = _aten.native_batch_norm_backward.default
 NORMS: frozenset[OpOverload] = frozenset((_FUNCTIONAL, _NO_STATISTICS, _EVALUATION))
 
+MOST_AXES = 8  # of the kernels' (aten_tensors.h)
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALVES)
 
@@ -134,6 +135,8 @@ class Norm:
             return f"tensors on {x.device.type}"
         if x.dtype not in _DTYPES or x.layout is not torch.strided:
             return f"{x.dtype} tensors"
+        if x.dim() > MOST_AXES or any(statically_known_true(size == 0) for size in x.shape):
+            return "no values, or more axes than the kernels take"
         if not all(_is_vector(v, x.shape[1]) for v in vectors):
             return "parameters of another shape, or with gaps"
         kinds = {v.dtype for v in vectors}

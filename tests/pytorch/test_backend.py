@@ -260,12 +260,32 @@ def test_activation_behind_activation(fused):
     assert set(fused()[0]) == {"batch norm + relu"}
 
 
-def test_negative_slope_with_residual(fused):
-    """The sign of the output does not tell that of the sum then."""
-    assert_same_steps(Residual(nn.LeakyReLU(-0.5)).double(), images())
+@pytest.mark.parametrize("slope", [-0.5, 0.0, 1.5])
+def test_slopes_that_the_kernels_do_not_have(slope, fused):
+    assert_same_steps(Residual(nn.LeakyReLU(slope)).double(), images())
     kinds, reasons = fused()
-    assert kinds["batch norm + addition"] == 2  # but for graphs without a backward
-    assert reasons == {"the gradient of leaky_relu needs the sum": 2}
+    assert kinds.keys() == {"batch norm + addition"}
+    assert reasons.keys() == {"a slope that bnfast does not have"}
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4)])
+def test_no_values(shape, fused):
+    model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())
+    compiled, copied = compile_copy(model)
+    x = torch.randn(shape)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(copied.state_dict(), model.state_dict())
+    assert fused()[0] == {}
+
+
+def test_more_axes_than_the_kernels_take(fused):
+    x, vector = torch.randn(2, 3, *[1] * 6, 5), torch.rand(3)
+
+    def norm(x):
+        return F.relu(F.batch_norm(x, vector, vector, training=False))
+
+    torch.testing.assert_close(torch.compile(norm, backend=bnfast.torch.backend)(x), norm(x))
+    assert fused()[0] == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
