@@ -11,14 +11,13 @@ from torch import fx, nn
 
 from . import folding
 from .compare import check_same_outputs
+from .compiled import backend
 from .convert import OURS, _check_model, revert
 from .flow import Flow, copied
 from .reach import kept_aside
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _REPORT = "_bnfast_frozen"  # an attribute of plain dicts, which unpickle without bnfast
-# Whether what cannot be folded is run by this package's backend of `torch.compile`.
-COMPILES_REST = True
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     copy is in evaluation mode and wants no gradients; its modules, forwards, hooks and attributes
     are the model's own, so it takes whatever the model takes. Where a batch norm was folded stands
     a `torch.nn.Identity`, or `Flatten` behind a linear layer (see Notes). It pickles, exports
-    (`torch.export`) and loads where bnfast is not installed.
+    (`torch.export`) and loads where bnfast is not installed. If any are left, calls of the copy go
+    through `backend`, where each is one operation with its addition and activation; a copy or a
+    pickle of the copy is without that.
 
     Parameters
     ----------
@@ -114,7 +115,7 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     setattr(frozen, _REPORT, {"folded": report.folded, "left": report.left})
     if example is not None:
         check_same_outputs(copied(model).eval(), frozen, example)
-    if report.left and COMPILES_REST:
+    if report.left:
         _compile_rest(frozen)
     return frozen
 
@@ -125,8 +126,8 @@ def _check_not_lazy(model: nn.Module) -> None:
             raise ValueError(f"model has the uninitialized {name}; expected one that has run once")
 
 
-def _compile_rest(frozen: nn.Module, backend: Any = "bnfast") -> None:
-    """Let calls of a model go through `torch.compile`, as `torch.nn.Module.compile` does.
+def _compile_rest(frozen: nn.Module) -> None:
+    """Let calls of a model go through our backend, as `torch.nn.Module.compile` does.
 
     Copies and pickles are without it. Dynamo passes over frames of PyTorch's own modules, such as
     a `Sequential`'s, unless one that is not PyTorch's calls them.

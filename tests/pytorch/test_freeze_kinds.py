@@ -14,7 +14,6 @@ from test_freeze_values import apart, trained
 from torch import nn
 
 from bnfast.torch import freeze, report
-from bnfast.torch.freeze import _compile_rest
 
 
 def of(library, kind):
@@ -197,21 +196,20 @@ class Own(nn.Sequential):
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, Own])
-def test_what_is_left_can_be_compiled_in_place(kind):
-    """Which pickles and copies drop, and torch.export takes."""
-    calls = []
+def test_what_is_left_is_fused(kind):
+    """By the backend, which pickles and copies drop, and torch.export passes by."""
 
-    def backend(gm, inputs):
-        calls.append(gm)
-        return gm
+    def fused():
+        return report().compiled.get("batch norm + relu", 0)
 
-    frozen = freeze(trained(kind(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1))))
+    torch._dynamo.reset()
+    model = trained(kind(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1)))
+    frozen = freeze(model)
     x = torch.randn(2, 3, 8, 8)
-    want = frozen(x)
-    _compile_rest(frozen, backend)
-    assert torch.equal(frozen(x), want)
-    assert len(calls) == 1
-    assert torch.equal(torch.export.export(frozen, (x,)).module()(x), want)
-    assert torch.equal(copy.deepcopy(frozen)(x), want)
-    assert torch.equal(pickle.loads(pickle.dumps(frozen))(x), want)
-    assert len(calls) == 1
+    want, before = model(x), fused()
+    torch.testing.assert_close(frozen(x), want)
+    assert fused() == before + 1
+    torch.testing.assert_close(torch.export.export(frozen, (x,)).module()(x), want)
+    torch.testing.assert_close(copy.deepcopy(frozen)(x), want)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(frozen))(x), want)
+    assert fused() == before + 1
