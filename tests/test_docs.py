@@ -4,6 +4,8 @@ import doctest
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,7 +35,8 @@ def blocks(text):
 def run(page, text):
     """Run a page's examples in one namespace; return what went wrong."""
     said = []
-    names = {"__name__": "__main__"}
+    main = ModuleType("__main__")  # torch.compile looks names up where a reader's would be
+    names = vars(main)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for language, code, line in blocks(text):
         if language == "python":
@@ -42,7 +45,8 @@ def run(page, text):
         test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
         assert test.examples, f"{page}:{line}: a pycon block without a prompt"
         test.globs = names  # get_doctest copies: a page's blocks share their names
-        runner.run(test, out=said.append, clear_globs=False)
+        with mock.patch.dict(sys.modules, {"__main__": main}):
+            runner.run(test, out=said.append, clear_globs=False)
     return "".join(said)
 
 
