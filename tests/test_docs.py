@@ -3,9 +3,9 @@
 import doctest
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -45,9 +45,19 @@ def run(page, text):
         test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
         assert test.examples, f"{page}:{line}: a pycon block without a prompt"
         test.globs = names  # get_doctest copies: a page's blocks share their names
-        with mock.patch.dict(sys.modules, {"__main__": main}):
+        with as_main(main):
             runner.run(test, out=said.append, clear_globs=False)
     return "".join(said)
+
+
+@contextmanager
+def as_main(module):
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
