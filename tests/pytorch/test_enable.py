@@ -199,6 +199,26 @@ def test_importing_changes_no_kernel_and_converting_does(way):
     )
 
 
+def test_sub_interpreters_come_and_go():
+    """The kernels know of no interpreter."""
+    ask(
+        """
+        import importlib, sys, torch, bnfast.torch
+        name = "_interpreters" if sys.version_info >= (3, 13) else "_xxsubinterpreters"
+        interpreters = importlib.import_module(name)
+        bnfast.torch.enable()
+        norm, x = torch.nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5, requires_grad=True)
+        for _ in range(3):
+            other = interpreters.create()
+            y = norm(x)
+            interpreters.run_string(other, "x = sum(range(1000))")
+            interpreters.destroy(other)
+            y.sum().backward()
+        assert bnfast.torch.report().ran == {"training": 3, "backward": 3}
+        """
+    )
+
+
 @pytest.mark.parametrize(("asked", "answer"), [("1", True), ("0", False), ("", False)])
 def test_the_environment_asks(asked, answer):
     done = ask("import bnfast.torch as t; print(t.is_enabled())", BNFAST_TORCH=asked)
