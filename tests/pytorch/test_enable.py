@@ -199,6 +199,29 @@ def test_importing_changes_no_kernel_and_converting_does(way):
     )
 
 
+BOUNDARY = {
+    "below": ((8, 64, 31, 32), True, torch.float32, True),
+    "channels_last": ((8, 64, 32, 32), True, torch.float32, False),
+    "NCHW": ((8, 64, 32, 32), False, torch.float32, True),
+    "float64": ((8, 64, 32, 32), True, torch.float64, True),
+    "(N, C)": ((8192, 64), False, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", BOUNDARY)
+def test_sizes_at_which_pytorch_is_faster_are_pytorchs(name, training, calls):
+    shape, last, dtype, here = BOUNDARY[name]
+    x = torch.randn(shape, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    mean, var = torch.zeros(64, dtype=dtype), torch.ones(64, dtype=dtype)
+    F.batch_norm(x, mean, var, training=training)
+    why = "a size at which PyTorch's own kernel is faster"
+    ran, left = calls()
+    assert ran == ({} if not (here or training) else {"training" if training else "evaluation": 1})
+    assert left == ({} if here or training else {why: 1})
+
+
 def test_sub_interpreters_come_and_go():
     """The kernels know of no interpreter. (PyTorch itself refuses a backward after that.)"""
     ask(
