@@ -63,7 +63,8 @@ static aten_outcome look_at_forward(forward *f)
     return a->training ? RAN_TRAINING : RAN_EVALUATION;
 }
 
-/* Evaluation has no statistics of its own, and leaves a mark alone. */
+/* Evaluation has no statistics of its own, and leaves a mark alone, where a backward that nobody
+ * has enabled will look for it. */
 static vector_kind kept_vectors(const forward *f)
 {
     return (vector_kind){f->vectors.type, f->arguments->training ? f->vectors.length : 0};
@@ -74,7 +75,8 @@ static bool make_forward_results(forward *f, torch_tensor *results)
     const int32_t dtype = aten_dtype(f->vectors.type);
     if (!aten_new(&f->x, &f->layout, &results[0]))
         return false;
-    if (!f->arguments->training && !torch.grad_mode())
+    const bool needs_mark = torch.grad_mode() && !aten_is_on();
+    if (!f->arguments->training && !needs_mark)
         return aten_new_vector(0, dtype, &results[1]) && aten_new_vector(0, dtype, &results[2]);
     const vector_kind kept = kept_vectors(f);
     return aten_new_save_mean(kept, &results[1]) &&

@@ -47,7 +47,7 @@ def enable() -> None:
 def disable() -> None:
     """Let PyTorch's own kernels run again, in this process.
 
-    A backward runs where its forward did.
+    A backward may run on the other side than its forward did.
     """
     _aten.switch_to(False)
 
