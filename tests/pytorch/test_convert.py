@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -242,3 +243,63 @@ def test_fx_keeps_our_layers_whole(ran):
     assert not kinds(folded)
     torch.testing.assert_close(folded(x), model(x))
     assert by_direction(ran()) == {"inference": 6}
+
+
+# ---- A backward runs where its forward did
+
+
+def step(layer, x):
+    y = layer(x)
+    (y * x.detach().roll(1, 0)).sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_backward_in_another_thread(training, ran):
+    layer = convert(nn.BatchNorm2d(3)).train(training)
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    y = layer(x)
+    ran()
+    thread = threading.Thread(target=lambda: y.square().sum().backward())
+    thread.start()
+    thread.join()
+    assert by_direction(ran()) == {"backward": 1}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_only_its_own_backward(training, ran):
+    plain = nn.BatchNorm2d(3).train(training)
+    ours = convert(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 2, 2, requires_grad=True)
+    step(nn.Sequential(plain, ours, copy.deepcopy(plain)), x)
+    assert by_direction(ran()) == {"forward" if training else "inference": 1, "backward": 1}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("way", ["copied", "kept"])
+def test_saved_tensors_that_were_moved(way, training, ran):
+    """Copies have no mark: PyTorch's own backward reads them."""
+    hooks = {"copied": torch.Tensor.clone, "kept": lambda t: t}
+    plain = nn.BatchNorm2d(3).train(training)
+    found = []
+    for layer in (plain, convert(copy.deepcopy(plain))):
+        x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(hooks[way], lambda t: t):
+            y = layer(x)
+        y.pow(3).sum().backward()
+        found.append((x.grad, layer.weight.grad, layer.bias.grad))
+    torch.testing.assert_close(found[1], found[0])
+    forward = "forward" if training else "inference"
+    assert by_direction(ran()) == {forward: 1} | ({} if way == "copied" else {"backward": 1})
+
+
+def test_a_mark_is_not_anothers(ran):
+    """Saved statistics of ours, cut or widened, are PyTorch's to read."""
+    x = torch.randn(8, 4, requires_grad=True)
+    with bnfast.torch.enabled():
+        _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+    ran()
+    backward = torch.ops.aten.native_batch_norm_backward
+    mean, inv_std = mean.detach()[1:3], inv_std.detach()[1:3]
+    part = x.detach()[:, 1:3]
+    backward(part, part, None, None, None, mean, inv_std, True, 1e-5, [True, False, False])
+    assert not ran()
