@@ -133,10 +133,16 @@ def _compile_rest(frozen: nn.Module) -> None:
     a `Sequential`'s, unless one that is not PyTorch's calls them.
     """
 
-    def call(*args: Any, **options: Any) -> Any:
+    def plain(*args: Any, **options: Any) -> Any:
         return frozen._call_impl(*args, **options)
 
-    frozen._compiled_call_impl = torch.compile(call, backend=backend)
+    compiled = torch.compile(plain, backend=backend)
+
+    def call(*args: Any, **options: Any) -> Any:
+        traced = torch.jit.is_tracing()  # which refuses what is compiled
+        return (plain if traced else compiled)(*args, **options)
+
+    frozen._compiled_call_impl = call
 
 
 # ---- Which batch norm goes where
