@@ -15,7 +15,7 @@ static bnf_activation read_activation(torch_value optional)
     int found = BNF_ACTIVATIONS;
     if (!torch.string_text(string, &text))
         for (found = BNF_LINEAR + 1; found < BNF_ACTIVATIONS; found++)
-            if (strcmp(text, NAMES[found]) == 0)
+            if (NAMES[found] && strcmp(text, NAMES[found]) == 0)
                 break;
     torch.delete_string(string);
     torch.delete_value(box);

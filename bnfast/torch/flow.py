@@ -1,36 +1,22 @@
 """Which module calls feed which, in every forward of a model, for every input.
 
-A forward is followed by `torch.fx`: it runs on a copy, with proxies that have no values in place of
-its inputs and with the modules it calls left as they are. Wherever it asks something that only an
-input could answer (a condition, the type of an argument), it is followed once for each answer. So
-the graphs together are all that it can do; and none of them is ever run.
-
-What cannot be followed is not guessed: `reach` says which modules such a forward may get at.
+`following` has the graphs of all that a forward can do; none of them is ever run. What cannot be
+followed is not guessed: `reach` says which modules such a forward may get at.
 """
 
 from __future__ import annotations
 
-import copy
-import dis
-import inspect
-import operator
-import sys
-import warnings
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from .reach import kept_aside, reached_from
+from .following import graphs_of, has_hooks, is_sequence
+from .reach import reached_by_hooks, reached_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_Module = TypeVar("_Module", bound=nn.Module)
-_MOST_PATHS = 64
-_MOST_QUESTIONS = 64
-# What an argument may be besides a proxy's unknown tensor, for a forward that asks.
-_KINDS: tuple[type, ...] = (Tensor, list, tuple, dict)
 # What a parameter may be asked for that a change of its values does not change.
 _LASTING = {"device", "dtype", "shape", "ndim", "is_cuda", "requires_grad"}
 
@@ -74,6 +60,8 @@ class Flow:
 
     def _follow(self, name: str, module: nn.Module) -> None:
         graphs = graphs_of(module)
+        for other in reached_by_hooks(module):
+            self.lost.setdefault(id(other), f"a hook of {name} may get at it")
         if isinstance(graphs, str):
             why = f"the forward of {name}, which may get at it, cannot be followed: {graphs}"
             for other in reached_from(module):
@@ -122,28 +110,6 @@ def _steps(module: nn.Module, graphs: list[fx.Graph], put_in: set[int]) -> list[
     ]
 
 
-def is_sequence(module: nn.Module) -> bool:
-    """Whether a module does what `torch.nn.Sequential` does."""
-    return (
-        isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
-        and type(module).__iter__ is nn.Sequential.__iter__
-        and is_called_plainly(module)
-    )
-
-
-def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of a module runs the forward of its class, and hooks."""
-    plain = type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
-    return plain and "forward" not in vars(module)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes in or out of a module."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(vars(module).get(kind) for kind in kinds)
-
-
 def _has_forward(module: nn.Module) -> bool:
     """Whether a module may call others that fold: no container, which cannot be called."""
     without: Any = nn.Module.forward
@@ -154,175 +120,3 @@ def _has_forward(module: nn.Module) -> bool:
 
 def _asks_lasting(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is getattr and node.args[1] in _LASTING
-
-
-# ---- A forward, followed
-
-
-def graphs_of(module: nn.Module) -> list[fx.Graph] | str:
-    """Return the graphs of a module's forward, one for each way through it, or why there are none.
-
-    A way that ends in an exception which the forward raises itself has no result to be right about.
-    """
-    if not is_called_plainly(module):
-        return "it was replaced"
-    graphs: list[fx.Graph] = []
-    answers: list[int] = []
-    for _ in range(_MOST_PATHS):
-        tracer = _Tracer(answers)
-        try:
-            graphs.append(tracer.followed(module))
-        except Exception as error:  # noqa: BLE001, the user's code may raise anything
-            if not _is_raised_by_user(error):
-                return _in_words(error)
-        if tracer.refused:  # and the forward went on as if it were nothing
-            return tracer.refused
-        answers = _next_path(answers, tracer.sizes)
-        if not answers:
-            return graphs
-    return f"it has more than {_MOST_PATHS} ways through it"
-
-
-def _next_path(answers: list[int], sizes: list[int]) -> list[int]:
-    """Return the answers that come next, the last ones changing first; none after all of them."""
-    while answers and answers[-1] == sizes[len(answers) - 1] - 1:
-        answers.pop()
-    return [*answers[:-1], answers[-1] + 1] if answers else []
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def _is_raised_by_user(error: Exception) -> bool:
-    """Whether an exception comes from a ``raise`` or ``assert`` in code that is not PyTorch's."""
-    at = error.__traceback__
-    if at is None or isinstance(error, fx.proxy.TraceError):
-        return False
-    while at.tb_next is not None:
-        at = at.tb_next
-    code = at.tb_frame.f_code.co_code[at.tb_lasti]
-    return dis.opname[code] == "RAISE_VARARGS" and not _is_torch(at.tb_frame)
-
-
-def _is_torch(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "torch"
-
-
-class _Tracer(fx.Tracer):
-    """Follows one way through a forward: that of the answers given, to which it adds."""
-
-    def __init__(self, answers: list[int]) -> None:
-        super().__init__()
-        self.answers, self.sizes = answers, list[int]()
-        self.refused = ""
-        self.kinds: dict[fx.Node, type] = {}
-        self.options: dict[fx.Node, bool] = {}
-
-    def followed(self, module: nn.Module) -> fx.Graph:
-        module = _without_values(module)
-        known = {
-            name: None
-            for name, parameter in inspect.signature(
-                inspect.unwrap(type(module).forward)
-            ).parameters.items()
-            if parameter.default is None and name != "self" and self.answer(2)
-        }
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            warnings.simplefilter("ignore")
-            graph = self.trace(module, known or None)
-        for node in graph.nodes:
-            if node.op == "get_attr" and "constant" in node.target:
-                value = getattr(module, node.target, None)
-                node.meta["of values"] = isinstance(value, Tensor) and value.is_meta
-        return graph
-
-    def answer(self, size: int) -> int:
-        """Return one of `size` answers to the next question."""
-        asked = len(self.sizes)
-        if asked == _MOST_QUESTIONS:
-            raise fx.proxy.TraceError(f"it asks more than {asked} questions about its inputs")
-        self.sizes.append(size)
-        if asked == len(self.answers):
-            self.answers.append(0)
-        return self.answers[asked]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not is_sequence(m) or has_hooks(m)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        known = m in (self.submodule_paths or ()) or is_sequence(m)
-        if known or [*m.children(), *m.parameters(), *m.buffers(), *kept_aside(m)]:
-            return super().call_module(m, forward, args, kwargs)
-        return self.create_proxy("call_function", _made_there, args, kwargs)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        if obj.node.op != "placeholder" or not obj.node.args:
-            return bool(self.answer(2))
-        if obj.node not in self.options:  # an option with a default stays what it is
-            self.options[obj.node] = bool(self.answer(2))
-        return self.options[obj.node]
-
-    def iter(self, obj: fx.Proxy) -> Any:
-        self.refused = "it iterates over what only an input decides"
-        return super().iter(obj)
-
-
-def _made_there(*args: Any, **options: Any) -> None:
-    """Stand in a graph for a module that a forward makes, such as a loss, with nothing of ours."""
-
-
-class _Proxy(fx.Proxy):
-    """A value that nobody knows; who asks for its type is told one after the other."""
-
-    tracer: _Tracer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        frame = sys._getframe(1)
-        if _is_torch(frame) and frame.f_code.co_name != "is_tensor":
-            return _Proxy
-        kinds = self.tracer.kinds
-        if self.node not in kinds:
-            kinds[self.node] = _KINDS[self.tracer.answer(len(_KINDS))]
-        return kinds[self.node]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __len__(self) -> int:
-        self.tracer.refused = "it asks for the length of an input"
-        return super().__len__()
-
-
-def _without_values(module: nn.Module) -> nn.Module:
-    """Return a copy to be followed: what a forward does to it is done to nothing else.
-
-    The tensors of what it calls have no values in it, so that a number made of them shows.
-    """
-    memo: dict[int, Any] = {}
-    for called in module.modules():
-        if called is not module:
-            for tensor in (*called._parameters.values(), *called._buffers.values()):
-                if tensor is not None:
-                    memo[id(tensor)] = _without_memory(tensor)
-    return copied(module, memo)
-
-
-def copied(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
-    """Return a deep copy, also of modules that keep what was computed with gradients."""
-    memo = {} if memo is None else memo
-    for part in module.modules():
-        for value in vars(part).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo.setdefault(id(value), value.detach().clone())
-    with torch.no_grad():  # or what is scripted would have copies that are no leaves
-        return copy.deepcopy(module, memo)
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from .flow import has_hooks, is_called_plainly
+from .following import has_hooks, is_called_plainly
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The layers that fold, and the rank of what they take with a batch.

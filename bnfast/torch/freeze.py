@@ -13,7 +13,8 @@ from . import folding
 from .compare import check_same_outputs
 from .compiled import backend
 from .convert import OURS, _check_model, revert
-from .flow import Flow, copied
+from .flow import Flow
+from .following import copied
 from .reach import kept_aside
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -91,11 +92,15 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     followed by `torch.fx` on copies, once for every answer to a question about inputs, and never
     replaced; meanwhile no other thread should run a module. Forwards that cannot be followed are
     read, for what they may get at. What is outside of forwards is not known: a part of the copy
-    that is called alone may be without a batch norm that another part folded.
+    that is called alone may be without a batch norm that another part folded, and a global or an
+    attribute that is changed later may send a forward another way. Whether gradients are recorded
+    is taken to be all the same to a forward.
 
     A `BatchNorm1d` beside a linear layer takes inputs of two axes, or of three, where it works on
     another axis than the linear layer. It is folded for the former. For the latter, possible
-    only where both axes have the same length, `Flatten` changes the shape.
+    only where both axes have the same length, `Flatten` changes the shape. A convolution also takes
+    one input without a batch, which its batch norm refuses or, in one dimension, takes for a batch:
+    the copy is for batches.
 
     Examples
     --------
@@ -136,6 +141,8 @@ def _compile_rest(frozen: nn.Module) -> None:
     def plain(*args: Any, **options: Any) -> Any:
         return frozen._call_impl(*args, **options)
 
+    # Dynamo counts captures by code object: each model has its own.
+    plain.__code__ = plain.__code__.replace(co_name=type(frozen).__name__)
     compiled = torch.compile(plain, backend=backend)
 
     def call(*args: Any, **options: Any) -> Any:

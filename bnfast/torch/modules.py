@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfast.distributed import plain_activation
+
 from . import _aten, fused, process
 
 if TYPE_CHECKING:
@@ -86,16 +88,19 @@ class BatchNormOnCPU(_BatchNorm):
         Tensor
             With the strides that PyTorch's layer gives.
         """
-        if torch.compiler.is_compiling():
-            y: Tensor = super().forward(input)
-            return fused.rest(y, residual, activation)
         if isinstance(input, torch.fx.Proxy):
             return self._as_leaf(input, residual, activation)
+        recorded = torch.compiler.is_compiling()
         if residual is not None or activation is not None:
-            state = self._fusable(input, residual)
+            activation = plain_activation(activation)
+            _check_residual(input, residual)
+            state = None if recorded else self._fusable(input, residual)
             if state is not None:
                 return self._fused(input, residual, activation, state)
-        if self.training and _paused.get():
+        y: Tensor
+        if recorded:
+            y = super().forward(input)
+        elif self.training and _paused.get():
             y = _aten.run_here(self._with_statistics_paused, input)
         else:
             y = self._counted(input)
@@ -170,6 +175,20 @@ class BatchNormOnCPU(_BatchNorm):
 
     def _moves_statistics(self) -> bool:
         return self.training and self.track_running_stats and not _paused.get()
+
+
+def _check_residual(x: Any, residual: Any) -> None:
+    """Refuse what could not be added, before statistics move."""
+    if isinstance(residual, Tensor) and isinstance(x, Tensor):
+        missing = x.dim() - residual.dim()
+        fits = missing >= 0 and all(
+            r in (1, n) for r, n in zip(residual.shape, x.shape[missing:], strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)}; expected that of input, "
+                f"{tuple(x.shape)}"
+            )
 
 
 class BatchNorm1d(BatchNormOnCPU, nn.BatchNorm1d):

@@ -68,7 +68,9 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for buffers, name, buffer, values in kept:
-                buffers[name] = buffer.copy_(values)
+                buffers[name] = buffer
+                if not torch.equal(buffer, values):  # or it may be what nobody can write to
+                    buffer.copy_(values)
 
 
 def _eager() -> Any:

@@ -22,6 +22,7 @@ OLDEST = (2, 13)
 _VARIABLE = "BNFAST_TORCH"
 
 _lock = threading.Lock()
+_replaced = False
 _spent: list[Any] = []  # what `_spend_warning` made, kept as long as the process
 
 
@@ -73,7 +74,7 @@ def enabled() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Activity:
-    """What became of the batch norms of this process since `enable` was first called.
+    """What became of this process' batch norms since `enable` or `convert` was first called.
 
     Attributes
     ----------
@@ -145,9 +146,23 @@ def replace_kernels() -> None:
 
     They hand every call back but those of a process or a thread that wants it otherwise.
     """
+    global _replaced
+    if _replaced:
+        return
     with _lock:
         _spend_warning()
         _aten.replace()
+        _replaced = True
+
+
+def _renew_lock() -> None:
+    """Make a new lock: a thread that held this one stayed behind in the parent."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _spend_warning() -> None:

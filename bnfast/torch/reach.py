@@ -12,6 +12,7 @@ import inspect
 import logging
 import sys
 from functools import partial
+from operator import attrgetter, methodcaller
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +56,20 @@ _LOOKS_UP = {
 }
 
 
-def reached_from(module: nn.Module) -> list[nn.Module]:
+def reached_by_hooks(module: nn.Module) -> list[nn.Module]:
+    """Return the modules inside of a module that its hooks may get at."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = [h for kind in kinds for h in vars(module).get(kind, {}).values()]
+    if not hooks:
+        return []
+    return [m for m in reached_from(module, hooks) if m is not module]
+
+
+def reached_from(module: nn.Module, functions: Any = None) -> list[nn.Module]:
     """Return the modules that a module's forward may get at, itself among them."""
     if sys.version_info >= _UNREAD:
         return list(module.modules())
-    code = _Code(module)
+    code = _Code(module, functions)
     found = {id(module): module}
     row = [module]
     while row:
@@ -102,7 +112,7 @@ def _held_by(value: Any) -> Iterable[Any]:
 class _Code:
     """What the code of a forward, and of all that it may call, says."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, functions: Any = None) -> None:
         self._names: set[str] = set()
         self._takes_apart = self._looks_up = False
         self._classes = {type(m) for m in module.modules()}
@@ -110,8 +120,19 @@ class _Code:
         if "forward" in vars(module):  # replaced
             self._looks_up = True
         self._own = set(type(module).__mro__) - {nn.Module, object}
-        for kind in self._own:  # PyTorch's too, which use what their own children have
-            self._add(vars(kind).get("forward"), own=True)
+        if functions is None:
+            functions = [vars(kind).get("forward") for kind in self._own]  # PyTorch's too
+        for function in functions:
+            self._add(function, own=True)
+            if isinstance(function, partial):
+                self._looks_up = True
+        for kind in set().union(*(kind.__mro__ for kind in self._classes)):
+            # What no name calls: operators, item access, `__getattr__`.
+            self._add_all(
+                value
+                for name, value in vars(kind).items()
+                if name[:2] == name[-2:] == "__" and name not in ("__init__", "__repr__")
+            )
         while (before := len(self._functions)) and not self._looks_up:
             for function in list(self._functions.values()):
                 self._follow(function)
@@ -152,6 +173,7 @@ class _Code:
         spaces += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         for value in spaces:
             self._add(value)
+            self._looks_up |= isinstance(value, (attrgetter, methodcaller, partial))
             if isinstance(value, type):
                 self._add_all(_methods(value))
             elif isinstance(value, ModuleType) and not _is_known(value.__name__):

@@ -327,3 +327,34 @@ def test_mixed_residuals_are_added_by_pytorch(ran):
         got = layer(x, residual)
         assert [v for *_, v in ran()] == ["plain"]
         torch.testing.assert_close(got, want)
+
+
+# ---- What a residual and an activation may be
+
+
+class Ways:
+    """Ways in which the one operator does not run."""
+
+    eager = staticmethod(lambda layer: layer)
+    compiled = staticmethod(lambda layer: torch.compile(layer, backend="aot_eager"))
+    negative = staticmethod(lambda layer: lambda x, *rest: layer(torch._neg_view(x), *rest))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "negative"])
+@pytest.mark.parametrize("given", ["silu", ("leaky_relu", 2.0), ("leaky_relu",), 3, ("relu", 1)])
+def test_unknown_activations_are_refused(given, way):
+    torch._dynamo.reset()
+    layer = bnfast.torch.BatchNorm2d(3)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises((ValueError, TypeError), match="activation"):
+        getattr(Ways, way)(layer)(torch.randn(4, 3, 2, 2), None, given)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2, 3), (2, 4, 3, 2, 2), (3,)])
+def test_a_residual_that_does_not_fit_is_refused(shape):
+    layer = bnfast.torch.BatchNorm2d(3)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match=r"residual has shape .*; expected that of input, \(4, 3"):
+        layer(torch.randn(4, 3, 2, 2), torch.randn(shape))
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
