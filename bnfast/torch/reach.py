@@ -56,6 +56,9 @@ _LOOKS_UP = {
 }
 
 
+_COMPUTED = (attrgetter, methodcaller, partial)  # callables whose code says nothing
+
+
 def reached_by_hooks(module: nn.Module) -> list[nn.Module]:
     """Return the modules inside of a module that its hooks may get at."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
@@ -133,6 +136,10 @@ class _Code:
                 for name, value in vars(kind).items()
                 if name[:2] == name[-2:] == "__" and name not in ("__init__", "__repr__")
             )
+        for part in module.modules():  # functions that it was given
+            for value in vars(part).values():
+                self._add(value)
+                self._looks_up |= isinstance(value, _COMPUTED)
         while (before := len(self._functions)) and not self._looks_up:
             for function in list(self._functions.values()):
                 self._follow(function)
@@ -173,7 +180,7 @@ class _Code:
         spaces += [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         for value in spaces:
             self._add(value)
-            self._looks_up |= isinstance(value, (attrgetter, methodcaller, partial))
+            self._looks_up |= isinstance(value, _COMPUTED)
             if isinstance(value, type):
                 self._add_all(_methods(value))
             elif isinstance(value, ModuleType) and not _is_known(value.__name__):
