@@ -303,3 +303,11 @@ def test_a_mark_is_not_anothers(ran):
     part = x.detach()[:, 1:3]
     backward(part, part, None, None, None, mean, inv_std, True, 1e-5, [True, False, False])
     assert not ran()
+
+
+def test_a_longer_storage_is_no_mark(ran):
+    convert(nn.BatchNorm1d(4))
+    x, mean, inv_std = torch.randn(8, 4), torch.zeros(100)[:4], torch.ones(100)[:4]
+    backward = torch.ops.aten.native_batch_norm_backward
+    backward(x, x, None, None, None, mean, inv_std, True, 1e-5, [True, False, False])
+    assert not ran()
