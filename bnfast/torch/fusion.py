@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, Node
 
-from .in_place import functional
+from .in_place import functional, laid_out
 from .patterns import (
     NORMS,
     Activation,
     Norm,
     activation_of,
     alike,
+    has_strides,
     is_backward_of,
+    value,
 )
 
 if TYPE_CHECKING:
@@ -261,7 +263,10 @@ def _replace_forward(graph: Graph, found: Found) -> dict[Any, Node]:
         )
         _describe(node, last, norm.node.meta["val"])
         old = {i: last if i == 0 else result for i, result in sorted(norm.results.items())}
-        results = {i: _result(graph, node, i, result) for i, result in old.items()}
+        results = {
+            i: _result(graph, node, i, result, norm.x if i == 0 else None)
+            for i, result in old.items()
+        }
     for i, result in old.items():
         result.replace_all_uses_with(results[i])
     return results
@@ -287,18 +292,30 @@ def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[
         )
         _describe(node, first, (*gradient.meta["val"], first.meta["val"] if others else None))
         if others:
-            residual_gradient = _result(graph, node, 3, first)
+            residual_gradient = _result(graph, node, 3, first, norm.x)
             for user in others:
                 user.replace_input_with(first, residual_gradient)
         for old in list(gradient.users):
             index: Any = old.args[1]
-            old.replace_all_uses_with(_result(graph, node, index, old))
+            x = norm.x if index == 0 else None
+            old.replace_all_uses_with(_result(graph, node, index, old, x))
             graph.erase_node(old)
 
 
-def _result(graph: Graph, node: Node, index: int, like: Node) -> Node:
+def _result(graph: Graph, node: Node, index: int, like: Node, x: Any = None) -> Node:
+    """Return a result of an operation, laid out as the graph has it in its books, if like x.
+
+    PyTorch records a batch norm of a permuted tensor as permuted, and computes one that is not:
+    views behind it would fail.
+    """
     result = graph.call_function(operator.getitem, (node, index))
     result.meta = dict(like.meta)
+    wanted = value(like)
+    if x is not None and wanted is not None and not has_strides(x.meta["val"], wanted):
+        order = tuple(wanted.stride())
+        if all(isinstance(n, int) for n in (*wanted.shape, *order)):
+            result = graph.call_function(laid_out, (result, tuple(wanted.shape), order))
+            result.meta = dict(like.meta)
     return result
 
 

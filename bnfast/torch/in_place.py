@@ -33,6 +33,11 @@ def functional(
     return (*_batch_norm_act(x, weight, bias, *new, *options), *(s for s in new if s is not None))
 
 
+def laid_out(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Return the same values with other strides."""
+    return x.new_empty_strided(shape, strides).copy_(x)
+
+
 def lower(graph: Graph) -> None:
     """Let a forward or backward graph, no longer to be cut or sorted, change tensors in place."""
     _move_statistics(graph)

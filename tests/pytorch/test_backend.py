@@ -476,3 +476,29 @@ def test_options_are_refused(options):
     faster = torch.compile(nn.BatchNorm2d(5), backend=bnfast.torch.backend, **options)
     with pytest.raises(Exception, match=f"{name} is .* the backend has no options"):
         faster(torch.randn(2, 5, 3, 3))
+
+
+class Permuted(nn.Module):
+    """What PyTorch records with other strides than it computes, and a view of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        y = self.bn(x.transpose(1, 2)).relu().transpose(1, 2)
+        return y.view(y.shape[0], -1) if torch.compiler.is_compiling() else y.flatten(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_permuted_inputs_and_views(training):
+    model = Permuted().double().train(training)
+    compiled, copied = compile_copy(model)
+    found = []
+    for call, owner in ((model, model), (compiled, copied)):
+        x = torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        y = call(x)
+        y.pow(3).sum().backward()
+        found.append((y, x.grad, owner.bn.weight.grad, dict(owner.named_buffers())))
+    torch.testing.assert_close(found[1], found[0])
