@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dis
+import gc
 import inspect
 import operator
 import sys
@@ -139,7 +140,7 @@ class _Tracer(fx.Tracer):
             warnings.simplefilter("ignore")
             before = _state_of(module)
             graph = self.trace(module, known or None)
-        if any(made() is not None for made in self.made):
+        if self._keeps_outputs():
             self.refused = self.refused or "it keeps what it computed"
         elif _state_of(module) != before:
             self.refused = self.refused or "it changes what it keeps"
@@ -148,6 +149,16 @@ class _Tracer(fx.Tracer):
                 value = getattr(module, node.target, None)
                 node.meta["of values"] = isinstance(value, Tensor) and value.is_meta
         return graph
+
+    def _keeps_outputs(self) -> bool:
+        """Whether somebody still has what a module gave back."""
+
+        def kept() -> bool:
+            return any(made() is not None for made in self.made)
+
+        if kept():
+            gc.collect()  # it may be garbage in a cycle
+        return kept()
 
     def answer(self, size: int) -> int:
         """Return one of `size` answers to the next question."""
