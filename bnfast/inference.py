@@ -212,12 +212,7 @@ def recompute_statistics(
     targets = _checked_layers(layers)
     if not targets:
         return
-    try:
-        row = iter(batches)
-    except TypeError:
-        raise TypeError(
-            f"batches is of type {type(batches).__name__}; expected an iterable"
-        ) from None
+    row = _row_of(batches)
     done = 0
     with _reporting(progress, batches) as report, _observing(targets) as totals:
         for batch in row:
@@ -227,6 +222,15 @@ def recompute_statistics(
     if done == 0:
         raise ValueError("batches is empty; expected at least one batch")
     _write_statistics(targets, totals)
+
+
+def _row_of(batches: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(batches)
+    except TypeError:
+        raise TypeError(
+            f"batches is of type {type(batches).__name__}; expected an iterable"
+        ) from None
 
 
 # ---- folding

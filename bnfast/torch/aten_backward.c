@@ -89,8 +89,8 @@ static aten_outcome look_at_backward(backward *b)
     aten_outcome data = aten_look_at_data(to_tensor(a->x), &b->x);
     if (aten_runs_here(data))
         data = look_beside_x(b, to_tensor(a->dy), &b->dy);
-    if (aten_runs_here(data) && to_optional(a->rest.residual))
-        data = look_beside_x(b, to_optional(a->rest.residual), &b->output);
+    if (aten_runs_here(data) && to_optional(a->output))
+        data = look_beside_x(b, to_optional(a->output), &b->output);
     if (!aten_runs_here(data))
         return data;
     if (!read_wanted(b))
@@ -207,7 +207,7 @@ static bool new_ones(const aten_backward_arguments *a, torch_tensor *made)
 static void free_backward(aten_backward_arguments *a)
 {
     delete_optional(a->bias);
-    delete_optional(a->rest.residual);
+    delete_optional(a->output);
     torch.delete_tensor(to_tensor(a->dy));
     torch.delete_tensor(to_tensor(a->x));
     delete_optional(a->weight);

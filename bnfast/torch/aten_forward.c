@@ -42,8 +42,8 @@ static aten_outcome look_at_forward(forward *f)
     if (!aten_has_activation(&a->rest))
         return LEFT_ACTIVATION;
     aten_outcome data = aten_look_at_data(to_tensor(a->x), &f->x);
-    if (aten_runs_here(data) && to_optional(a->rest.residual))
-        data = look_at_residual(f, to_optional(a->rest.residual));
+    if (aten_runs_here(data) && to_optional(a->residual))
+        data = look_at_residual(f, to_optional(a->residual));
     if (!aten_runs_here(data))
         return data;
     const torch_tensor vectors[] = {to_optional(a->weight), to_optional(a->bias),
@@ -182,7 +182,7 @@ static bool run_forward(forward *f, torch_tensor *results)
 
 static void free_forward(aten_forward_arguments *a)
 {
-    delete_optional(a->rest.residual);
+    delete_optional(a->residual);
     torch.delete_tensor(to_tensor(a->x));
     delete_optional(a->weight);
     delete_optional(a->bias);
@@ -264,18 +264,22 @@ void aten_forward(aten_forward_arguments a, torch_value *stack)
     aten_finish(done ? NULL : f.error ? f.error : torch.what(), outcome, results, 3, stack);
 }
 
+aten_forward_arguments aten_read_forward(const torch_value *stack)
+{
+    return (aten_forward_arguments){.x = stack[0],
+                                    .weight = stack[1],
+                                    .bias = stack[2],
+                                    .running_mean = stack[3],
+                                    .running_var = stack[4],
+                                    .training = to_bool(stack[5]),
+                                    .momentum = to_double(stack[6]),
+                                    .eps = to_double(stack[7])};
+}
+
 void aten_batch_norm(torch_value *stack, uint64_t arguments, uint64_t results)
 {
     (void)arguments, (void)results;
-    const aten_forward_arguments a = {.x = stack[0],
-                                      .weight = stack[1],
-                                      .bias = stack[2],
-                                      .running_mean = stack[3],
-                                      .running_var = stack[4],
-                                      .training = to_bool(stack[5]),
-                                      .momentum = to_double(stack[6]),
-                                      .eps = to_double(stack[7])};
-    aten_forward(a, stack);
+    aten_forward(aten_read_forward(stack), stack);
 }
 
 /* Its running statistics are not optional. */

@@ -22,23 +22,17 @@ static bnf_activation read_activation(torch_value optional)
     return (bnf_activation)found;
 }
 
-static aten_rest read_rest(torch_value residual, torch_value activation, torch_value slope)
+static aten_rest read_rest(torch_value activation, torch_value slope)
 {
-    return (aten_rest){true, residual, read_activation(activation), to_double(slope)};
+    return (aten_rest){true, read_activation(activation), to_double(slope)};
 }
 
 void aten_batch_norm_act(torch_value *stack, uint64_t arguments, uint64_t results)
 {
     (void)arguments, (void)results;
-    const aten_forward_arguments a = {.x = stack[0],
-                                      .weight = stack[1],
-                                      .bias = stack[2],
-                                      .running_mean = stack[3],
-                                      .running_var = stack[4],
-                                      .training = to_bool(stack[5]),
-                                      .momentum = to_double(stack[6]),
-                                      .eps = to_double(stack[7]),
-                                      .rest = read_rest(stack[8], stack[9], stack[10])};
+    aten_forward_arguments a = aten_read_forward(stack);
+    a.residual = stack[8];
+    a.rest = read_rest(stack[9], stack[10]);
     aten_forward(a, stack);
 }
 
@@ -55,7 +49,8 @@ void aten_batch_norm_act_backward(torch_value *stack, uint64_t arguments, uint64
                                        .save_invstd = stack[7],
                                        .training = to_bool(stack[8]),
                                        .eps = to_double(stack[9]),
-                                       .rest = read_rest(stack[10], stack[11], stack[12]),
+                                       .output = stack[10],
+                                       .rest = read_rest(stack[11], stack[12]),
                                        .wanted = stack[13]};
     aten_backward(a, stack);
 }

@@ -57,8 +57,7 @@ void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results,
 
 /* What follows the normalization in the same pass; zero: nothing. */
 typedef struct {
-    bool fused;           /* an operator of our own: nobody else has a kernel to leave a call to */
-    torch_value residual; /* optional; of a backward, the output where there was a residual */
+    bool fused; /* an operator of our own: nobody else has a kernel to leave a call to */
     bnf_activation activation;
     double slope;
 } aten_rest;
@@ -67,6 +66,7 @@ typedef struct {
     torch_value x, weight, bias, running_mean, running_var; /* all but x optional */
     bool training;
     double momentum, eps;
+    torch_value residual; /* optional, if fused */
     aten_rest rest;
 } aten_forward_arguments;
 
@@ -76,6 +76,7 @@ typedef struct {
     double eps;
     torch_value wanted; /* a list: whether of x, weight, bias and, if fused, residual */
     torch_value bias;   /* if fused */
+    torch_value output; /* the forward's, if fused and it had a residual */
     aten_rest rest;
 } aten_backward_arguments;
 
@@ -83,6 +84,9 @@ typedef struct {
 const char *aten_refusal(aten_outcome outcome);
 /* Whether the kernels have the activation of a fused call. */
 bool aten_has_activation(const aten_rest *rest);
+
+/* The arguments that PyTorch's operator and ours begin with. */
+aten_forward_arguments aten_read_forward(const torch_value *stack);
 
 /* They own what is in the arguments, and leave three results on the stack, or four of a fused
  * backward. */

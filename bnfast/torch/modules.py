@@ -155,15 +155,12 @@ class BatchNormOnCPU(_BatchNorm):
         moves = self._moves_statistics()
         if training and not moves:
             mean = var = None
-        tracked = self.num_batches_tracked if moves else None
-        momentum = self.momentum
-        if momentum is None:  # the cumulative average
-            momentum = 0.0 if tracked is None else 1 / (float(tracked) + 1)
+        momentum = float(self._momentum()) if moves else 0.0
         y = fused.batch_norm_act(
             x, weight, bias, mean, var, training, momentum, self.eps, residual, activation
         )
-        if tracked is not None:
-            tracked.add_(1)
+        if moves and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         return y
 
     def _as_leaf(self, x: Any, residual: Any, activation: Activation) -> Any:
@@ -172,6 +169,13 @@ class BatchNormOnCPU(_BatchNorm):
         given = {name: value for name, value in options.items() if value is not None}
         path = x.tracer.path_of_module(self)
         return x.tracer.create_proxy("call_module", path, (x,), given)
+
+    def _momentum(self) -> Any:
+        """Return what a training forward moves the running statistics by."""
+        if self.momentum is not None:
+            return self.momentum
+        tracked = self.num_batches_tracked  # the cumulative average
+        return 0.0 if tracked is None else 1 / (tracked.double() + 1)
 
     def _moves_statistics(self) -> bool:
         return self.training and self.track_running_stats and not _paused.get()

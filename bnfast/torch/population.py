@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from bnfast.distributed import Merging, ranks_of
-from bnfast.inference import _reporting
+from bnfast.inference import _reporting, _row_of
 from bnfast.moments import Moments
 
 from . import fused, tensors
@@ -169,12 +169,7 @@ def _totals(
     alone: bool,
 ) -> list[Moments]:
     """Run the model on all batches; return the moments of what each layer took."""
-    try:
-        row = iter(batches)
-    except TypeError:
-        raise TypeError(
-            f"batches is of type {type(batches).__name__}; expected an iterable"
-        ) from None
+    row = _row_of(batches)
     done = 0
     watched = [_Watched(target) for target in targets]
     with (

@@ -125,7 +125,7 @@ class SyncBatchNorm(BatchNormOnCPU):
         if not isinstance(input, Tensor) or input.device.type in ("cpu", "meta"):
             return self._over_ranks(input, residual, activation)
         y = nn.SyncBatchNorm.forward(self, input)
-        return fused.activate(y if residual is None else y + residual, activation)
+        return fused.rest(y, residual, plain_activation(activation))
 
     def _synchronises(self) -> bool:
         return (
@@ -215,17 +215,14 @@ class SyncBatchNorm(BatchNormOnCPU):
     @torch.no_grad()
     def _move(self, running: Sequence[Tensor | None]) -> Move:
         """Return what moves the running statistics, known to be able to."""
-        tracked, count = self.num_batches_tracked, None
-        momentum: Any = self.momentum
-        if momentum is None:  # the cumulative average
-            momentum = 0.0 if tracked is None else 1 / (tracked.double() + 1)
-        momentum = _arrays.real("momentum", momentum)
+        momentum = _arrays.real("momentum", self._momentum())
         pairs = []
         for tensor in running:
             if tensor is not None:
                 write, old = partial(_write, tensor), tensor.to(torch.float64, copy=True).numpy()
                 write(old)  # whatever cannot be written is refused
                 pairs.append((write, old))
+        tracked, count = self.num_batches_tracked, None
         if tracked is not None:
             tracked.copy_(tracked.clone())
             count = partial(_copy, tracked, tracked.clone().add_(1))
