@@ -123,7 +123,10 @@ class SyncBatchNorm(BatchNormOnCPU):
         if not self._synchronises():
             return super().forward(input, residual, activation)
         if not isinstance(input, Tensor) or input.device.type in ("cpu", "meta"):
-            return self._over_ranks(input, residual, activation)
+            over_ranks = self._over_ranks
+            if torch.compiler.is_compiling():  # as a decorator it would import Dynamo for everybody
+                over_ranks = torch.compiler.disable(over_ranks)
+            return over_ranks(input, residual, activation)
         y = nn.SyncBatchNorm.forward(self, input)
         return fused.rest(y, residual, plain_activation(activation))
 
@@ -135,7 +138,6 @@ class SyncBatchNorm(BatchNormOnCPU):
             and dist.get_world_size(self.process_group) != 1
         )
 
-    @torch.compiler.disable
     def _over_ranks(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
         ranks = ranks_of(self.process_group)
         exchange = Merging(ranks, training=True)

@@ -248,6 +248,11 @@ def test_the_environment_asks(asked, answer):
     assert done.stdout.strip() == str(answer)
 
 
+def test_importing_does_not_import_dynamo():
+    """Which takes more than a second."""
+    ask("import sys, bnfast.torch; assert 'torch._dynamo' not in sys.modules")
+
+
 def test_the_environment_may_not_ask_for_nonsense():
     done = run_python("import bnfast.torch", BNFAST_TORCH="yes")
     assert "ValueError: BNFAST_TORCH is 'yes'; expected 1 or 0" in done.stderr
