@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from . import _arrays, _core
+from . import _arrays, _core, _errors, _options
 from ._threads import num_threads
 from .functional import BatchStats, _wanted, normalize
 from .layers import BatchNorm, Saved, _sum
@@ -264,11 +264,7 @@ class Move(NamedTuple):
 
 def plain_activation(value: Any) -> Activation:
     """Return an activation in Python's own types, which run nobody's code where they are used."""
-    if value is None:
-        return None
-    code, slope = _arrays.activation(value)
-    (name,) = (name for name, known in _arrays.ACTIVATIONS.items() if known == code)
-    return (name, slope) if name == "leaky_relu" else name
+    return _options.plain_activation(value, _core.ACTIVATIONS)
 
 
 def _in_words(values: Sequence[object]) -> str:
@@ -321,7 +317,7 @@ def all_reduce(moments: Moments, group: Any = None) -> Moments:
 def _sendable(given: Any) -> Moments:
     """Return moments as they are now, their attributes being anybody's to change."""
     if not isinstance(given, Moments):
-        raise TypeError(f"moments is {_arrays.kind(given)}; expected Moments")
+        raise TypeError(f"moments is {_errors.kind(given)}; expected Moments")
     mine = Moments(given.count, given.mean, given.m2)
     _check_count(mine.count)
     return mine
@@ -460,13 +456,13 @@ class SyncBatchNorm(BatchNorm):
         observer = self._observer
         updates = (
             observer is None
-            and _arrays.truth("update_stats", update_stats)
-            and _arrays.truth("track_running_stats", self.track_running_stats)
+            and _options.truth("update_stats", update_stats)
+            and _options.truth("track_running_stats", self.track_running_stats)
         )
         rates = self._rates() if updates else None
-        channels = _arrays.channel_count("num_features", self.num_features)
-        eps, activation = _arrays.eps(self.eps, training=True), plain_activation(self.activation)
-        axis = _arrays.integer("axis", self.axis)
+        channels = _options.channel_count("num_features", self.num_features)
+        eps, activation = _options.eps(self.eps, training=True), plain_activation(self.activation)
+        axis = _options.integer("axis", self.axis)
         x = self._checked(x)
         residual = _maybe_array("residual", residual)
         given = [_maybe_array(name, getattr(self, name)) for name in _PARAMETERS]
@@ -487,7 +483,7 @@ class SyncBatchNorm(BatchNorm):
     def _rates(self) -> tuple[float, int]:
         """Return momentum and ddof, the batch being one that can be counted."""
         self._check_counting()
-        return _arrays.real("momentum", self._momentum()), _arrays.check_ddof(self.ddof)
+        return _options.real("momentum", self._momentum()), _options.ddof(self.ddof)
 
     def _move(
         self,
@@ -547,8 +543,8 @@ class SyncBatchNorm(BatchNorm):
 
     def _backward_call(self, dy: Any, saved: Saved) -> _BackwardCall:
         """Read all that a backward takes, refuse what does not fit, and sum over this part."""
-        axis, activation = _arrays.integer("axis", self.axis), plain_activation(self.activation)
-        affine = _arrays.truth("affine", self.affine)
+        axis, activation = _options.integer("axis", self.axis), plain_activation(self.activation)
+        affine = _options.truth("affine", self.affine)
         dy = _maybe_array("dy", dy)
         needs = ["x"] + ["residual"] * saved.had_residual
         wanted = _wanted(needs, saved.residual, activation, saved.y, None)
@@ -759,9 +755,9 @@ def dask_normalize(
         np.ones(channels) if weight is None else _arrays.constant("weight", weight, channels),
         np.zeros(channels) if bias is None else _arrays.constant("bias", bias, channels),
     ]
-    options = {"eps": _arrays.eps(eps, training=False), "axis": axis, "activation": activation}
+    options = {"eps": _options.eps(eps, training=False), "axis": axis, "activation": activation}
     if activation is not None:
-        _arrays.activation(activation)
+        _options.activation(activation, _core.ACTIVATIONS)
     index = tuple(range(x.ndim))
     pairs = ((da.from_array(vector, chunks=(x.chunks[axis],)), (axis,)) for vector in vectors)
     return da.blockwise(
