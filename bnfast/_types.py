@@ -11,5 +11,5 @@ Array: TypeAlias = np.ndarray[Any, Any]
 Tensor: TypeAlias = NDArray[Any]  # of the shape of x
 Vector: TypeAlias = NDArray[np.float64]  # one value per channel
 # The names of src/activations.inc, which a type checker cannot read.
-ActivationName: TypeAlias = Literal["relu", "relu6", "leaky_relu"]
+ActivationName: TypeAlias = Literal["relu", "relu6", "leaky_relu", "hardswish"]
 Activation: TypeAlias = ActivationName | tuple[Literal["leaky_relu"], float] | None

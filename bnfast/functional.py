@@ -126,7 +126,7 @@ def batch_norm(
         0 as in Keras, ONNX and Flax.
     residual : array_like, optional
         Added before the activation; shape and dtype of `x`.
-    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+    activation : {None, "relu", "relu6", "leaky_relu", "hardswish"} or ("leaky_relu", slope)
         Applied last; the slope, 0.01 unless given, is above 0 and at most 1.
     out : ndarray, optional
         Where to write; `x` or `residual` itself, or apart from both.
@@ -274,7 +274,7 @@ def batch_norm_backward(
         The channel axis.
     residual : array_like, optional
         The forward's.
-    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+    activation : str, ("leaky_relu", slope) or None
         The forward's. Its derivative is recomputed from `x` (and `residual`), or read from `y`.
     y : array_like, optional
         The forward's output. It can replace `residual`, and saves a recomputation, if the
@@ -306,7 +306,7 @@ def batch_norm_backward(
     are added up over the parts, and one with those ``sums``.
 
     The chain rule of the paper's section 3. At a kink of the activation the gradient is
-    PyTorch's: 0 for relu and relu6, the slope for leaky_relu.
+    PyTorch's: 0 for relu and relu6, the slope for leaky_relu, 0 at -3 and 1 at 3 for hardswish.
     """
     _check_tells(y, residual, activation)
     wanted = _wanted(needs, residual, activation, y, out)

@@ -37,6 +37,22 @@ INLINE vec NAME(leaky_relu_gradient)(vec dy, vec z, vec slope)
     return select_le(z, set1(0.0), mul(slope, dy), dy);
 }
 
+/* z * min(max(z + 3, 0), 6) / 6.  Not z * 6 / 6 for large z, which overflows, and 0 at minus
+ * infinity, where the product is NaN. */
+INLINE vec NAME(hardswish)(vec z, vec slope)
+{
+    (void)slope;
+    const vec share = mul(min(set1(6.0), add(z, set1(3.0))), set1(1.0 / 6));
+    return select_le(z, set1(-3.0), set1(0.0), mul(z, share));
+}
+
+INLINE vec NAME(hardswish_gradient)(vec dy, vec z, vec slope)
+{
+    (void)slope;
+    const vec between = mul(dy, fmadd(z, set1(1.0 / 3), set1(0.5)));
+    return select_le(z, set1(-3.0), set1(0.0), select_le(set1(3.0), z, dy, between));
+}
+
 /* ---- Any of them */
 
 INLINE vec NAME(activate)(vec z, vec slope, variant v)

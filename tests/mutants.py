@@ -22,6 +22,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("moments", "functional_forward", "functional_backward", "numerics", "half", "layers"),
+        "activations",
         *("inference", "tiling", "partial_batches", "threads", "forks", "float_environment"),
     )
 ]
@@ -76,6 +77,14 @@ MUTANTS = [
         "select_le(z, zero, zero, select_le(set1(6.0), z, zero, dy))",
         "select_le(z, zero, zero, dy)",
     ),
+    ("src/activations.inc.h", "min(set1(6.0), add(z, set1(3.0)))", "add(z, set1(3.0))"),
+    (
+        "src/activations.inc.h",
+        "select_le(z, set1(-3.0), set1(0.0), mul(z, share))",
+        "mul(z, share)",
+    ),
+    ("src/activations.inc.h", "fmadd(z, set1(1.0 / 3), set1(0.5))", "set1(0.5)"),
+    ("src/activations.inc.h", "select_le(set1(3.0), z, dy, between)", "between"),
     (
         "src/activations.inc.h",
         "select_le(z, set1(0.0), mul(slope, dy), dy)",
