@@ -35,8 +35,8 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
     test-avx512-emulated sanitize sanitize-test sanitize-torch sanitize-torch-test coverage \
-    coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest dist \
-    sdist wheels test-wheels clean
+    coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest \
+    instructions dist sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -171,6 +171,9 @@ bench-suite:  ## pytest-benchmark; ARGS="--benchmark-autosave", then, changed, "
 
 bench-pytest: $(VENV)/.bnfast-bench
 	$(PY) -m pytest bench/suite $(ARGS)
+
+instructions: $(INSTALLED)  ## instruction counts of small calls under valgrind, against their pins; ARGS=--write
+	$(PY) -m bench.instructions $(ARGS)
 
 # Peers of the comparison. One that cannot be installed is left out of it, and said to be. The
 # PyTorch of PyPI brings gigabytes of GPU libraries along; PyTorch's own index for the CPU does not.
