@@ -95,7 +95,7 @@ class TestInstructionPins:
 
         def run(*counts, write=False):
             given = iter(counts)
-            monkeypatch.setattr(program, "counted", lambda: next(given))
+            monkeypatch.setattr(program, "counted", lambda torch: next(given))
             monkeypatch.setattr(sys, "argv", ["instructions", *(["--write"] if write else [])])
             try:
                 program.main()
@@ -110,7 +110,7 @@ class TestInstructionPins:
 
         for entry in pins.load():
             assert entry["isa"] == pins.ISA
-            assert list(entry["calls"]) == list(calls())
+            assert "torch" in entry["environment"] or list(entry["calls"]) == list(calls())
 
     def test_no_pins(self, main, capsys):
         assert main() == 0
@@ -154,6 +154,7 @@ class TestInstructionPins:
             ({"python": "3.11.8 (GCC 12.2.0)"}, False),
             ({"python": "3.11.7 (GCC 13.1.0)"}, False),
             ({"machine": "aarch64"}, False),
+            ({"torch": "2.13.0"}, False),
         ],
     )
     def test_pins_of_another_python_or_numpy_are_not_compared(
@@ -174,4 +175,4 @@ class TestInstructionPins:
         assert pins.pinned(pins.load(), elsewhere) == {"a": 900}
         assert pins.pinned(pins.load(), pins.environment()) == {"a": 1001}
         assert len(pins.load()) == 2
-        assert "unchanged, write them there: pins for Python 3.8.0" in capsys.readouterr().out
+        assert "unchanged: the pins for Python 3.8.0" in capsys.readouterr().out

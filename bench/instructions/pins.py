@@ -9,8 +9,8 @@ How much the counts of these calls vary was measured with Python 3.11 and NumPy 
 - bnfast compiled by gcc 11 instead of gcc 12: 1%;
 - Debian's build of Python 3.11.2 instead of a plain build of 3.11.7: 8%.
 
-So counts are compared where Python's version and compiler agree, NumPy's first two numbers, and
-the kind of machine.
+So counts are compared where Python's version and compiler agree, NumPy's first two numbers,
+PyTorch's version and the kind of machine.
 """
 
 from __future__ import annotations
@@ -33,28 +33,31 @@ Environment = dict[str, str]
 Entry = dict[str, Any]
 
 
-def environment() -> Environment:
-    """Return what counts depend on besides bnfast's code."""
+def environment(**packages: str) -> Environment:
+    """Return what counts depend on besides bnfast's code; `packages` are versions of others."""
     return {
         "python": f"{platform.python_version()} ({platform.python_compiler()})",
         "numpy": np.__version__,
         "machine": platform.machine(),
         "compiler": _core.config()["compiler"],
+        **packages,
     }
 
 
 def matches(one: Environment, other: Environment) -> bool:
     """Whether counts of two environments can be compared."""
 
-    def compared(environment: Environment) -> tuple[str, str, list[str]]:
+    def compared(environment: Environment) -> tuple[object, ...]:
         numpy = environment["numpy"].split(".")[:2]
-        return environment["python"], environment["machine"], numpy
+        return environment["python"], environment["machine"], numpy, environment.get("torch")
 
     return compared(one) == compared(other)
 
 
 def described(environment: Environment) -> str:
-    return f"Python {environment['python']}, NumPy {environment['numpy']}, {environment['machine']}"
+    names = {"python": "Python", "numpy": "NumPy", "torch": "PyTorch"}
+    versions = (f"{name} {environment[key]}" for key, name in names.items() if key in environment)
+    return ", ".join([*versions, environment["machine"]])
 
 
 def load() -> list[Entry]:

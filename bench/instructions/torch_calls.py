@@ -63,6 +63,11 @@ def run(shape: tuple[int, ...]) -> None:
             repeat(call_of(layer, mode, shape))
 
 
+def names() -> list[str]:
+    """Return the calls, in the order of `run`."""
+    return [f"{layer}: {mode}" for layer in LAYERS for mode in MODES]
+
+
 def counted(shape: str, **variables: str) -> list[float]:
     """Return the instructions of a call, in the order of `run`."""
     return count([*PROGRAM, "--run", "--shape", shape], len(LAYERS) * len(MODES), **variables)
