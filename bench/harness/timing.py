@@ -51,7 +51,7 @@ class Timing:
     median: float
     least: float
     rounds: int
-    stalls: int  # rounds over twice the median, mostly the scheduler's doing
+    stalls: int  # rounds over twice the median, mostly caused by the scheduler
     paired: float  # median of its time over the first contestant's in the same round
 
 

@@ -152,7 +152,7 @@ def measure():
     rows = []
     for name, (what, x) in cases().items():
         answer = right_answer(x)
-        with np.errstate(all="ignore"):  # a naive variance may be 0, and is divided by
+        with np.errstate(all="ignore"):  # the naive variance may be rounding errors only
             rows += [
                 {"case": name, "data": what, "of": of, **errors(x, contestant, answer)}
                 for of, (_, contestant) in found.items()

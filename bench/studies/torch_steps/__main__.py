@@ -68,7 +68,7 @@ class Workers:
         for variant in variants:
             self.ask(variant, job)
         answers = {variant: self.answer(variant) for variant in variants}
-        return {variant: said for variant, said in answers.items() if isinstance(said, str)}
+        return {variant: why for variant, why in answers.items() if isinstance(why, str)}
 
     def turn(self, variant: str, what: str) -> Any:
         time.sleep(REST)
