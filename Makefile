@@ -27,7 +27,7 @@ INSTALLED := $(VENV)/.bnfast-installed
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/torch/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
 COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
-C_SOURCES := $(wildcard src/*.[ch] bnfast/torch/*.[ch] bench/*.c tests/kernels/*.[ch])
+C_SOURCES := $(wildcard src/*.[ch] bnfast/torch/*.[ch] bench/*/*.c tests/kernels/*.[ch])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
@@ -35,8 +35,8 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
     test-avx512-emulated sanitize sanitize-test sanitize-torch sanitize-torch-test coverage \
-    coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest dist \
-    sdist wheels test-wheels clean
+    coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest \
+    instructions dist sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -159,18 +159,21 @@ format: $(VENV)/.bnfast-dev  ## rewrite Python and C in the project's format
 docs: $(VENV)/.bnfast-docs  ## the documentation, into docs/_build/html
 	$(PY) -m sphinx --fail-on-warning --keep-going --fresh-env docs docs/_build/html $(ARGS)
 
-bench:  ## against NumPy, PyTorch, oneDNN, ONNX Runtime and memory; writes bench/RESULTS.md
+bench:  ## against NumPy, PyTorch, oneDNN, ONNX Runtime and memory; writes bench/results/
 	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-compare
 
 bench-compare: $(VENV)/.bnfast-bench $(VENV)/.bnfast-peers
-	$(PY) bench/compare.py --json bench/results.json --markdown bench/RESULTS.md \
-	    --figures bench/figures $(ARGS)
+	$(PY) -m bench.compare --json bench/results/results.json --markdown bench/results/RESULTS.md \
+	    --figures bench/results/figures $(ARGS)
 
 bench-suite:  ## pytest-benchmark; ARGS="--benchmark-autosave", then, changed, "--benchmark-compare"
 	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-pytest
 
 bench-pytest: $(VENV)/.bnfast-bench
-	$(PY) -m pytest bench $(ARGS)
+	$(PY) -m pytest bench/suite $(ARGS)
+
+instructions: $(INSTALLED)  ## instruction counts of small calls under valgrind, against their pins; ARGS=--write
+	$(PY) -m bench.instructions $(ARGS)
 
 # Peers of the comparison. One that cannot be installed is left out of it, and said to be. The
 # PyTorch of PyPI brings gigabytes of GPU libraries along; PyTorch's own index for the CPU does not.
