@@ -472,6 +472,16 @@ def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
     )
 
 
+def refuse_part(count: float, m: int) -> NoReturn:
+    """Refuse moments that cannot be those of a batch that x is a part of."""
+    if count == 1:
+        raise ValueError("Expected more than 1 value per channel when training, got moments of one")
+    raise ValueError(
+        f"moments.count is {count:.0f}; expected at least the {m} values per channel of x, which "
+        "is a part of that batch"
+    )
+
+
 def refuse_uncommon() -> NoReturn:
     """Say that arrays cannot be taken as they are although they were checked and converted."""
     raise RuntimeError(
