@@ -315,14 +315,6 @@ def test_threads_are_explained(capsys):
     assert "2 (set_num_threads)" in capsys.readouterr().out
 
 
-def test_the_module_runs_as_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "bnfast"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("bnfast")
-
-
 def test_openmp_runtimes_are_found_in_the_map(tmp_path):
     maps = tmp_path / "maps"
     maps.write_text(
