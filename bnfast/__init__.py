@@ -1,5 +1,6 @@
 """bnfast: exact and fast batch normalization for NumPy arrays on CPUs."""
 
+from . import _verbose as _verbose
 from . import conventions
 from ._config import show_config
 from ._core import release_memory

@@ -34,7 +34,7 @@ def show_config(mode: Any = "stdout") -> dict[str, Any] | None:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         If `mode` is neither of the two.
 
     See Also
