@@ -32,6 +32,7 @@ _PLAIN = frozenset(
     {*np.ScalarType, *(bytearray, dict, list, range, set, tuple, type), type(None), np.ndarray}
 )
 _DLPACK_CPU = 1
+_SUMMARY = "an object of type "
 MOST_BATCHES = 2**63 - 1  # of an int64
 # Whose float64 numbers can be counted in bytes.
 _MOST_CHANNELS = sys.maxsize // 8
@@ -230,9 +231,10 @@ def _is_from_here(error: Exception) -> bool:
 
 def kind(value: Any) -> str:
     """Return what an argument is, in the words of an error."""
-    if _is_array(value):
-        return shown(value)
-    return f"{shown(value)} of type {type(value).__name__}"
+    text = shown(value)
+    if _is_array(value) or text.startswith(_SUMMARY):
+        return text
+    return f"{text} of type {type(value).__name__}"
 
 
 def shown(value: Any) -> str:
@@ -240,11 +242,19 @@ def shown(value: Any) -> str:
     if _is_array(value):
         return f"an array of {value.dtype}"
     try:
-        return f"{value!r:.60}"
+        text = repr(value)
+        return _summary(value) if "\n" in text else f"{text:.60}"
     except Exception as error:
         if type(value) in _PLAIN and not _is_from_here(error):
             raise
         return f"an unprintable {type(value).__name__}"
+
+
+def _summary(value: Any) -> str:
+    """Return the type and shape of what has a repr of several lines: a tensor, a module."""
+    shape = getattr(value, "shape", None)
+    of_shape = f" and shape {tuple(shape)}" if isinstance(shape, tuple) else ""
+    return f"{_SUMMARY}{type(value).__name__}{of_shape:.60}"
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -262,7 +272,8 @@ def _is_data_type(dtype: np.dtype[Any]) -> bool:
 def check_type(name: str, a: Array) -> None:
     """Refuse an array of a type that data cannot have."""
     if not _is_data_type(a.dtype):
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_DATA_NAMES)}")
+        hint = " (convert it: .astype(np.float32))" if a.dtype.kind in "iub" else ""
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_DATA_NAMES)}{hint}")
 
 
 def _names(types: tuple[type, ...]) -> tuple[str, ...]:
