@@ -33,7 +33,7 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
+.PHONY: help demo test smoke test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
     test-avx512-emulated sanitize sanitize-test sanitize-torch sanitize-torch-test coverage \
     coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest dist \
     sdist wheels test-wheels clean
@@ -47,6 +47,9 @@ demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
 
 test: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
+
+smoke: $(VENV)/.bnfast-test  ## each part of the library once, in seconds
+	$(PY) -m pytest -m smoke $(ARGS)
 
 test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	@command -v aarch64-linux-gnu-gcc qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu || { \
