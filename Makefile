@@ -24,6 +24,7 @@ LIBGOMP ?=
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
+PIP := $(VENV)/.bnfast-pip
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/torch/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
 COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
@@ -183,16 +184,16 @@ $(VENV)/.bnfast-peers: $(INSTALLED)
 	-$(if $(TORCH),$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
 	@touch $@
 
-$(VENV)/.bnfast-pytorch: pyproject.toml $(INSTALLED)
+$(VENV)/.bnfast-pytorch: pyproject.toml $(INSTALLED) | $(PIP)
 	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PY) -m pip install --quiet "bnfast[test-torch]"
+	$(PY) -m pip install --quiet --group test-torch
 	@touch $@
 
 # A torchvision fits one PyTorch. Naming that again keeps the one that is there, instead of the
 # newest with gigabytes of GPU libraries, and finds the torchvision for it.
-$(VENV)/.bnfast-zoo: pyproject.toml $(INSTALLED)
+$(VENV)/.bnfast-zoo: pyproject.toml $(INSTALLED) | $(PIP)
 	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PY) -m pip install --quiet $(TORCH) "bnfast[zoo]"
+	$(PY) -m pip install --quiet $(TORCH) --group zoo
 	@touch $@
 
 # What work is spread over processes with. Tests of one that cannot be installed are skipped, and
@@ -258,7 +259,17 @@ $(INSTALLED): $(COMPILED_FROM) | $(CREATED)
 	$(PY) -m pip install --quiet $(EDITABLE) .
 	@touch $@
 
-# bnfast itself is already installed, so this adds the extra's packages and compiles nothing.
-$(VENV)/.bnfast-%: pyproject.toml $(INSTALLED)
+# A venv starts with the pip that came with its Python; groups are read since 25.1.
+$(PIP): | $(CREATED)
+	$(PY) -m pip install --quiet "pip>=25.1"
+	@touch $@
+
+# An extra of bnfast, which is already installed, so this adds the packages and compiles nothing.
+$(VENV)/.bnfast-demo $(VENV)/.bnfast-distributed: $(VENV)/.bnfast-%: pyproject.toml $(INSTALLED)
 	$(PY) -m pip install --quiet "bnfast[$*]"
+	@touch $@
+
+# Any other name is a developers' group of pyproject.toml.
+$(VENV)/.bnfast-%: pyproject.toml $(INSTALLED) | $(PIP)
+	$(PY) -m pip install --quiet --group $*
 	@touch $@
