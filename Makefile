@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EDITABLE ?= --editable
 ARGS ?=
+DEBUG ?=
 BENCH_VENV ?= .venv-bench
 ZOO_VENV ?= .venv-zoo
 TORCH ?= torch==2.13.0
@@ -34,10 +35,10 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test smoke test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
-    test-avx512-emulated sanitize sanitize-test sanitize-torch sanitize-torch-test coverage \
-    coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest dist \
-    sdist wheels test-wheels clean
+.PHONY: help demo build build-debug test smoke test-torch test-zoo zoo-tests test-distributed \
+    test-onnx test-neon test-avx512-emulated sanitize sanitize-test sanitize-torch \
+    sanitize-torch-test coverage coverage-test tsan matrix lint format docs bench bench-compare \
+    bench-suite bench-pytest dist sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -48,6 +49,13 @@ demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
 
 test: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
+
+build: $(VENV)/.bnfast-build  ## compile in place what an edit of C or Cython needs; DEBUG=1: a debug build
+	$(if $(filter 1,$(DEBUG)),BNFAST_DEBUG=1) $(PY) setup.py --quiet build_clib build_ext --inplace
+	@test ! -e $(INSTALLED) -o pyproject.toml -nt $(INSTALLED) || touch $(INSTALLED)
+
+build-debug:  ## the same with -Og, -g and assertions, for gdb; `make build` puts the usual one back
+	@$(MAKE) --no-print-directory build DEBUG=1
 
 smoke: $(VENV)/.bnfast-test  ## each part of the library once, in seconds
 	$(PY) -m pytest -m smoke $(ARGS)
@@ -262,6 +270,11 @@ $(INSTALLED): $(COMPILED_FROM) | $(CREATED)
 # A venv starts with the pip that came with its Python; groups are read since 25.1.
 $(PIP): | $(CREATED)
 	$(PY) -m pip install --quiet "pip>=25.1"
+	@touch $@
+
+# Without bnfast, which is to be built.
+$(VENV)/.bnfast-build: pyproject.toml | $(PIP)
+	$(PY) -m pip install --quiet --group build
 	@touch $@
 
 # An extra of bnfast, which is already installed, so this adds the packages and compiles nothing.
