@@ -151,13 +151,14 @@ $(VENV)/.bnfast-formats: $(INSTALLED)
 	-$(if $(FORMATS),$(PY) -m pip install --quiet $(FORMATS))
 	@touch $@
 
-lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy, zizmor
+lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy, stubtest, zizmor
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(CYTHON_SOURCES)
 	$(VENV)/bin/clang-format --dry-run --Werror $(C_SOURCES)
 	$(VENV)/bin/codespell
 	$(PY) -m mypy
+	$(PY) -m mypy.stubtest bnfast._core --allowlist tests/typing/stubtest.txt --ignore-unused-allowlist
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
