@@ -37,8 +37,8 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 .DELETE_ON_ERROR:
 .PHONY: help demo build build-debug test smoke test-torch test-zoo zoo-tests test-distributed \
     test-onnx test-neon test-avx512-emulated sanitize sanitize-test sanitize-torch \
-    sanitize-torch-test coverage coverage-test tsan matrix lint format docs bench bench-compare \
-    bench-suite bench-pytest dist sdist wheels test-wheels clean
+    sanitize-torch-test coverage coverage-test tsan matrix mutants lint format docs bench \
+    bench-compare bench-suite bench-pytest dist sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -124,6 +124,10 @@ coverage-test: $(if $(TORCH),$(VENV)/.bnfast-pytorch) $(VENV)/.bnfast-engines $(
 
 matrix: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## how many tests each kernel has; writes tests/MATRIX.md
 	$(PY) -m pytest --matrix tests/MATRIX.md $(ARGS)
+
+mutants: $(VENV)/.bnfast-test $(VENV)/.bnfast-build $(VENV)/.bnfast-pytorch $(VENV)/.bnfast-simde  ## mistakes made on purpose, each of which a test must notice: hours
+	$(PY) tests/kernels/mutants.py
+	$(PY) tests/mutants.py $(ARGS)
 
 tsan: $(VENV)/.bnfast-test  ## whole calls in a C program under ThreadSanitizer, by clang and its OpenMP
 	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import targets; \
