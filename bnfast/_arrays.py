@@ -209,7 +209,8 @@ def _is_data_type(dtype: np.dtype[Any]) -> bool:
 def check_type(name: str, a: Array) -> None:
     """Refuse an array of a type that data cannot have."""
     if not _is_data_type(a.dtype):
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(_DATA_NAMES)}")
+        hint = " (convert it: .astype(np.float32))" if a.dtype.kind in "iub" else ""
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(_DATA_NAMES)}{hint}")
 
 
 def _check_tensor(name: str, a: Array) -> None:

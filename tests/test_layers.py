@@ -88,6 +88,7 @@ class TestAttributes:
 class TestCall:
     """A layer is the functions with the state held for them."""
 
+    @pytest.mark.smoke
     def test_training(self, dtype, activation, residual):
         p = make_problem(SHAPE, dtype, activation=activation, residual=residual)
         layer = layer_of(p)
@@ -111,6 +112,7 @@ class TestCall:
         assert bits(layer.weight_grad) == bits(want.weight.astype(computed_in(dtype)))
         assert bits(layer.bias_grad) == bits(want.bias.astype(computed_in(dtype)))
 
+    @pytest.mark.smoke
     def test_eval(self, dtype, activation, residual):
         p = make_problem(SHAPE, dtype, activation=activation, residual=residual)
         layer = trained(p).eval()
@@ -122,6 +124,7 @@ class TestCall:
         assert_within(y, want, forward_bound(p, s))
         assert state_bits(layer) == before
 
+    @pytest.mark.smoke
     def test_frozen_is_eval(self, dtype, activation, residual):
         p = make_problem(SHAPE, dtype, activation=activation, residual=residual)
         layer = trained(p)
@@ -216,6 +219,7 @@ class TestOptions:
 
 
 class TestBackward:
+    @pytest.mark.smoke
     def test_adds_into_the_gradients(self):
         p = make_problem(SHAPE)
         layer = trained(p)
@@ -261,6 +265,7 @@ class TestBackward:
         assert np.isnan(layer.weight_grad).tolist() == [False, True, False, False, False]
         assert np.isnan(layer.bias_grad).tolist() == [False, True, False, False, False]
 
+    @pytest.mark.smoke
     def test_before_any_forward_is_refused(self):
         with pytest.raises(RuntimeError, match=r"(?i)forward"):
             BatchNorm(5).backward(make_problem(SHAPE).dy)

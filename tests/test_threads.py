@@ -43,6 +43,7 @@ def in_thread(function, *args):
 # ---- asking for a number
 
 
+@pytest.mark.smoke
 def test_a_block_holds_inside_and_restores():
     assert bnfast.get_num_threads() == 5
     with bnfast.num_threads(3):
@@ -123,6 +124,7 @@ def test_overlapping_blocks_in_threads_do_not_disturb_each_other():
         (np.bool_(True), TypeError),
     ],
 )
+@pytest.mark.smoke
 def test_a_bad_number_is_named(call, n, error):
     with pytest.raises(error, match=r"^n is .*expected an integer from 1 to 1024"):
         call(n)
@@ -271,6 +273,7 @@ def test_the_smaller_of_affinity_and_quota(tmp_path, monkeypatch):
 # ---- calls from many threads
 
 
+@pytest.mark.smoke
 def test_eight_threads_share_a_frozen_layer():
     rng = np.random.default_rng(8)
     layer = bnfast.BatchNorm2d(64)
@@ -313,14 +316,6 @@ def test_threads_are_explained(capsys):
     bnfast.set_num_threads(2)
     bnfast.show_config()
     assert "2 (set_num_threads)" in capsys.readouterr().out
-
-
-def test_the_module_runs_as_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "bnfast"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("bnfast")
 
 
 def test_openmp_runtimes_are_found_in_the_map(tmp_path):
