@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NoReturn
 from . import _verbose as _verbose
 from . import conventions
 from ._config import show_config
-from ._core import release_memory
-from ._threads import get_num_threads, num_threads, set_num_threads
+from ._core import get_num_threads, release_memory
+from ._threads import num_threads, set_num_threads
 from .functional import (
     BatchStats,
     Gradients,

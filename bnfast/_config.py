@@ -73,7 +73,7 @@ def _config() -> dict[str, Any]:
     from . import _core, _memory, _threads
 
     built = _core.config()
-    threads, source = _threads.describe()
+    threads, source = _core.threads()
     kept, limit = _core.kept_memory()
     return {
         "bnfast": bnfast.__version__,

@@ -156,19 +156,31 @@ def config():
     }
 
 
-def openmp_limit():
-    """What somebody lowered the OpenMP runtime's number of threads to, as threadpoolctl does;
-    0 if nobody did.  Our teams name their number and would not notice."""
-    return bnf_threads_lowered()
+def threads():
+    """How many threads a call from this thread may use, and what decides it.
+
+    OpenMP's own number counts if it was lowered, as threadpoolctl does: our teams name their number
+    and would not notice.
+    """
+    return _threads.granted(bnf_threads_lost(), bnf_threads_lowered())
 
 
-def threads_lost():
-    """Whether this is a forked process that has to stay on one thread."""
-    return bnf_threads_lost()
+def get_num_threads():
+    """Return how many threads a call from this thread may use.
 
+    Returns
+    -------
+    int
+        At least 1; exactly 1 in a process forked after its parent had started threads.
 
-_threads.openmp_limit = openmp_limit
-_threads.threads_lost = threads_lost
+    Examples
+    --------
+    >>> import bnfast
+    >>> with bnfast.num_threads(2):
+    ...     bnfast.get_num_threads()
+    2
+    """
+    return threads()[0]
 
 
 def pool_started():
@@ -185,7 +197,7 @@ def at_work():
 
 cdef int most_threads(cnp.ndarray x) except -1:
     """How many threads a call on x may use, if x and what goes with it are large enough to ask."""
-    return _threads.limit() if bnf_useful_threads(5 * cnp.PyArray_NBYTES(x)) > 1 else 1
+    return get_num_threads() if bnf_useful_threads(5 * cnp.PyArray_NBYTES(x)) > 1 else 1
 
 
 cdef int reserve(bnf_call *call) except -1:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     R = TypeVar("R")
 
-__all__ = ["get_num_threads", "num_threads", "set_num_threads"]
+__all__ = ["num_threads", "set_num_threads"]
 
 # A number that is a typing slip must not make thousands of threads.
 MAX_THREADS = 1024
@@ -75,17 +75,6 @@ def set_num_threads(n: SupportsIndex) -> None:
         _asked_here.set(n)
 
 
-def get_num_threads() -> int:
-    """Return how many threads a call from this thread may use.
-
-    Returns
-    -------
-    int
-        At least 1; exactly 1 in a process forked after its parent had started threads.
-    """
-    return limit()
-
-
 def num_threads(n: SupportsIndex) -> _Asking:
     """Set how many threads bnfast may use inside a ``with`` block, in the calling thread.
 
@@ -113,32 +102,20 @@ def num_threads(n: SupportsIndex) -> _Asking:
     return _Asking(_checked(n))
 
 
-def limit() -> int:
-    """Return how many threads this call may use: `get_num_threads`, for the extension."""
-    return describe()[0]
+def granted(lost: bool, lowered: int) -> tuple[int, str]:
+    """Return how many threads a call from this thread may use, and what decides the number.
 
-
-def describe() -> tuple[int, str]:
-    """Return the number of threads and where it comes from, for people to read."""
-    if threads_lost():
+    `lost` says that a fork lost OpenMP's threads; `lowered` is what OpenMP's own number was lowered
+    to, 0 if it was not. `_core` knows both.
+    """
+    if lost:
         return 1, "forked after threads had started"
     number, source = _asked_here.get(), "asked for in this thread"
     if number is None:
         number, source = _process_default(), _default_source
-    lowered = openmp_limit()
     if 0 < lowered < number:
         return lowered, "limited by way of OpenMP, as by threadpoolctl"
     return number, source
-
-
-def openmp_limit() -> int:
-    """Return what OpenMP's own number was lowered to; `_core` has its own, which knows."""
-    return 0
-
-
-def threads_lost() -> bool:
-    """Return whether a fork lost OpenMP's threads; `_core` has its own, which knows."""
-    return False
 
 
 class _Asking:

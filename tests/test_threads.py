@@ -586,7 +586,7 @@ print(len(pools), pools[0]["internal_api"])
 with threadpoolctl.threadpool_limits(1, user_api="openmp"):
     print(bnfast.get_num_threads())
     with bnfast.num_threads(2):
-        print(bnfast.get_num_threads(), bnfast._threads.describe()[1])
+        print(bnfast.get_num_threads(), bnfast._core.threads()[1])
 print(bnfast.get_num_threads())
 """
     done = run_python(code, OMP_NUM_THREADS="2", BNFAST_NUM_THREADS=None)
