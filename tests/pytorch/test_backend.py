@@ -1,111 +1,23 @@
 """`torch.compile(model, backend="bnfast")`: values, gradients, statistics, and what is fused."""
 
-import copy
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import SmallResNet, channels_last, dense
+from compiling import (
+    ACTIVATIONS,
+    FORMATS,
+    ReadsBetween,
+    Residual,
+    assert_same_steps,
+    compile_copy,
+    images,
+)
+from layers import SmallResNet
 from torch import nn
 
 import bnfast.torch
-from bnfast.torch import compiled
 
-FORMATS = {"NCHW": dense, "channels_last": channels_last}
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Graphs and counts of this test alone."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(compiled, "_fused", Counter())
-    monkeypatch.setattr(compiled, "_apart", Counter())
-
-
-@pytest.fixture
-def fused():
-    """What batch norms became since the last call: ({kind: times}, {reason: times})."""
-    last = compiled.fused_so_far()
-
-    def since_last():
-        nonlocal last
-        now = compiled.fused_so_far()
-        news = tuple(
-            {k: n - b.get(k, 0) for k, n in a.items() if n != b.get(k, 0)}
-            for a, b in zip(now, last, strict=True)
-        )
-        last = now
-        return news
-
-    return since_last
-
-
-def compile_copy(model, **options):
-    """A copy of a model, compiled, and the copy itself."""
-    ours = copy.deepcopy(model)
-    options = {"fullgraph": True, **options}
-    return torch.compile(ours, backend=bnfast.torch.backend, **options), ours
-
-
-def step(model, x):
-    """One forward and backward: y, and the gradients of x and all parameters."""
-    x = x.detach().clone().requires_grad_()
-    for p in model.parameters():
-        p.grad = None
-    y = model(x)
-    (y * torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view(y.shape)).sum().backward()
-    return [y, x.grad, *(p.grad for p in model.parameters())]
-
-
-def assert_same(ours, theirs):
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-            assert a.stride() == b.stride()
-
-
-def assert_same_steps(model, x, steps=2, **options):
-    """Compare a compiled model with itself: steps in training, then evaluation."""
-    faster, ours = compile_copy(model, **options)
-    for training in (True, False, True):
-        model.train(training)
-        ours.train(training)
-        for _ in range(steps):
-            assert_same(step(faster, x), step(model, x))
-            assert_same(list(ours.buffers()), list(model.buffers()))
-        with torch.no_grad():
-            assert_same([faster(x)], [model(x)])
-            assert_same(list(ours.buffers()), list(model.buffers()))
-    with torch.inference_mode():
-        model.eval()
-        ours.eval()
-        assert_same([faster(x)], [model(x)])
-
-
-class Residual(nn.Module):
-    def __init__(self, activation=None, swap=False, **options):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(5, **options)
-        self.activation = activation or nn.Identity()
-        self.swap = swap
-
-    def forward(self, x):
-        y = self.norm(x * 1.5)
-        return self.activation(x + y if self.swap else y + x)
-
-
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": lambda **options: nn.LeakyReLU(0.2, **options),
-}
-
-
-def images(memory=dense):
-    return memory(torch.randn(4, 5, 3, 6, dtype=torch.float64))
-
+pytestmark = pytest.mark.usefixtures("fresh")
 
 # ---- Each pattern
 
@@ -180,18 +92,6 @@ def test_network(memory, fused):
 
 
 # ---- What is not to be fused
-
-
-class ReadsBetween(nn.Module):
-    """Somebody else reads what the batch norm gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(5)
-
-    def forward(self, x):
-        y = self.norm(x)
-        return F.relu(y) + y.sin()
 
 
 class ReadsSum(ReadsBetween):
@@ -299,206 +199,3 @@ def test_parameters_of_another_type(dtype):
             faster(x)
         return
     torch.testing.assert_close(faster(x), norm(x), rtol=2e-2, atol=2e-2)
-
-
-# ---- Running statistics
-
-
-class Shared(nn.Module):
-    """One batch norm, called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(5)
-
-    def forward(self, x):
-        y = F.relu(self.norm(x))
-        return F.relu(self.norm(y.sin()) + x)
-
-
-class SharedInOneSum(Shared):
-    """The first call's sum needs the second call, which needs the first's statistics."""
-
-    def forward(self, x):
-        return F.relu(self.norm(x) + self.norm(x.sin()))
-
-
-class LooksAtStatistics(Shared):
-    def forward(self, x):
-        before = self.norm.running_mean.sum()
-        y = F.relu(self.norm(x))
-        return y * before + self.norm.running_var.sum()
-
-
-class ChangesStatistics(Shared):
-    def forward(self, x):
-        self.norm.running_mean.mul_(0.5)
-        return F.relu(self.norm(x))
-
-
-@pytest.mark.parametrize("kind", [Shared, SharedInOneSum, LooksAtStatistics, ChangesStatistics])
-def test_statistics(kind):
-    assert_same_steps(kind().double(), images())
-
-
-def test_statistics_move_in_place():
-    """No copies of them, and one call for all counters."""
-    model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5)).double()
-    faster, _ = compile_copy(model)
-    faster(images())
-    calls = recorded(lambda: faster(images()))
-    assert calls.count("bnfast::batch_norm_act") == 2
-    assert calls.count("aten::_foreach_add_") == 1
-    assert not {"aten::copy_", "aten::clone"} & set(calls)
-
-
-def recorded(function):
-    with torch.profiler.profile() as profile:
-        function()
-    return [event.name for event in profile.events()]
-
-
-def test_one_operator_forward_and_backward():
-    model = Residual(nn.ReLU(inplace=True)).double()
-    faster, _ = compile_copy(model)
-    x = images().requires_grad_()
-    faster(x).sum().backward()
-    calls = recorded(lambda: faster(x).sum().backward())
-    assert calls.count("bnfast::batch_norm_act") == 1
-    assert calls.count("bnfast::batch_norm_act_backward") == 1
-
-
-def test_unfused_activations_are_in_place():
-    """What nobody reads any more is overwritten, as in the model."""
-    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5)).double()
-    x = torch.randn(7, 5, dtype=torch.float64)
-    faster, _ = compile_copy(model)
-    with torch.no_grad():
-        assert_same([faster(x)], [model(x)])
-        calls = recorded(lambda: faster(x))
-    assert "aten::relu_" in calls
-    assert "aten::relu" not in calls
-
-
-class ReadsTwice(nn.Module):
-    """A value and its activation are both read, and its sum with itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(5, 5)
-
-    def forward(self, x):
-        y = self.linear(x)
-        z = F.relu(y) + y
-        return z + z
-
-
-def test_what_is_read_again_is_not_overwritten():
-    x = torch.randn(7, 5, dtype=torch.float64)
-    assert_same_steps(ReadsTwice().double(), x, steps=1)
-
-
-@pytest.mark.parametrize("frozen", ["x", "parameters"])
-def test_some_gradients(frozen):
-    model = Residual(nn.ReLU()).double()
-    model.requires_grad_(frozen != "parameters")
-    faster, ours = compile_copy(model)
-    for training in (True, False):
-        model.train(training)
-        ours.train(training)
-        x = [images().requires_grad_(frozen != "x")]
-        x.append(x[0].detach().clone().requires_grad_(frozen != "x"))
-        for f, a in zip((faster, model), x, strict=True):
-            f(a).square().sum().backward()
-        assert_same([x[0].grad], [x[1].grad])
-        assert_same([p.grad for p in ours.parameters()], [p.grad for p in model.parameters()])
-
-
-def test_residual_alone_wants_a_gradient():
-    """Only what is added is differentiated."""
-    norm = nn.BatchNorm2d(5, affine=False).double()
-    other = copy.deepcopy(norm)
-
-    def function(norm, x, r):
-        return F.leaky_relu(norm(x) + r, 0.2)
-
-    faster = torch.compile(function, backend=bnfast.torch.backend, fullgraph=True)
-    x, r = images(), images().requires_grad_()
-    (theirs,) = torch.autograd.grad(function(norm, x, r).square().sum(), r)
-    (ours,) = torch.autograd.grad(faster(other, x, r).square().sum(), r)
-    assert_same([ours], [theirs])
-
-
-def test_same_input_as_residual():
-    """The gradient of x comes by both ways."""
-
-    class Own(ReadsBetween):
-        def forward(self, x):
-            return F.relu(self.norm(x) + x)
-
-    assert_same_steps(Own().double(), images())
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_statistics_with_gaps(training, fused):
-    """Left to PyTorch, with the reason."""
-
-    def norm():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).double().train(training)
-        model[0].running_mean = torch.randn(10, dtype=torch.float64)[::2]
-        return model
-
-    ours, model = norm(), norm()
-    x = images()
-    faster = torch.compile(ours, backend=bnfast.torch.backend)
-    assert_same(step(faster, x), step(model, x))
-    assert_same(list(ours.buffers()), list(model.buffers()))
-    assert fused() == ({}, {"parameters of another shape, or with gaps": 1})
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3)], ids=str)
-def test_empty_batch(shape, training):
-    model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).double().train(training)
-    faster, ours = compile_copy(model)
-    x = torch.randn(shape, dtype=torch.float64)
-    assert_same(step(faster, x), step(model, x))
-    assert_same(list(ours.buffers()), list(model.buffers()))
-
-
-# ---- What it refuses
-
-
-@pytest.mark.parametrize("options", [{"options": {"fuse": True}}, {"mode": "reduce-overhead"}])
-def test_options_are_refused(options):
-    name = next(iter(options))
-    faster = torch.compile(nn.BatchNorm2d(5), backend=bnfast.torch.backend, **options)
-    with pytest.raises(Exception, match=f"{name} is .* the backend has no options"):
-        faster(torch.randn(2, 5, 3, 3))
-
-
-class Permuted(nn.Module):
-    """What PyTorch records with other strides than it computes, and a view of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn = nn.BatchNorm1d(5)
-
-    def forward(self, x):
-        y = self.bn(x.transpose(1, 2)).relu().transpose(1, 2)
-        return y.view(y.shape[0], -1) if torch.compiler.is_compiling() else y.flatten(1)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_permuted_inputs_and_views(training):
-    model = Permuted().double().train(training)
-    compiled, copied = compile_copy(model)
-    found = []
-    for call, owner in ((model, model), (compiled, copied)):
-        x = torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        x.requires_grad_()
-        y = call(x)
-        y.pow(3).sum().backward()
-        found.append((y, x.grad, owner.bn.weight.grad, dict(owner.named_buffers())))
-    torch.testing.assert_close(found[1], found[0])
