@@ -1,4 +1,4 @@
-"""Gradients, statistics and operators of graphs that the backend made, and options that it refuses."""
+"""Gradients, statistics and operators of the graphs that the backend makes; refused options."""
 
 import copy
 
