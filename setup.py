@@ -81,7 +81,7 @@ def library(name, sources, flags):
     headers = [
         f"src/{file}"
         for file in sorted(os.listdir(os.path.join(ROOT, "src")))
-        if file.endswith(".h")
+        if file.endswith((".h", ".inc"))
     ]
     return name, {
         "sources": sources,
@@ -132,7 +132,11 @@ def torch_extension():
         "bnfast.torch._aten",
         [f"{folder}/{file}" for file in files if file.endswith(".c")],
         include_dirs=["src"],
-        depends=[*headers, "src/bnfast.h", "src/driver.h", "src/float_env.h", "src/simd_scalar.h"],
+        depends=[
+            *headers,
+            *(f"src/{file}" for file in ("activations.inc", "types.inc", "bnfast.h", "driver.h")),
+            *("src/float_env.h", "src/simd_scalar.h"),
+        ],
         # PyTorch's exceptions are thrown through a kernel's frame.
         extra_compile_args=[*COMMON, "-fexceptions"],
         extra_link_args=["-O2", *EXACT, *SANITIZE, *COVERAGE],

@@ -9,32 +9,22 @@ before anything is written.
 from __future__ import annotations
 
 import sys
-from math import isfinite, prod
-from operator import index
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeGuard
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
+from . import _options
+from ._errors import is_array, is_from_here, is_its_own, kind, listed, shown, type_names
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from ._types import Array
 
-Array = np.ndarray[Any, Any]
-
-ACTIVATIONS = {"relu": 1, "relu6": 2, "leaky_relu": 3}
-LEAKY_SLOPE = 0.01
 _DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
 # What per-channel numbers are kept in; others of the data's types are converted.
 _KEPT = (np.float32, np.float64)
-# The kinds of dtype that options are not read from: bool, complex, durations, dates, texts.
-_NO_NUMBERS = tuple("bcmMSU")
-# What answers without running anybody's Python, objects within containers aside.
-_PLAIN = frozenset(
-    {*np.ScalarType, *(bytearray, dict, list, range, set, tuple, type), type(None), np.ndarray}
-)
 _DLPACK_CPU = 1
 MOST_BATCHES = 2**63 - 1  # of an int64
-# Whose float64 numbers can be counted in bytes.
-_MOST_CHANNELS = sys.maxsize // 8
 # How hard to look before two interleaved views count as overlapping.
 _MAX_OVERLAP_WORK = 10_000
 
@@ -151,11 +141,6 @@ def copy_into(target: Array, source: Array) -> None:
     target[...] = source
 
 
-def _is_array(value: Any) -> TypeGuard[Array]:
-    """Whether an argument is an array by its type, whatever it says is its class."""
-    return issubclass(type(value), np.ndarray)
-
-
 def _is_masked(value: Any) -> bool:
     """Whether it is a masked array; `numpy.ma` is imported by whoever has one, and not by us."""
     return issubclass(type(value), getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
@@ -170,7 +155,7 @@ def array(name: str, value: Any) -> Array:
             f"{name} is a masked array; expected a plain array: the mask would be lost "
             "(fill it, or leave the masked values out)"
         )
-    if _is_array(value):  # a subclass, whatever it says of itself
+    if is_array(value):  # a subclass, whatever it says of itself
         return np.asarray(value)
     return _converted(name, value)
 
@@ -184,7 +169,7 @@ def _converted(name: str, value: Any) -> Array:
     except MemoryError:
         raise
     except Exception as error:
-        if not _is_its_own(error, value):
+        if not is_its_own(error, value):
             raise
         raise TypeError(
             f"{name} is {kind(value)}, which NumPy cannot read as an array: {error}"
@@ -193,7 +178,7 @@ def _converted(name: str, value: Any) -> Array:
 
 def target(name: str, value: Any) -> Array:
     """Return an array that is to be written to as a plain array of the same memory."""
-    if not _is_array(value):
+    if not is_array(value):
         raise TypeError(f"{name} is {kind(value)}; expected a NumPy array")
     return array(name, value)
 
@@ -207,44 +192,6 @@ def _from_dlpack(name: str, value: Any) -> Array:
     if device != _DLPACK_CPU:
         raise TypeError(f"it is on DLPack device ({int(device)}, {number}), not on the CPU")
     return np.from_dlpack(value)
-
-
-def _is_its_own(error: Exception, value: Any) -> bool:
-    """Whether an error is what a value answered when asked for a number, a truth or an array.
-
-    Where its class is somebody else's, it is. A plain one answers from C, so that an error with
-    a frame of other Python in it is a signal handler's, or of an object that a list holds.
-    """
-    if type(value) not in _PLAIN:
-        return True
-    return _is_from_here(error) and not isinstance(error, RecursionError)
-
-
-def _is_from_here(error: Exception) -> bool:
-    """Whether an error was raised by this module, or by C that it called."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    return last is not None and last.tb_frame.f_globals is globals()
-
-
-def kind(value: Any) -> str:
-    """Return what an argument is, in the words of an error."""
-    if _is_array(value):
-        return shown(value)
-    return f"{shown(value)} of type {type(value).__name__}"
-
-
-def shown(value: Any) -> str:
-    """Return the beginning of an argument's repr, which may raise anything and is no matter."""
-    if _is_array(value):
-        return f"an array of {value.dtype}"
-    try:
-        return f"{value!r:.60}"
-    except Exception as error:
-        if type(value) in _PLAIN and not _is_from_here(error):
-            raise
-        return f"an unprintable {type(value).__name__}"
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -262,15 +209,7 @@ def _is_data_type(dtype: np.dtype[Any]) -> bool:
 def check_type(name: str, a: Array) -> None:
     """Refuse an array of a type that data cannot have."""
     if not _is_data_type(a.dtype):
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_DATA_NAMES)}")
-
-
-def _names(types: tuple[type, ...]) -> tuple[str, ...]:
-    return tuple(kind.__name__ for kind in types)
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(_DATA_NAMES)}")
 
 
 def _check_tensor(name: str, a: Array) -> None:
@@ -289,7 +228,7 @@ def _check_like(name: str, a: Array, x: Array) -> None:
 
 
 def _axis(axis: Any, x: Array) -> int:
-    number = integer("axis", axis)
+    number = _options.integer("axis", axis)
     if not -x.ndim <= number < x.ndim:
         raise ValueError(
             f"axis is {shown(number)}; expected {-x.ndim} to {x.ndim - 1} for x of shape {x.shape}"
@@ -312,7 +251,7 @@ def _check_out(out: Any, x: Array, tensors: dict[str, Array], out_may_be: tuple[
             continue
         if _share_memory(plain, tensor):
             raise ValueError(
-                f"out overlaps {name} in memory; expected it to be {_listed(out_may_be)} exactly, "
+                f"out overlaps {name} in memory; expected it to be {listed(out_may_be)} exactly, "
                 "or to be apart from all inputs"
             )
 
@@ -403,11 +342,11 @@ def check_updatable(name: str, value: Any, channels: int) -> None:
 
 
 def _updatable(name: str, value: Any, channels: int | None = None) -> Array:
-    if not _is_array(value):
+    if not is_array(value):
         raise TypeError(f"{name} is {kind(value)}; expected a NumPy array to update in place")
     a = array(name, value)
     if a.dtype.type not in _KEPT:
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {_listed(_names(_KEPT))}")
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(type_names(_KEPT))}")
     if channels is not None:
         _check_channels(name, a, channels)
     if not a.flags.writeable:
@@ -434,7 +373,7 @@ def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
     a = array(name, value)
     accepted = _KEPT if x_dtype == np.float64 else _KEPT[:1]
     if a.dtype.type not in accepted:
-        expected = _listed(_names(accepted))
+        expected = listed(type_names(accepted))
         raise TypeError(f"{name} has dtype {a.dtype}; expected {expected} beside x of {x_dtype}")
 
 
@@ -443,7 +382,7 @@ def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> N
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         others = [running_var, *tensors] if name == "running_mean" else tensors
         for other in others:
-            if _is_array(value) and _touches(value, other):
+            if is_array(value) and _touches(value, other):
                 raise ValueError(
                     f"{name} overlaps another argument in memory; expected memory of its own, "
                     "since it is updated in place"
@@ -463,7 +402,7 @@ def _touches(a: Array, other: Any) -> bool:
     try:
         memory = array("", other)
     except TypeError as error:
-        if not _is_from_here(error):
+        if not is_from_here(error):
             raise
         return False  # where it is read, it is refused by its name
     return _share_memory(a, memory)
@@ -472,7 +411,7 @@ def _touches(a: Array, other: Any) -> bool:
 def check_counter(counter: Any) -> None:
     """Refuse a batch counter that cannot be written."""
     name = "num_batches_tracked"
-    if not _is_array(counter):
+    if not is_array(counter):
         raise TypeError(f"{name} is {kind(counter)}; expected an array of int64 of shape ()")
     a = array(name, counter)
     if a.dtype != np.int64 or a.shape != ():
@@ -514,131 +453,7 @@ def check_enough_values(shape: tuple[int, ...], axis: int) -> None:
         )
 
 
-# ---- Options
-
-
-def activation(value: Any) -> tuple[int, float]:
-    """Return an activation's code (`bnf_activation`) and slope."""
-    name, slope = value, LEAKY_SLOPE
-    if (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and value[0] == "leaky_relu"
-    ):
-        name, slope = value[0], real("activation slope", value[1])
-        if not 0 < slope <= 1:
-            raise ValueError(f"activation slope is {slope}; expected 0 < slope <= 1")
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        error = ValueError if isinstance(name, str | tuple) else TypeError
-        raise error(
-            f"activation is {shown(value)}; expected None, 'relu', 'relu6', 'leaky_relu' "
-            "or ('leaky_relu', slope)"
-        )
-    return ACTIVATIONS[name], slope
-
-
-def real(name: str, value: Any) -> float:
-    """Return an option that must be a finite number."""
-    number: float = value if type(value) is float else _answer(name, value, "a number", _as_real)
-    if not isfinite(number):
-        raise ValueError(f"{name} is {number}; expected a finite number")
-    return number
-
-
-def integer(name: str, value: Any, expected: str = "an integer") -> int:
-    """Return an option that must be an integer."""
-    if type(value) is int:
-        return value
-    number: int = _answer(name, value, expected, _as_integer)
-    return number
-
-
-def _as_real(value: Any) -> float:
-    if _is_no_number(value) or not hasattr(value, "__float__"):
-        raise TypeError
-    if getattr(value, "shape", ()) != ():  # NumPy makes a number of one in brackets, too
-        raise TypeError
-    return float.__float__(float(value))
-
-
-def _as_integer(value: Any) -> int:
-    if _is_no_number(value):
-        raise TypeError
-    return int.__int__(index(value))  # index() may return a subclass
-
-
-def _is_no_number(value: Any) -> bool:
-    """Whether Python or NumPy would make a number of what is a text, a truth or a duration."""
-    kind_of_dtype = getattr(getattr(value, "dtype", None), "kind", "f")
-    return isinstance(value, str | bytes | bool) or kind_of_dtype in _NO_NUMBERS
-
-
-def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]) -> Any:
-    """Return what an option is when asked, or raise TypeError with the option's own error."""
-    try:
-        return question(value)
-    except MemoryError:
-        raise
-    except Exception as error:
-        if not _is_its_own(error, value):
-            raise
-        raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
-
-
-def decimal(text: str) -> int | None:
-    """Return a setting in the environment as a number; None if it is no plain one of 64 bits."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
-
-
-def channel_count(name: str, value: Any) -> int:
-    """Return a number of channels; memory may still not suffice for so many."""
-    number = integer(name, value)
-    if not 0 <= number <= _MOST_CHANNELS:
-        raise ValueError(f"{name} is {shown(number)}; expected 0 to {_MOST_CHANNELS}")
-    return number
-
-
-def truth(name: str, value: Any) -> bool:
-    """Return an option that is true or false."""
-    answer: bool = _answer(name, value, "True or False", bool)
-    return answer
-
-
-def dtype(name: str, value: Any, expected: str) -> np.dtype[Any]:
-    """Return an option that NumPy can take for a dtype."""
-    try:
-        found: np.dtype[Any] = np.dtype(value)
-    except Exception as error:
-        if not _is_its_own(error, value):
-            raise
-        raise TypeError(f"{name} is {shown(value)}; expected {expected}") from error
-    return found
-
-
-def eps(value: Any, training: bool) -> float:
-    """Return eps: above 0 in training, where a variance can be 0; at least 0 in inference."""
-    number = real("eps", value)
-    if number < 0 or (training and number == 0):
-        bound = "> 0 in training" if training else ">= 0"
-        raise ValueError(f"eps is {number}; expected {bound}")
-    return number
-
-
-def check_ddof(value: Any) -> int:
-    """Return the correction of the running variance: m - ddof values."""
-    number = integer("ddof", value)
-    if number not in (0, 1):
-        raise ValueError(f"ddof is {shown(number)}; expected 0 or 1")
-    return number
-
-
-def batch_size(count: Any) -> float:
-    """Return the values per channel of a batch, exact as far as memory reaches."""
-    number = integer("stats.count", count)
-    if not 0 <= number < 2**63:
-        raise ValueError(f"stats.count is {shown(number)}; expected 0 to {2**63 - 1}")
-    return float(number)
+# ---- What the core found wrong
 
 
 def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:

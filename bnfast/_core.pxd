@@ -2,13 +2,19 @@
 
 cdef extern from "bnfast.h" nogil:
     ctypedef enum bnf_type:
-        BNF_F32, BNF_F64, BNF_F16, BNF_BF16, BNF_TYPES
+        BNF_F32, BNF_F64, BNF_F16, BNF_BF16   # those that NumPy knows by a number
+        BNF_TYPES
 
     ctypedef enum bnf_layout:
         BNF_PLANAR, BNF_INTERLEAVED, BNF_LAYOUTS
 
     ctypedef enum bnf_activation:
-        BNF_LINEAR, BNF_RELU, BNF_RELU6, BNF_LEAKY_RELU, BNF_ACTIVATIONS
+        BNF_LINEAR, BNF_ACTIVATIONS
+
+    const char *bnf_type_name(bnf_type type)
+    const char *bnf_activation_name(bnf_activation activation)
+    bint bnf_is_from_output(bnf_activation activation)
+    double bnf_default_slope(bnf_activation activation)
 
     ctypedef struct bnf_shape:
         Py_ssize_t outer, channels, inner

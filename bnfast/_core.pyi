@@ -1,14 +1,18 @@
 """Types of the compiled core; `tests/test_stubs.py` holds them against it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._options import ActivationFacts
+
 DIRECTION_NAMES: tuple[str, ...]
 TYPE_NAMES: tuple[str, ...]
 LAYOUT_NAMES: tuple[str, ...]
 VARIANT_NAMES: tuple[str, ...]
+ACTIVATIONS: Mapping[str, ActivationFacts]
 RESIDUAL_NAMES: tuple[str, ...]
 SUMS_NAMES: tuple[str, str]
 

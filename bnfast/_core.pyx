@@ -24,10 +24,11 @@ from libc.string cimport memcpy, memset, strcpy
 
 import os
 from itertools import product
+from types import MappingProxyType
 
 import numpy as np
 
-from . import _arrays, _memory, _threads
+from . import _arrays, _memory, _options, _threads
 
 cnp.import_array()
 
@@ -61,10 +62,22 @@ bnf_use_caches(bnf_read_caches())
 driver = PyCapsule_New(<void *>&bnf_driver_table, "bnfast._core.driver", NULL)
 
 DIRECTION_NAMES = ("moments", "forward", "backward", "inference")   # as in bnf_direction
-TYPE_NAMES = ("float32", "float64", "float16", "bfloat16")   # as in bnf_type
-LAYOUT_NAMES = ("planar", "interleaved")
-VARIANT_NAMES = ("plain", "relu", "relu6", "leaky_relu")
+LAYOUT_NAMES = ("planar", "interleaved")   # as in bnf_layout
 RESIDUAL_NAMES = ("", "+residual")
+assert (len(DIRECTION_NAMES), len(LAYOUT_NAMES)) == (BNF_DIRECTIONS, BNF_LAYOUTS)
+TYPE_NAMES = tuple(bnf_type_name(<bnf_type><int>i).decode() for i in range(BNF_TYPES))
+
+
+cdef tuple facts_of(bnf_activation code):
+    return (bnf_activation_name(code).decode(),
+            _options.ActivationFacts(<int>code, bnf_is_from_output(code), bnf_default_slope(code)))
+
+
+ACTIVATIONS = MappingProxyType(
+    dict(facts_of(<bnf_activation><int>i) for i in range(BNF_LINEAR + 1, BNF_ACTIVATIONS)))
+VARIANT_NAMES = ("plain", *ACTIVATIONS)   # by bnf_activation
+cdef dict CODES_AND_SLOPES = {name: (facts.code, facts.slope)
+                              for name, facts in ACTIVATIONS.items()}
 
 
 def dispatches():
@@ -337,7 +350,7 @@ cdef object as_running(str name, object value):
 
 cdef object as_axis(object axis):
     """An axis as an int; whether x has it is seen with x."""
-    return axis if type(axis) is int else _arrays.integer("axis", axis)
+    return axis if type(axis) is int else _options.integer("axis", axis)
 
 
 cdef struct Activation:
@@ -347,30 +360,35 @@ cdef struct Activation:
 
 cdef Activation read_activation(object activation) except *:
     cdef Activation read
+    cdef object code
     read.code, read.slope = BNF_LINEAR, 0.0
-    if activation is not None:
-        code, slope = _arrays.activation(activation)
-        read.code = <bnf_activation><int>code
-        read.slope = slope
+    if activation is None:
+        return read
+    if type(activation) is str and activation in CODES_AND_SLOPES:
+        code, read.slope = CODES_AND_SLOPES[activation]
+    else:
+        name, read.slope = _options.activation(activation, ACTIVATIONS)
+        code = ACTIVATIONS[name].code
+    read.code = <bnf_activation><int>code
     return read
 
 
 cdef double read_eps(object eps, bint training) except? -1:
     if type(eps) is float and isfinite(<double>eps) and (<double>eps) > 0:
         return eps
-    return _arrays.eps(eps, training)
+    return _options.eps(eps, training)
 
 
 cdef double read_momentum(object momentum) except? -1:
     if type(momentum) is float and isfinite(<double>momentum):
         return momentum
-    return _arrays.real("momentum", momentum)
+    return _options.real("momentum", momentum)
 
 
 cdef double read_ddof(object ddof) except? -1:
     if type(ddof) is int and (ddof == 0 or ddof == 1):
         return ddof
-    return _arrays.check_ddof(ddof)
+    return _options.ddof(ddof)
 
 
 # --- Looking at arrays: nothing of the caller's runs ----------------------------------------------
@@ -1119,7 +1137,7 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     if dy is None:
         raise TypeError("dy is None; expected the gradient of the output, shaped as x")
     options.act, options.is_part = read_activation(activation), sums is not None
-    options.count = _arrays.batch_size(count)
+    options.count = _options.batch_size(count)
     options.needs_x, options.needs_weight, options.needs_bias, options.needs_residual = needs
     axis, dy, x = as_axis(axis), as_array("dy", dy), as_array("x", x)
     residual, y, target = as_array("residual", residual), as_array("y", y), as_target("out", out)

@@ -9,7 +9,7 @@ import os
 import resource
 from typing import TYPE_CHECKING
 
-from . import _arrays, _cgroup
+from . import _cgroup, _options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
     own = environ.get("BNFAST_CACHE_BYTES", "").strip()
     if not own:
         return None
-    number = _arrays.decimal(own)
+    number = _options.decimal(own)
     if number is None or number >= 2**63:
         raise ImportError(
             f"BNFAST_CACHE_BYTES is {own!r:.60}; expected a number of bytes, 0 to keep none"

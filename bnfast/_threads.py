@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from . import _arrays, _cgroup
+from . import _cgroup, _errors, _options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -180,7 +180,7 @@ def _check_runs_when_called(function: Any) -> None:
 
     expected = "expected a function that runs when it is called"
     if not callable(function) or isinstance(function, type | staticmethod):
-        raise TypeError(f"num_threads decorates {_arrays.shown(function)}; {expected}")
+        raise TypeError(f"num_threads decorates {_errors.shown(function)}; {expected}")
     for kind, is_one in (
         ("a generator function", inspect.isgeneratorfunction),
         ("a coroutine function", inspect.iscoroutinefunction),
@@ -188,7 +188,7 @@ def _check_runs_when_called(function: Any) -> None:
     ):
         if is_one(function) or is_one(type(function).__call__):
             raise TypeError(
-                f"num_threads decorates {_arrays.shown(function)}, {kind}, whose body runs after "
+                f"num_threads decorates {_errors.shown(function)}, {kind}, whose body runs after "
                 f"the call has returned; {expected} (in the body, put `with num_threads(n):` "
                 "around what neither yields nor awaits)"
             )
@@ -196,9 +196,9 @@ def _check_runs_when_called(function: Any) -> None:
 
 def _checked(n: SupportsIndex) -> int:
     expected = f"an integer from 1 to {MAX_THREADS}"
-    number = _arrays.integer("n", n, expected)
+    number = _options.integer("n", n, expected)
     if not 1 <= number <= MAX_THREADS:
-        raise ValueError(f"n is {_arrays.shown(number)}; expected {expected}")
+        raise ValueError(f"n is {_errors.shown(number)}; expected {expected}")
     return number
 
 
@@ -214,13 +214,13 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
     """
     own = environ.get("BNFAST_NUM_THREADS", "").strip()
     if own:
-        number = _arrays.decimal(own)
+        number = _options.decimal(own)
         if number is None or not 1 <= number <= MAX_THREADS:
             raise ImportError(
                 f"BNFAST_NUM_THREADS is {own!r:.60}; expected an integer from 1 to {MAX_THREADS}"
             )
         return number, "BNFAST_NUM_THREADS"
-    omp = _arrays.decimal(environ.get("OMP_NUM_THREADS", "").split(",")[0].strip())
+    omp = _options.decimal(environ.get("OMP_NUM_THREADS", "").split(",")[0].strip())
     if omp is not None and omp >= 1:
         return min(omp, MAX_THREADS), "OMP_NUM_THREADS"
     return None

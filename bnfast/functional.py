@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import _arrays, _core
+from . import _arrays, _core, _errors, _options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
-    Tensor = NDArray[Any]
-    Vector = NDArray[np.float64]
-    Activation = str | tuple[str, float] | None
+    from ._types import Activation, Tensor, Vector
+
 
 __all__ = [
     "BatchStats",
@@ -70,7 +69,7 @@ class BatchStats(NamedTuple):
         """
         means = _arrays.constant("mean", mean)
         variances = _arrays.constant("var", var, len(means))
-        added = _arrays.eps(eps, False)
+        added = _options.eps(eps, False)
         with np.errstate(all="ignore"):
             inv_std = 1 / np.sqrt(variances + added)
         return cls(means, variances, inv_std, 0)
@@ -127,7 +126,7 @@ def batch_norm(
         0 as in Keras, ONNX and Flax.
     residual : array_like, optional
         Added before the activation; shape and dtype of `x`.
-    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+    activation : {None, "relu", "relu6", "leaky_relu", "hardswish"} or ("leaky_relu", slope)
         Applied last; the slope, 0.01 unless given, is above 0 and at most 1.
     out : ndarray, optional
         Where to write; `x` or `residual` itself, or apart from both.
@@ -164,7 +163,7 @@ def batch_norm(
             else ("running_var", "running_mean")
         )
         raise ValueError(f"{missing} is None beside a {given}; expected both or neither")
-    if training is not False and _arrays.truth("training", training):
+    if training is not False and _options.truth("training", training):
         y: Tensor = _core.forward(
             x,
             running_mean,
@@ -187,7 +186,7 @@ def batch_norm(
         )
     # Of no use here, but a bad one is a mistake all the same.
     if type(momentum) is not float or momentum != 0.1:
-        _arrays.real("momentum", momentum)
+        _options.real("momentum", momentum)
     return _core.normalize(
         x,
         running_mean,
@@ -275,10 +274,11 @@ def batch_norm_backward(
         The channel axis.
     residual : array_like, optional
         The forward's.
-    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
-        The forward's. Where it was flat is recomputed from `x` (and `residual`), or read off `y`.
+    activation : str, ("leaky_relu", slope) or None
+        The forward's. Its derivative is recomputed from `x` (and `residual`), or read from `y`.
     y : array_like, optional
-        The forward's output, which spares a recomputation; never needed.
+        The forward's output. It can replace `residual`, and saves a recomputation, if the
+        activation is piecewise linear (relu, relu6, leaky_relu); it is not read otherwise.
     out : ndarray, optional
         Where to write the gradient of `x`; `dy` or `x` itself, or apart from all.
     needs : iterable of {"x", "weight", "bias", "residual"}, optional
@@ -306,8 +306,9 @@ def batch_norm_backward(
     are added up over the parts, and one with those ``sums``.
 
     The chain rule of the paper's section 3. At a kink of the activation the gradient is
-    PyTorch's: 0 for relu and relu6, the slope for leaky_relu.
+    PyTorch's: 0 for relu and relu6, the slope for leaky_relu, 0 at -3 and 1 at 3 for hardswish.
     """
+    _check_tells(y, residual, activation)
     wanted = _wanted(needs, residual, activation, y, out)
     mean, _, inv_std, count = _stats_of(stats)
     if sums is not None:
@@ -339,6 +340,18 @@ def batch_norm_backward(
     )
 
 
+def _check_tells(y: Any, residual: Any, activation: Any) -> None:
+    """Refuse an output in the residual's place where it does not tell the derivative."""
+    if y is None or residual is not None or activation is None:
+        return
+    name, _ = _options.activation(activation, _core.ACTIVATIONS)
+    if not _core.ACTIVATIONS[name].from_output:
+        raise ValueError(
+            f"y is given without residual, but the derivative of {name} is not told by the output; "
+            "expected the forward's residual, or no y where it had none"
+        )
+
+
 def _wanted(
     needs: Iterable[str] | None, residual: Any, activation: Any, y: Any, out: Any
 ) -> tuple[bool, ...]:
@@ -347,7 +360,7 @@ def _wanted(
     try:
         names = {needs} if isinstance(needs, str) else set(needs)
     except TypeError:
-        raise TypeError(f"needs is {_arrays.shown(needs)}; expected names of gradients") from None
+        raise TypeError(f"needs is {_errors.shown(needs)}; expected names of gradients") from None
     unknown = names.difference(Gradients._fields)
     if unknown:
         raise ValueError(
@@ -367,7 +380,7 @@ def _wanted(
 def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
     if not isinstance(sums, tuple | list) or len(sums) != 2 or any(s is None for s in sums):
         raise TypeError(
-            f"sums is {_arrays.kind(sums)}; expected the gradients of weight "
+            f"sums is {_errors.kind(sums)}; expected the gradients of weight "
             "and bias, one value per channel each"
         )
     return sums[0], sums[1]
@@ -376,7 +389,7 @@ def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
 def _stats_of(stats: Any) -> BatchStats:
     if not isinstance(stats, BatchStats):
         raise TypeError(
-            f"stats is {_arrays.kind(stats)}; expected the BatchStats that "
+            f"stats is {_errors.kind(stats)}; expected the BatchStats that "
             "batch_norm_forward returned"
         )
     for name in ("mean", "inv_std"):

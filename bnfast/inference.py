@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 
-from . import _arrays
+from . import _arrays, _errors, _options
 from .layers import BatchNorm, FrozenBatchNorm
 from .moments import Moments
 
@@ -144,12 +144,12 @@ def fold_before(
         If `bn` has no running statistics.
     """
     weight, dtype = _checked_weight(weight)
-    axis = _arrays.integer("in_axis", in_axis)
+    axis = _options.integer("in_axis", in_axis)
     if axis not in (0, 1):
         raise ValueError(f"in_axis is {axis}; expected 1, or 0 for weights of shape (in, out, ...)")
     groups = _checked_groups(groups, weight)
     mean, scale, shift = _checked_affine(bn)
-    padded = _arrays.truth("padded", padded)
+    padded = _options.truth("padded", padded)
     with np.errstate(all="ignore"):
         at_zero = shift - mean * scale
     _refuse_uneven(at_zero, padded=padded, transposed=axis == 0 and weight.ndim > 2)
@@ -208,7 +208,7 @@ def recompute_statistics(
     The variance is the unbiased one (over ``count - 1``), whatever the layer's ``ddof``.
     """
     if not callable(forward):
-        raise TypeError(f"forward is {_arrays.shown(forward)}; expected a callable taking a batch")
+        raise TypeError(f"forward is {_errors.shown(forward)}; expected a callable taking a batch")
     targets = _checked_layers(layers)
     if not targets:
         return
@@ -279,19 +279,19 @@ def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
 
 
 def _checked_axis(name: str, axis: SupportsIndex, ndim: int) -> int:
-    number = _arrays.integer(name, axis)
+    number = _options.integer(name, axis)
     if not -ndim <= number < ndim:
         raise ValueError(
-            f"{name} is {_arrays.shown(number)}; expected an axis of a weight with {ndim} axes"
+            f"{name} is {_errors.shown(number)}; expected an axis of a weight with {ndim} axes"
         )
     return number % ndim
 
 
 def _checked_groups(groups: SupportsIndex, weight: Wide) -> int:
-    number = _arrays.integer("groups", groups)
+    number = _options.integer("groups", groups)
     if number < 1 or weight.shape[0] % number:
         raise ValueError(
-            f"groups is {_arrays.shown(number)}; expected a divisor of the weight's first axis, "
+            f"groups is {_errors.shown(number)}; expected a divisor of the weight's first axis, "
             f"{weight.shape[0]}"
         )
     return number
@@ -440,7 +440,7 @@ def _reporting(
         yield progress
     elif not isinstance(progress, bool):
         raise TypeError(
-            f"progress is {_arrays.shown(progress)}; expected True, False or a callable"
+            f"progress is {_errors.shown(progress)}; expected True, False or a callable"
         )
     elif not progress:
         yield lambda done: None

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import _arrays, _core
+from . import _arrays, _core, _errors, _options
 from .functional import BatchStats, Gradients, batch_norm_backward
 from .moments import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike
 
-    Tensor = NDArray[Any]
-    Activation = str | tuple[str, float] | None
+    from ._types import Activation, Tensor
+
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenBatchNorm"]
 
@@ -38,7 +38,7 @@ class FrozenBatchNorm(_core.FixedMap):
         Kept as read-only float64.
     axis : int
         The channel axis.
-    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+    activation : str, ("leaky_relu", slope) or None
         Applied last.
 
     Attributes
@@ -63,7 +63,7 @@ class FrozenBatchNorm(_core.FixedMap):
         axis: int = 1,
         activation: Activation = None,
     ) -> None:
-        super().__init__(mean, scale, shift, _arrays.integer("axis", axis), activation)
+        super().__init__(mean, scale, shift, _options.integer("axis", axis), activation)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.mean, self.scale, self.shift, self.axis, self.activation)
@@ -99,7 +99,7 @@ class BatchNorm:
         The channel axis.
     ddof : {1, 0}
         The running variance takes a batch's over ``m - ddof``.
-    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+    activation : str, ("leaky_relu", slope) or None
         Applied to the output.
     dtype : dtype
         Of the parameters and running statistics: float32, also for float16 and bfloat16 data,
@@ -146,14 +146,14 @@ class BatchNorm:
     ) -> None:
         kind = _dtype(dtype)
         if activation is not None:
-            _arrays.activation(activation)
-        self.num_features = _arrays.channel_count("num_features", num_features)
-        self.eps = _arrays.eps(eps, training=False)
-        self.momentum = None if momentum is None else _arrays.real("momentum", momentum)
-        self.affine = _arrays.truth("affine", affine)
-        self.track_running_stats = _arrays.truth("track_running_stats", track_running_stats)
-        self.axis = _arrays.integer("axis", axis)
-        self.ddof = _arrays.check_ddof(ddof)
+            _options.activation(activation, _core.ACTIVATIONS)
+        self.num_features = _options.channel_count("num_features", num_features)
+        self.eps = _options.eps(eps, training=False)
+        self.momentum = None if momentum is None else _options.real("momentum", momentum)
+        self.affine = _options.truth("affine", affine)
+        self.track_running_stats = _options.truth("track_running_stats", track_running_stats)
+        self.axis = _options.integer("axis", axis)
+        self.ddof = _options.ddof(ddof)
         self.activation = activation
         self.dtype = kind
         self.training = True
@@ -188,7 +188,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Switch to training (or, with False, evaluation) and return self."""
-        self.training = _arrays.truth("mode", mode)
+        self.training = _options.truth("mode", mode)
         if not self.training:
             self._forget()
         return self
@@ -231,7 +231,7 @@ class BatchNorm:
         """
         found = _entries(state, prefix)
         own = self._own_arrays()
-        if _arrays.truth("strict", strict):
+        if _options.truth("strict", strict):
             _check_keys(set(found), set(own), prefix, type(self).__name__)
         new = {
             name: _entry(prefix + name, found[name], a) for name, a in own.items() if name in found
@@ -311,7 +311,7 @@ class BatchNorm:
         updates = (
             self.training
             and self.track_running_stats
-            and (update_stats is True or _arrays.truth("update_stats", update_stats))
+            and (update_stats is True or _options.truth("update_stats", update_stats))
             and self._observer is None
         )
         momentum = self.momentum if updates else 0.0  # None: the core's, of the counter
@@ -380,6 +380,11 @@ class BatchNorm:
         saved = self._saved
         if saved.x is None:
             raise RuntimeError("backward after a forward with out=x: its input is gone")
+        if saved.lacks_residual:
+            raise RuntimeError(
+                "backward after a forward with out=residual: its residual is gone, which the "
+                f"derivative of {self.activation!r} needs"
+            )
         needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * saved.had_residual
         gradients = self._gradients(dy, saved, needs)
         if self.affine:
@@ -424,7 +429,13 @@ class BatchNorm:
             residual is not None,
             residual=residual if masked and not covered else None,
             y=y if masked and covered else None,
+            lacks_residual=masked and covered and not self._is_told_by_output(),
         )
+
+    def _is_told_by_output(self) -> bool:
+        """Whether the output tells the activation's derivative."""
+        name, _ = _options.activation(self.activation, _core.ACTIVATIONS)
+        return _core.ACTIVATIONS[name].from_output
 
     def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
         return batch_norm_backward(
@@ -480,7 +491,7 @@ class BatchNorm:
             raise ValueError(
                 f"x has shape {shape}, {len(shape)}D; {type(self).__name__} expected {expected}"
             )
-        axis = self.axis if type(self.axis) is int else _arrays.integer("axis", self.axis)
+        axis = self.axis if type(self.axis) is int else _options.integer("axis", self.axis)
         if -len(shape) <= axis < len(shape) and shape[axis] != self.num_features:
             raise ValueError(_arrays.wrong_channels(shape, axis, self.num_features))
         return array
@@ -520,6 +531,7 @@ class Saved(NamedTuple):
     had_residual: bool
     residual: Tensor | None
     y: Tensor | None
+    lacks_residual: bool = False  # it was overwritten, and y does not replace it
 
 
 def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:
@@ -532,7 +544,7 @@ def _dtype(value: Any) -> np.dtype[Any]:
     expected = "float32, which float16 and bfloat16 data go with too, or float64"
     if value is None:  # which NumPy takes for float64
         raise TypeError(f"dtype is None; expected {expected}")
-    dtype = value if isinstance(value, np.dtype) else _arrays.dtype("dtype", value, expected)
+    dtype = value if isinstance(value, np.dtype) else _options.dtype("dtype", value, expected)
     if dtype not in (np.float32, np.float64):
         raise TypeError(f"dtype is {dtype}; expected {expected}")
     return dtype
@@ -569,7 +581,7 @@ def _entries(state: Any, prefix: Any) -> dict[str, Any]:
             f"state is of type {type(state).__name__}; expected a mapping of names to arrays"
         )
     if not isinstance(prefix, str):
-        raise TypeError(f"prefix is {_arrays.shown(prefix)}; expected a string")
+        raise TypeError(f"prefix is {_errors.shown(prefix)}; expected a string")
     names = (key for key in state if isinstance(key, str) and key.startswith(prefix))
     return {name[len(prefix) :]: state[name] for name in names}
 

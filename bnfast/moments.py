@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _arrays, _core
+from . import _arrays, _core, _errors, _options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,9 +48,9 @@ class Moments:
     __hash__ = None  # type: ignore[assignment]  # update() changes it
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
-        self.count: int = _arrays.integer("count", count)
+        self.count: int = _options.integer("count", count)
         if self.count < 0:
-            raise ValueError(f"count is {_arrays.shown(count)}; expected 0 or more")
+            raise ValueError(f"count is {_errors.shown(count)}; expected 0 or more")
         self.mean: Vector = _vector("mean", mean)
         self.m2: Vector = _vector("m2", m2)
         if self.mean.shape != self.m2.shape:
@@ -67,7 +67,7 @@ class Moments:
     @classmethod
     def empty(cls, channels: int) -> Moments:
         """Return the moments of no values, the neutral element of `merge`."""
-        number = _arrays.channel_count("channels", channels)
+        number = _options.channel_count("channels", channels)
         return cls._made(0, np.zeros(number), np.zeros(number))
 
     @classmethod
@@ -128,7 +128,7 @@ class Moments:
 
     def var(self, ddof: float = 0) -> Vector:
         """Return the variance, M2 / (count - ddof); NaN where ``count <= ddof``."""
-        values = self.count - _arrays.real("ddof", ddof)
+        values = self.count - _options.real("ddof", ddof)
         with np.errstate(all="ignore"):
             return self.m2 / values if values > 0 else np.full_like(self.m2, np.nan)
 
@@ -189,7 +189,7 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
 
 def _moments_of(name: str, value: Any) -> Moments:
     if not isinstance(value, Moments):
-        raise TypeError(f"{name} is {_arrays.kind(value)}; expected Moments")
+        raise TypeError(f"{name} is {_errors.kind(value)}; expected Moments")
     return value
 
 

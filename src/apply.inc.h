@@ -94,15 +94,11 @@ INLINE void NAME(apply_added)(const bnf_forward *f, bnf_tile tile, variant v)
 INLINE void NAME(apply)(const bnf_forward *f, bnf_tile tile, bnf_layout layout)
 {
     switch (f->activation) {
-    case BNF_RELU:
-        NAME(apply_added)(f, tile, (variant){.layout = layout, .activation = BNF_RELU});
+#define ACTIVATION(CODE, ...)                                                              \
+    case BNF_##CODE:                                                                       \
+        NAME(apply_added)(f, tile, (variant){.layout = layout, .activation = BNF_##CODE}); \
         break;
-    case BNF_RELU6:
-        NAME(apply_added)(f, tile, (variant){.layout = layout, .activation = BNF_RELU6});
-        break;
-    case BNF_LEAKY_RELU:
-        NAME(apply_added)(f, tile, (variant){.layout = layout, .activation = BNF_LEAKY_RELU});
-        break;
+#include "activations.inc"
     default:
         NAME(apply_added)(f, tile, (variant){.layout = layout});
     }

@@ -18,10 +18,6 @@
 #error "bnfast needs exact arithmetic: build it without -ffast-math and its parts"
 #endif
 
-typedef enum { BNF_F32, BNF_F64, BNF_F16, BNF_BF16, BNF_TYPES } bnf_type;
-typedef enum { BNF_PLANAR, BNF_INTERLEAVED, BNF_LAYOUTS } bnf_layout;
-typedef enum { BNF_LINEAR, BNF_RELU, BNF_RELU6, BNF_LEAKY_RELU, BNF_ACTIVATIONS } bnf_activation;
-
 /* float16 (IEEE 754's binary16) and bfloat16 (the upper half of a float32) as they
  * lie in memory: structs, so that _Generic tells them apart and nothing adds them
  * up by mistake.  They are computed in float32 and rounded once, to nearest even. */
@@ -32,9 +28,86 @@ typedef struct {
     uint16_t bits;
 } bnf_bf16;
 
-/* Where the backward finds the pre-activation's sign: nowhere (no activation),
- * recomputed from x, from x and the residual, or read off the output y. */
-typedef enum { BNF_UNMASKED, BNF_FROM_X, BNF_FROM_X_RESIDUAL, BNF_FROM_Y } bnf_mask;
+typedef enum {
+#define TYPE(CODE, ...) BNF_##CODE,
+#include "types.inc"
+    BNF_TYPES
+} bnf_type;
+
+typedef enum { BNF_PLANAR, BNF_INTERLEAVED, BNF_LAYOUTS } bnf_layout;
+
+typedef enum {
+    BNF_LINEAR, /* none */
+#define ACTIVATION(CODE, ...) BNF_##CODE,
+#include "activations.inc"
+    BNF_ACTIVATIONS
+} bnf_activation;
+
+static inline const char *bnf_type_name(bnf_type type)
+{
+    switch (type) {
+#define TYPE(CODE, name, ...) \
+    case BNF_##CODE:          \
+        return #name;
+#include "types.inc"
+    default:
+        return NULL;
+    }
+}
+
+static inline ptrdiff_t bnf_type_size(bnf_type type)
+{
+    switch (type) {
+#define TYPE(CODE, name, element, ...) \
+    case BNF_##CODE:                   \
+        return sizeof(element);
+#include "types.inc"
+    default:
+        return 0;
+    }
+}
+
+/* NULL for BNF_LINEAR */
+static inline const char *bnf_activation_name(bnf_activation activation)
+{
+    switch (activation) {
+#define ACTIVATION(CODE, name, ...) \
+    case BNF_##CODE:                \
+        return #name;
+#include "activations.inc"
+    default:
+        return NULL;
+    }
+}
+
+static inline bool bnf_is_from_output(bnf_activation activation)
+{
+    switch (activation) {
+#define ACTIVATION(CODE, name, from_output, ...) \
+    case BNF_##CODE:                             \
+        return from_output;
+#include "activations.inc"
+    default:
+        return true;
+    }
+}
+
+static inline double bnf_default_slope(bnf_activation activation)
+{
+    switch (activation) {
+#define ACTIVATION(CODE, name, from_output, slope) \
+    case BNF_##CODE:                               \
+        return slope;
+#include "activations.inc"
+    default:
+        return 0;
+    }
+}
+
+/* Where the backward finds the pre-activation z, at which it takes the activation's derivative:
+ * nowhere (there is no activation), recomputed from x, recomputed from x and the residual, or the
+ * output y in its place. */
+typedef enum { BNF_NO_Z, BNF_Z_FROM_X, BNF_Z_FROM_X_RESIDUAL, BNF_Z_FROM_Y } bnf_z_source;
 
 /* The most channels a tile may have while it is summed: its sums live on the
  * stack, in L1, while the data go by.  A planar channel keeps 16 lanes of them. */
@@ -59,7 +132,7 @@ typedef struct {
     void *y;
     const double *mean, *scale, *shift;
     bnf_activation activation;
-    double slope; /* of leaky_relu */
+    double slope; /* of an activation that takes one */
     bool stream;  /* write y around the caches */
 } bnf_forward;
 
@@ -67,13 +140,13 @@ typedef struct {
  * or dx = dy_factor*g alone where the statistics are constants. */
 typedef struct {
     bnf_shape shape;
-    const void *dy, *x, *residual, *y; /* residual and y as the mask needs them */
+    const void *dy, *x, *residual, *y; /* residual and y as z_source needs them */
     void *dx, *dresidual;              /* dresidual may be NULL */
     const double *mean, *scale, *shift;
     const double *dy_factor, *x_factor, *constant;
     bnf_activation activation;
     double slope;
-    bnf_mask mask;
+    bnf_z_source z_source;
     bool through_moments;
     bool stream; /* write dx around the caches */
 } bnf_backward;
@@ -112,7 +185,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    const bnf_kernels *kernels[BNF_TYPES]; /* by layout */
+    const bnf_kernels *const *kernels; /* by bnf_type, then by bnf_layout */
 } bnf_table;
 
 /* dispatch.c */

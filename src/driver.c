@@ -74,13 +74,13 @@ static void spread_forward(bnf_call *call, bnf_tile tile)
 
 /* ---- Backward */
 
-static bnf_mask mask_of(const bnf_call *call)
+static bnf_z_source z_source_of(const bnf_call *call)
 {
     if (call->activation == BNF_LINEAR)
-        return BNF_UNMASKED;
-    if (call->output)
-        return BNF_FROM_Y;
-    return call->residual ? BNF_FROM_X_RESIDUAL : BNF_FROM_X;
+        return BNF_NO_Z;
+    if (call->output && bnf_is_from_output(call->activation))
+        return BNF_Z_FROM_Y;
+    return call->residual ? BNF_Z_FROM_X_RESIDUAL : BNF_Z_FROM_X;
 }
 
 static void close_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
@@ -115,7 +115,7 @@ static void open_backward(bnf_call *call)
         .constant = call->constant,
         .activation = call->activation,
         .slope = call->slope,
-        .mask = mask_of(call),
+        .z_source = z_source_of(call),
         .through_moments = !alone && call->count != 0,
         .stream = call->plan.stream,
     };
@@ -272,9 +272,8 @@ void bnf_call_plan(bnf_call *call, int threads)
         [BNF_BACKWARD] = {open_backward, gather_gradients, settle_backward, spread_backward},
         [BNF_INFERENCE] = {open_inference, NULL, NULL, spread_forward},
     };
-    static const ptrdiff_t itemsize[BNF_TYPES] = {
-        [BNF_F32] = 4, [BNF_F64] = 8, [BNF_F16] = 2, [BNF_BF16] = 2};
     const bnf_shape shape = call->shape;
+    const ptrdiff_t itemsize = bnf_type_size(call->type);
     const int reads = 1 + (call->dy != NULL) + (call->residual || call->output);
     const int writes = (call->y != NULL) + (call->dx != NULL) + (call->dresidual != NULL);
     if (!has_values(shape))
@@ -282,11 +281,10 @@ void bnf_call_plan(bnf_call *call, int threads)
     if (call->direction == BNF_FORWARD)
         call->count = (double)(shape.outer * shape.inner);
     call->steps = &steps[call->direction];
-    call->bytes =
-        shape.outer * shape.channels * shape.inner * itemsize[call->type] * (reads + writes);
+    call->bytes = shape.outer * shape.channels * shape.inner * itemsize * (reads + writes);
     call->most_threads = threads;
-    call->plan = bnf_make_plan(shape, itemsize[call->type], gathers(call), reads, writes,
-                               in_use.caches, bnf_share_of(threads));
+    call->plan = bnf_make_plan(shape, itemsize, gathers(call), reads, writes, in_use.caches,
+                               bnf_share_of(threads));
     call->kernels = &in_use.table->kernels[call->type][call->plan.layout];
 }
 

@@ -45,16 +45,17 @@ struct bnf_call {
     bnf_type type;
     bnf_shape shape;
     bnf_activation activation;
-    double slope;  /* of leaky_relu */
+    double slope;  /* of an activation that takes one */
     double eps;    /* forward, and inference with has_var */
     double count;  /* backward: values per channel of the batch; 0: its statistics are constants */
     bool has_var;  /* inference: scale is to be divided by sqrt(var + eps) */
     bool has_sums; /* backward: dweight and dbias are given, those of the whole batch */
     bool gathers;  /* backward: they are to be summed here */
     const void *x, *residual;
-    const void *dy, *output; /* backward; output: the forward's, from which the mask is read */
-    void *y;                 /* forward, inference */
-    void *dx, *dresidual;    /* backward; NULL: not wanted */
+    const void *dy,
+        *output;          /* backward; output: the forward's y, read if it tells the derivative */
+    void *y;              /* forward, inference */
+    void *dx, *dresidual; /* backward; NULL: not wanted */
 
     /* Numbers per channel, float64: the caller sets those that go in between bnf_call_reserve and
      * bnf_call_run (an inference may point at its own instead of reserving), and reads those that

@@ -4,7 +4,7 @@
 INLINE void NAME(grad_input_some)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n,
                                   NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
 {
-    const vec g = NAME(gated)(b, i, n, a, slope, v);
+    const vec g = NAME(before_activation)(b, i, n, a, slope, v);
     vec dx = mul(s.dy_factor, g);
     if (v.through) {
         const vec d = NAME(center)(NAME(load_some)((const T *)b->x + i, n), a);
@@ -90,7 +90,7 @@ INLINE void NAME(grad_input_as)(const bnf_backward *b, bnf_tile tile, variant v)
 
 INLINE void NAME(grad_input_added)(const bnf_backward *b, bnf_tile tile, variant v)
 {
-    if (v.mask != BNF_FROM_X && b->dresidual) /* that mask means there is no residual */
+    if (v.z_source != BNF_Z_FROM_X && b->dresidual) /* from x alone: there is no residual */
         NAME(grad_input_as)(b, tile, (v.residual = true, v));
     else
         NAME(grad_input_as)(b, tile, v);
@@ -104,18 +104,14 @@ INLINE void NAME(grad_input_through)(const bnf_backward *b, bnf_tile tile, varia
         NAME(grad_input_added)(b, tile, v);
 }
 
-INLINE void NAME(grad_input_masked)(const bnf_backward *b, bnf_tile tile, variant v)
+INLINE void NAME(grad_input_activated)(const bnf_backward *b, bnf_tile tile, variant v)
 {
-    switch (b->mask) {
-    case BNF_FROM_X:
-        NAME(grad_input_through)(b, tile, (v.mask = BNF_FROM_X, v));
-        break;
-    case BNF_FROM_X_RESIDUAL:
-        NAME(grad_input_through)(b, tile, (v.mask = BNF_FROM_X_RESIDUAL, v));
-        break;
-    default:
-        NAME(grad_input_through)(b, tile, (v.mask = BNF_FROM_Y, v));
-    }
+    if (b->z_source == BNF_Z_FROM_X_RESIDUAL)
+        NAME(grad_input_through)(b, tile, (v.z_source = BNF_Z_FROM_X_RESIDUAL, v));
+    else if (b->z_source == BNF_Z_FROM_Y && bnf_is_from_output(v.activation))
+        NAME(grad_input_through)(b, tile, (v.z_source = BNF_Z_FROM_Y, v));
+    else
+        NAME(grad_input_through)(b, tile, (v.z_source = BNF_Z_FROM_X, v));
 }
 
 INLINE void NAME(grad_input)(const bnf_backward *b, bnf_tile tile, bnf_layout layout)
@@ -126,19 +122,16 @@ INLINE void NAME(grad_input)(const bnf_backward *b, bnf_tile tile, bnf_layout la
         if (b->activation == BNF_LINEAR)
             NAME(grad_input_as)(b, tile, v);
         else
-            NAME(grad_input_as)(b, tile, (v.activation = b->activation, v.mask = b->mask, v));
+            NAME(grad_input_as)(b, tile,
+                                (v.activation = b->activation, v.z_source = b->z_source, v));
         return;
     }
     switch (b->activation) {
-    case BNF_RELU:
-        NAME(grad_input_masked)(b, tile, (v.activation = BNF_RELU, v));
+#define ACTIVATION(CODE, ...)                                                \
+    case BNF_##CODE:                                                         \
+        NAME(grad_input_activated)(b, tile, (v.activation = BNF_##CODE, v)); \
         break;
-    case BNF_RELU6:
-        NAME(grad_input_masked)(b, tile, (v.activation = BNF_RELU6, v));
-        break;
-    case BNF_LEAKY_RELU:
-        NAME(grad_input_masked)(b, tile, (v.activation = BNF_LEAKY_RELU, v));
-        break;
+#include "activations.inc"
     default:
         NAME(grad_input_through)(b, tile, v);
     }

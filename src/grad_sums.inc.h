@@ -6,8 +6,9 @@ INLINE void NAME(grad_sums_step)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n
 {
     const T *x = (const T *)b->x + i, *dy = (const T *)b->dy + i;
     const d8 wide_x = n < LANES ? widen(NAME(load_some)(x, n)) : load_wide(x);
-    const d8 g = n < LANES || v.mask != BNF_UNMASKED ? widen(NAME(gated)(b, i, n, a, slope, v))
-                                                     : load_wide(dy);
+    const d8 g = n < LANES || v.z_source != BNF_NO_Z
+                     ? widen(NAME(before_activation)(b, i, n, a, slope, v))
+                     : load_wide(dy);
     *sum = add(*sum, g);
     *dot = fmadd(g, sub(wide_x, mean), *dot);
 }
@@ -65,7 +66,7 @@ INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t 
         for (ptrdiff_t r = 0; r < rows; r++)
             NAME(grad_sums_step)(b, i + r * stride, n, mean, a, slope, v, &sum, &dot);
     } else {
-        UNROLL_ROWS
+        ISA_UNROLL_ROWS
         for (ptrdiff_t r = 0; r < rows; r++)
             NAME(grad_sums_step)(b, i + r * stride, LANES, mean, a, slope, v, &sum, &dot);
     }
@@ -126,19 +127,15 @@ INLINE void NAME(grad_sums_as)(const bnf_backward *b, bnf_tile tile, double *sum
         NAME(grad_sums_interleaved_as)(b, tile, sum, dot, v);
 }
 
-INLINE void NAME(grad_sums_masked)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot,
-                                   variant v)
+INLINE void NAME(grad_sums_activated)(const bnf_backward *b, bnf_tile tile, double *sum,
+                                      double *dot, variant v)
 {
-    switch (b->mask) {
-    case BNF_FROM_X:
-        NAME(grad_sums_as)(b, tile, sum, dot, (v.mask = BNF_FROM_X, v));
-        break;
-    case BNF_FROM_X_RESIDUAL:
-        NAME(grad_sums_as)(b, tile, sum, dot, (v.mask = BNF_FROM_X_RESIDUAL, v));
-        break;
-    default:
-        NAME(grad_sums_as)(b, tile, sum, dot, (v.mask = BNF_FROM_Y, v));
-    }
+    if (b->z_source == BNF_Z_FROM_X_RESIDUAL)
+        NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_X_RESIDUAL, v));
+    else if (b->z_source == BNF_Z_FROM_Y && bnf_is_from_output(v.activation))
+        NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_Y, v));
+    else
+        NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_X, v));
 }
 
 INLINE void NAME(grad_sums)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot,
@@ -150,19 +147,15 @@ INLINE void NAME(grad_sums)(const bnf_backward *b, bnf_tile tile, double *sum, d
             NAME(grad_sums_as)(b, tile, sum, dot, v);
         else
             NAME(grad_sums_as)(b, tile, sum, dot,
-                               (v.activation = b->activation, v.mask = b->mask, v));
+                               (v.activation = b->activation, v.z_source = b->z_source, v));
         return;
     }
     switch (b->activation) {
-    case BNF_RELU:
-        NAME(grad_sums_masked)(b, tile, sum, dot, (v.activation = BNF_RELU, v));
+#define ACTIVATION(CODE, ...)                                                         \
+    case BNF_##CODE:                                                                  \
+        NAME(grad_sums_activated)(b, tile, sum, dot, (v.activation = BNF_##CODE, v)); \
         break;
-    case BNF_RELU6:
-        NAME(grad_sums_masked)(b, tile, sum, dot, (v.activation = BNF_RELU6, v));
-        break;
-    case BNF_LEAKY_RELU:
-        NAME(grad_sums_masked)(b, tile, sum, dot, (v.activation = BNF_LEAKY_RELU, v));
-        break;
+#include "activations.inc"
     default:
         NAME(grad_sums_as)(b, tile, sum, dot, v);
     }

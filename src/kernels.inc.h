@@ -22,24 +22,12 @@
  * layernorm, the fixed-width accumulators from YNNPACK's reductions. */
 
 #define SWEEPS (sizeof(T) < sizeof(double) ? 1 : 2)
-/* Whether the backward's loops take any activation, mask and residual, deciding
- * inside.  Compiled for each, as float32's and float64's are, those of halves
- * would double the library, and a branch that always goes the same way costs
- * little beside their conversions.  Nor do the sets that only run where there is
- * no better one get them: a wheel is to stay under 1 MB. */
-#if defined(BNFAST_SIMD_SSE2_H) || defined(BNFAST_SIMD_SCALAR_H)
-#define FEW_LOOPS true
-#else
-#define FEW_LOOPS (sizeof(T) < sizeof(P))
-#endif
-/* Into the table's entries, so that every variant is a loop of its own.  Lanes
- * done one by one hide a variant's branches, and all those loops are megabytes
- * of scalar code: there the compiler decides. */
-#ifdef BNFAST_SIMD_SCALAR_H
-#define INLINE static inline
-#else
-#define INLINE static inline __attribute__((always_inline))
-#endif
+/* Whether the backward has one loop for all activations, sources of z and residuals, which decides
+ * inside, in place of a loop for each.  True for halves: their loops would double the library, and
+ * a branch that always goes the same way costs little beside their conversions. */
+#define FEW_LOOPS (ISA_FEW_LOOPS || sizeof(T) < sizeof(P))
+/* Into the table's entries, so that every variant is a loop of its own. */
+#define INLINE ISA_INLINE
 
 /* --- n values in memory, n up to LANES -------------------------------------- */
 
@@ -144,38 +132,10 @@ INLINE NAME(slopes_vec) NAME(load_slopes)(const NAME(slopes) * s, ptrdiff_t i, p
 
 INLINE vec NAME(center)(vec x, NAME(affine_vec) a) { return sub(sub(x, a.high), a.low); }
 
-INLINE vec NAME(activate)(vec z, vec slope, variant v)
-{
-    switch (v.activation) { /* NaN passes: min and max return their second operand then */
-    case BNF_RELU:
-        return max(set1(0.0), z);
-    case BNF_RELU6:
-        return min(set1(6.0), max(set1(0.0), z));
-    case BNF_LEAKY_RELU: /* 0 < slope <= 1 */
-        return max(mul(slope, z), z);
-    default:
-        return z;
-    }
-}
+#include "activations.inc.h"
 
-/* dy times the activation's derivative at z; at a kink 0, or the slope. */
-INLINE vec NAME(gate)(vec dy, vec z, vec slope, variant v)
-{
-    const vec zero = set1(0.0);
-    switch (v.activation) {
-    case BNF_RELU:
-        return select_le(z, zero, zero, dy);
-    case BNF_RELU6:
-        return select_le(z, zero, zero, select_le(set1(6.0), z, zero, dy));
-    case BNF_LEAKY_RELU:
-        return select_le(z, zero, mul(slope, dy), dy);
-    default:
-        return dy;
-    }
-}
-
-/* The pre-activation as y has it: a half near a kink may round to it, and then
- * the gradient is the kink's, whether the mask is taken from y or from x. */
+/* z as y has it: a half near a kink may round to it, and then the gradient is the kink's,
+ * whether it is taken at y or at a recomputed z. */
 INLINE vec NAME(as_written)(vec z)
 {
     if (sizeof(T) == sizeof(P))
@@ -185,20 +145,27 @@ INLINE vec NAME(as_written)(vec z)
     return load(written);
 }
 
-/* g, the gradient before the activation, of the n values at offset i. */
-INLINE vec NAME(gated)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, NAME(affine_vec) a,
-                       vec slope, variant v)
+/* The pre-activation of the n values at offset i, recomputed. */
+INLINE vec NAME(recomputed)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, NAME(affine_vec) a,
+                            variant v)
 {
-    const vec dy = NAME(load_some)((const T *)b->dy + i, n);
-    if (v.mask == BNF_UNMASKED)
-        return dy;
-    if (v.mask == BNF_FROM_Y)
-        return NAME(gate)(dy, NAME(load_some)((const T *)b->y + i, n), slope, v);
     const vec d = NAME(center)(NAME(load_some)((const T *)b->x + i, n), a);
     vec z = fmadd(d, a.scale, a.shift);
-    if (v.mask == BNF_FROM_X_RESIDUAL)
+    if (v.z_source == BNF_Z_FROM_X_RESIDUAL)
         z = add(z, NAME(load_some)((const T *)b->residual + i, n));
-    return NAME(gate)(dy, NAME(as_written)(z), slope, v);
+    return bnf_is_from_output(v.activation) ? NAME(as_written)(z) : z;
+}
+
+/* g, the gradient before the activation, of the n values at offset i. */
+INLINE vec NAME(before_activation)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n,
+                                   NAME(affine_vec) a, vec slope, variant v)
+{
+    const vec dy = NAME(load_some)((const T *)b->dy + i, n);
+    if (v.z_source == BNF_NO_Z)
+        return dy;
+    const vec z = v.z_source == BNF_Z_FROM_Y ? NAME(load_some)((const T *)b->y + i, n)
+                                             : NAME(recomputed)(b, i, n, a, v);
+    return NAME(activate_gradient)(dy, z, slope, v);
 }
 
 /* How many of n values lead up to an address that streaming stores accept. */

@@ -2,4 +2,4 @@
 #include "simd_neon.h"
 #include "types.inc.h"
 
-const bnf_table bnf_table_neon = {"neon", KERNELS};
+const bnf_table bnf_table_neon = {"neon", kernels_of_types};

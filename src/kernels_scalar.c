@@ -2,4 +2,4 @@
 #include "simd_scalar.h"
 #include "types.inc.h"
 
-const bnf_table bnf_table_scalar = {"scalar", KERNELS};
+const bnf_table bnf_table_scalar = {"scalar", kernels_of_types};

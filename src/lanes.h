@@ -1,21 +1,21 @@
 /* One name for an operation, whichever of f8 and d8 it is done on, so that
  * kernels.inc.h reads the same for every data type.  Included by each
- * kernels_<isa>.c after its simd_<isa>.h. */
+ * kernels_<isa>.c after its simd_<isa>.h, which defines beside its operations
+ *
+ *   ISA_UNROLL_ROWS  before a loop over ROWS rows: a pragma that unrolls it, or nothing,
+ *   ISA_FEW_LOOPS    whether the backward has few loops (FEW_LOOPS in kernels.inc.h) for all types:
+ *                    true for sets that run only where there is no better one, to keep a wheel
+ *                    small,
+ *   ISA_INLINE       how a kernel's functions are declared. */
 #ifndef BNFAST_LANES_H
 #define BNFAST_LANES_H
 
 #define LANES 8
-/* Rows that a strip of eight channels is summed over at a time.  Unrolled, each
- * row is read by an instruction of its own, whose steady stride the hardware
- * prefetcher sees.  (One instruction for several rows jumps back and forth, and
- * a third of the memory's speed is left.)  Where eight lanes take four
- * registers of sixteen, or eight, that would only be spills. */
+/* Rows that a strip of eight channels is summed over at a time.  If an instruction set unrolls
+ * them (ISA_UNROLL_ROWS), each row is read by an instruction of its own, whose steady stride the
+ * hardware prefetcher sees.  (One instruction for several rows jumps back and forth and reaches a
+ * third of the memory's speed.) */
 #define ROWS 8
-#if defined(BNFAST_SIMD_SSE2_H) || defined(BNFAST_SIMD_SCALAR_H)
-#define UNROLL_ROWS
-#else
-#define UNROLL_ROWS _Pragma("GCC unroll 8")
-#endif
 /* NumPy's own, so that its arrays need no lead (see lead in kernels.inc.h). */
 #define STREAM_ALIGNMENT 16
 
@@ -69,7 +69,7 @@ static inline ptrdiff_t rows_at_once(bnf_shape shape, bnf_tile tile)
 typedef struct {
     bnf_layout layout;
     bnf_activation activation;
-    bnf_mask mask;
+    bnf_z_source z_source;
     bool residual, through;
 } variant;
 

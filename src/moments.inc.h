@@ -85,7 +85,7 @@ INLINE void NAME(moments_strip)(const T *x, ptrdiff_t stride, ptrdiff_t rows, pt
 {
     const d8 pivot = load(sums->about);
     d8 sum = load(sums->first), square = load(sums->second);
-    UNROLL_ROWS
+    ISA_UNROLL_ROWS
     for (ptrdiff_t r = 0; r < rows; r++) {
         const T *row = x + r * stride;
         __builtin_prefetch(row + rows * stride);

@@ -8,6 +8,11 @@
 #include "bnfast.h"
 #include "simd_m128i.h"
 
+/* Traits, see lanes.h. */
+#define ISA_UNROLL_ROWS _Pragma("GCC unroll 8")
+#define ISA_FEW_LOOPS false
+#define ISA_INLINE static inline __attribute__((always_inline))
+
 typedef __m256 f8;
 
 /* After streaming stores, before another thread may read what they wrote. */

@@ -17,6 +17,11 @@
 
 #include "bnfast.h"
 
+/* Traits, see lanes.h. */
+#define ISA_UNROLL_ROWS _Pragma("GCC unroll 8")
+#define ISA_FEW_LOOPS false
+#define ISA_INLINE static inline __attribute__((always_inline))
+
 typedef struct {
     float32x4_t lo, hi;
 } f8;

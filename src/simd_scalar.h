@@ -14,6 +14,12 @@
 
 #include "bnfast.h"
 
+/* Traits, see lanes.h.  Lanes computed one by one hide the branches of a variant, and all its loops
+ * would be megabytes of scalar code: here the compiler decides what to inline. */
+#define ISA_UNROLL_ROWS
+#define ISA_FEW_LOOPS true
+#define ISA_INLINE static inline
+
 typedef struct {
     float lane[8];
 } f8;

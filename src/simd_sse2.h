@@ -11,6 +11,12 @@
 #include "bnfast.h"
 #include "simd_m128i.h"
 
+/* Traits, see lanes.h.  Eight float64 lanes take four registers of sixteen: unrolled rows would
+ * only be spills. */
+#define ISA_UNROLL_ROWS
+#define ISA_FEW_LOOPS true
+#define ISA_INLINE static inline __attribute__((always_inline))
+
 typedef struct {
     __m128 lo, hi;
 } f8;

@@ -41,4 +41,7 @@
 #undef vec
 #undef NAME
 
-#define KERNELS {kernels_f32, kernels_f64, kernels_f16, kernels_bf16} /* by bnf_type */
+static const bnf_kernels *const kernels_of_types[BNF_TYPES] = {
+#define TYPE(CODE, name, element, suffix) [BNF_##CODE] = kernels_##suffix,
+#include "types.inc"
+};

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bnfast
+from bnfast import _core
 
 try:
     from ml_dtypes import bfloat16
@@ -27,7 +28,11 @@ HALVES = (
     ),
 )
 EVERY_DTYPE = (*DTYPES, *HALVES)
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", ("leaky_relu", 0.3))
+ACTIVATIONS = (None, *_core.ACTIVATIONS, ("leaky_relu", 0.3))
+# Those whose derivative the output tells.
+FROM_OUTPUT = tuple(
+    a for a in ACTIVATIONS if a not in _core.ACTIVATIONS or _core.ACTIVATIONS[a].from_output
+)
 NAMES = ("x", "weight", "bias", "residual")
 # Instruction sets that round a product before they add to it: plain C does where the compiler's
 # baseline has no fused multiply-add, and x86-64's has none.

@@ -22,6 +22,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("moments", "functional_forward", "functional_backward", "numerics", "half", "layers"),
+        "activations",
         *("inference", "tiling", "partial_batches", "threads", "forks", "float_environment"),
     )
 ]
@@ -65,18 +66,30 @@ MUTANTS = [
     ("src/kernels.inc.h", "(P)(mean[c] - (double)to->high[i])", "0"),
     ("src/apply.inc.h", "fmadd(d, a.scale, a.shift)", "mul(d, a.scale)"),
     ("src/apply.inc.h", "if (v.residual)", "if (false)"),
-    ("src/kernels.inc.h", "return max(set1(0.0), z);", "return max(z, set1(0.0));"),
-    ("src/kernels.inc.h", "min(set1(6.0), max(set1(0.0), z))", "max(set1(0.0), z)"),
-    ("src/kernels.inc.h", "return max(mul(slope, z), z);", "return mul(slope, z);"),
+    ("src/activations.inc.h", "return max(set1(0.0), z);", "return max(z, set1(0.0));"),
+    ("src/activations.inc.h", "min(set1(6.0), max(set1(0.0), z))", "max(set1(0.0), z)"),
+    ("src/activations.inc.h", "return max(mul(slope, z), z);", "return mul(slope, z);"),
     ("src/driver.c", "1 / sqrt(call->var[c] + call->eps)", "1 / sqrt(call->var[c])"),
     # the gradients
-    ("src/kernels.inc.h", "return select_le(z, zero, zero, dy);", "return dy;"),
+    ("src/activations.inc.h", "return select_le(z, set1(0.0), set1(0.0), dy);", "return dy;"),
     (
-        "src/kernels.inc.h",
+        "src/activations.inc.h",
         "select_le(z, zero, zero, select_le(set1(6.0), z, zero, dy))",
         "select_le(z, zero, zero, dy)",
     ),
-    ("src/kernels.inc.h", "select_le(z, zero, mul(slope, dy), dy)", "select_le(z, zero, zero, dy)"),
+    ("src/activations.inc.h", "min(set1(6.0), add(z, set1(3.0)))", "add(z, set1(3.0))"),
+    (
+        "src/activations.inc.h",
+        "select_le(z, set1(-3.0), set1(0.0), mul(z, share))",
+        "mul(z, share)",
+    ),
+    ("src/activations.inc.h", "fmadd(z, set1(1.0 / 3), set1(0.5))", "set1(0.5)"),
+    ("src/activations.inc.h", "select_le(set1(3.0), z, dy, between)", "between"),
+    (
+        "src/activations.inc.h",
+        "select_le(z, set1(0.0), mul(slope, dy), dy)",
+        "select_le(z, set1(0.0), set1(0.0), dy)",
+    ),
     ("src/grad_sums.inc.h", "*sum = add(*sum, g);", "*sum = g;"),
     ("src/grad_sums.inc.h", "fmadd(g, sub(wide_x, mean), *dot)", "fmadd(g, wide_x, *dot)"),
     ("src/moments.h", "dweight[c] = inv_std[c] * dot[c];", "dweight[c] = dot[c];"),
@@ -146,7 +159,7 @@ MUTANTS = [
     ("bnfast/moments.py", "row = pairs + row[2 * len(pairs) :]", "row = pairs"),
     (
         "bnfast/moments.py",
-        'values = self.count - _arrays.real("ddof", ddof)',
+        'values = self.count - _options.real("ddof", ddof)',
         "values = self.count - 1",
     ),
     ("bnfast/inference.py", "(old_bias - mean)", "(0 - mean)"),

@@ -191,16 +191,18 @@ def activate(z, activation):
         "relu": lambda: np.maximum(z, 0),
         "relu6": lambda: np.minimum(np.maximum(z, 0), 6),
         "leaky_relu": lambda: np.where(z > 0, z, slope * z),
+        "hardswish": lambda: z * (np.clip(z + 3, 0, 6) / 6),
     }[name]()
 
 
 def activation_slope(z, activation):
-    """g'(z); at a kink PyTorch's choice, the slope from the left of 0 and the
-    right of 6."""
+    """g'(z); at a kink PyTorch's choice: the slope from the left of 0 and -3 and
+    from the right of 6 and 3."""
     name, slope = name_and_slope(activation)
     return {
         None: lambda: np.ones_like(z),
         "relu": lambda: np.where(z > 0, 1, 0),
         "relu6": lambda: np.where((z > 0) & (z < 6), 1, 0),
         "leaky_relu": lambda: np.where(z > 0, 1, slope),
+        "hardswish": lambda: np.where(z <= -3, 0, np.where(z >= 3, 1, z / 3 + 0.5)),
     }[name]()

@@ -17,6 +17,7 @@ and halves are rounded once more, when they are written: see `written`.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import reference
@@ -130,6 +131,25 @@ def inv_std_relative(s, eps):
     return s.var_error / (2 * (s.var + eps)) + 4 * U
 
 
+class Activation(NamedTuple):
+    """What bounds need to know of an activation."""
+
+    kinks: tuple[float, ...] = ()
+    steepest: float = 1  # slope
+    curvature: float = 0  # at most, between kinks
+    roundings: int = 0  # of its own, relative to z and to dy
+
+
+ACTIVATIONS = {
+    None: Activation(),
+    "relu": Activation((0,)),
+    "relu6": Activation((0, 6)),
+    "leaky_relu": Activation((0,), roundings=2),  # the slope's and the product's
+    # +3, /6 and two products; of the slope, 1/3, 0.5, their sum and product, all below 1.5
+    "hardswish": Activation((-3, 3), steepest=1.5, curvature=1 / 3, roundings=4),
+}
+
+
 class Terms:
     """What forward and backward bounds share, shaped like x."""
 
@@ -148,7 +168,7 @@ class Terms:
             + self.wide(s.mean_error)
         )
         self.residual = 0 if residual is None else np.abs(residual)
-        self.is_leaky = reference.name_and_slope(p.activation)[0] == "leaky_relu"
+        self.activation = ACTIVATIONS[reference.name_and_slope(p.activation)[0]]
 
     def wide(self, per_channel):
         return reference.to_shape(per_channel, self.p.x, self.p.axis)
@@ -170,13 +190,14 @@ class Terms:
 
 
 def forward_bound(p, s):
-    """No activation has a slope above 1, so that errors before one do not grow;
-    a leaky one adds two roundings, its slope's and the product's."""
+    """An error before the activation grows by its steepest slope at most; the
+    activation adds its own roundings."""
     t = Terms(p, s)
     mean, var = s.mean, s.var
     x, weight, bias, eps, axis, residual, _ = p.exact()
     z = reference.before_activation(x, mean, var, weight, bias, eps, axis, residual)
-    bound = t.pre_activation() + (2 * t.u * np.abs(z) if t.is_leaky else 0)
+    steepest, roundings = t.activation.steepest, t.activation.roundings
+    bound = steepest * t.pre_activation() + roundings * t.u * np.abs(z)
     bound = SECOND_ORDER * bound + tiny(computed_in(p.x.dtype))
     return written(bound, np.abs(z), p.x.dtype)
 
@@ -191,22 +212,25 @@ def off_the_kinks(p, s):
     width = written(SECOND_ORDER * Terms(p, s).pre_activation(), np.abs(z), p.x.dtype)
     writeable = p.dy.flags.writeable
     p.dy.flags.writeable = True
-    p.dy[(np.abs(z) <= width) | (np.abs(z - 6) <= width)] = 0
+    for kink in ACTIVATIONS[reference.name_and_slope(p.activation)[0]].kinks:
+        p.dy[np.abs(z - kink) <= width] = 0
     p.dy.flags.writeable = writeable
 
 
 def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
     """A reference.Gradients of bounds; `exact` is the reference's answer.
 
-    g is dy times the activation's slope (its gradient is the residual's): two
-    roundings if leaky. The terms of sum g d are formed in the data's type at
-    worst: one rounding for the product on top of those of g and d.
+    g is dy times the activation's slope (its gradient is the residual's), which
+    changes with the pre-activation's error where it is curved. The terms of
+    sum g d are formed in the data's type at worst: one rounding for the product
+    on top of those of g and d.
     """
     t = Terms(p, s)
     u = t.u
     summing = gamma((sum_of or p.m) + 2)
     g = np.abs(exact.residual)
-    g_error = 2 * u * g if t.is_leaky else 0 * g
+    dy = np.abs(p.dy.astype(np.longdouble))
+    g_error = t.activation.roundings * u * dy + t.activation.curvature * dy * t.pre_activation()
     sum_g_error = t.total(summing * g + g_error)
     sum_gd_error = t.total(g * t.d_error + g_error * t.d + (u + summing) * g * t.d)
     inv_std = 1 / np.sqrt(s.var + p.eps)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnfast import _arrays, _core
+from bnfast import _arrays, _core, _options
 from bnfast._threads import num_threads
 from bnfast.functional import normalize
 from bnfast.moments import Moments, moments
@@ -16,11 +16,9 @@ from .counts import check_count
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
-    Tensor = NDArray[Any]
-    Vector = NDArray[np.float64]
-    Activation = str | tuple[str, float] | None
+    from bnfast._types import Activation, Tensor, Vector
 
 _RECORD = np.dtype([("count", np.int64), ("mean", np.float64), ("m2", np.float64)])
 
@@ -141,9 +139,9 @@ def dask_normalize(
         np.ones(channels) if weight is None else _arrays.constant("weight", weight, channels),
         np.zeros(channels) if bias is None else _arrays.constant("bias", bias, channels),
     ]
-    options = {"eps": _arrays.eps(eps, training=False), "axis": axis, "activation": activation}
+    options = {"eps": _options.eps(eps, training=False), "axis": axis, "activation": activation}
     if activation is not None:
-        _arrays.activation(activation)
+        _options.activation(activation, _core.ACTIVATIONS)
     index = tuple(range(x.ndim))
     pairs = ((da.from_array(vector, chunks=(x.chunks[axis],)), (axis,)) for vector in vectors)
     return da.blockwise(

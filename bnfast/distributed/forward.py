@@ -10,19 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bnfast import _arrays, _core
+from bnfast import _arrays, _core, _options
 from bnfast.functional import BatchStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
-
+    from bnfast._types import Activation, Tensor, Vector
     from bnfast.moments import Moments
-
-    Tensor = NDArray[Any]
-    Vector = NDArray[np.float64]
-    Activation = str | tuple[str, float] | None
 
 
 class Move(NamedTuple):
@@ -48,11 +43,7 @@ class Move(NamedTuple):
 
 def plain_activation(value: Any) -> Activation:
     """Return an activation as a plain str or tuple: using these runs no code of the caller."""
-    if value is None:
-        return None
-    code, slope = _arrays.activation(value)
-    (name,) = (name for name, known in _arrays.ACTIVATIONS.items() if known == code)
-    return (name, slope) if name == "leaky_relu" else name
+    return _options.plain_activation(value, _core.ACTIVATIONS)
 
 
 class ForwardCall(NamedTuple):

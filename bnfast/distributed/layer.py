@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from bnfast import _arrays, _core
+from bnfast import _arrays, _core, _options
 from bnfast.functional import _wanted
 from bnfast.layers import _RUNNING, BatchNorm, Saved, _sum
 from bnfast.moments import moments
@@ -21,12 +21,9 @@ from .summing import Summing
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import ArrayLike, DTypeLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike
 
-    from .forward import Activation
-
-    Tensor = NDArray[Any]
-    Vector = NDArray[np.float64]
+    from bnfast._types import Activation, Tensor, Vector
 
 _PARAMETERS = ("weight", "bias")
 
@@ -155,13 +152,13 @@ class SyncBatchNorm(BatchNorm):
         observer = self._observer
         updates = (
             observer is None
-            and _arrays.truth("update_stats", update_stats)
-            and _arrays.truth("track_running_stats", self.track_running_stats)
+            and _options.truth("update_stats", update_stats)
+            and _options.truth("track_running_stats", self.track_running_stats)
         )
         rates = self._rates() if updates else None
-        channels = _arrays.channel_count("num_features", self.num_features)
-        eps, activation = _arrays.eps(self.eps, training=True), plain_activation(self.activation)
-        axis = _arrays.integer("axis", self.axis)
+        channels = _options.channel_count("num_features", self.num_features)
+        eps, activation = _options.eps(self.eps, training=True), plain_activation(self.activation)
+        axis = _options.integer("axis", self.axis)
         x = self._checked(x)
         residual = _maybe_array("residual", residual)
         given = [_maybe_array(name, getattr(self, name)) for name in _PARAMETERS]
@@ -182,7 +179,7 @@ class SyncBatchNorm(BatchNorm):
     def _rates(self) -> tuple[float, int]:
         """Return momentum and ddof; raise if the counter cannot count the batch."""
         self._check_counting()
-        return _arrays.real("momentum", self._momentum()), _arrays.check_ddof(self.ddof)
+        return _options.real("momentum", self._momentum()), _options.ddof(self.ddof)
 
     def _move(
         self,
@@ -242,8 +239,8 @@ class SyncBatchNorm(BatchNorm):
 
     def _backward_call(self, dy: Any, saved: Saved) -> _BackwardCall:
         """Read and check all arguments of a backward, and sum over this rank's part."""
-        axis, activation = _arrays.integer("axis", self.axis), plain_activation(self.activation)
-        affine = _arrays.truth("affine", self.affine)
+        axis, activation = _options.integer("axis", self.axis), plain_activation(self.activation)
+        affine = _options.truth("affine", self.affine)
         dy = _maybe_array("dy", dy)
         needs = ["x"] + ["residual"] * saved.had_residual
         wanted = _wanted(needs, saved.residual, activation, saved.y, None)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from numpy.typing import NDArray
-
-    Tensor = NDArray[Any]
+    from bnfast._types import Tensor
 
 
 class Ranks(NamedTuple):

@@ -9,11 +9,9 @@ import numpy as np
 from .exchange import REFUSED, UNSENT, Exchange, refusal_of
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from bnfast._types import Vector
 
     from .ranks import Ranks
-
-    Vector = NDArray[np.float64]
 
 
 class Summing(Exchange):

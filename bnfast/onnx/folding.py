@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import onnx
 
-from bnfast import _arrays, inference
+from bnfast import _errors, inference
 
 from .graph import Graph
 from .linear import read_linear, write_linear
@@ -101,7 +101,7 @@ def fold(
     the batch norm or the layer beside it.
     """
     if report is not None and not callable(report):
-        raise TypeError(f"report is {_arrays.shown(report)}; expected a callable taking an Outcome")
+        raise TypeError(f"report is {_errors.shown(report)}; expected a callable taking an Outcome")
     if checked_model(model).training_info:
         raise ValueError("model has training_info, which may change any weight; expected none")
     folded = onnx.ModelProto()

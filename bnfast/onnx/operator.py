@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnfast import _arrays
+from bnfast import _arrays, _options
 from bnfast.functional import BatchStats, batch_norm_forward, normalize
 from bnfast.inference import rounded
 
@@ -64,11 +64,11 @@ def batch_normalization(
     batch = x[:, None] if x.ndim == 1 else x
     if not training_mode:
         return normalize(batch, mean, var, scale, B, eps=epsilon).reshape(x.shape)
-    old = _arrays.real("momentum", momentum)
+    old = _options.real("momentum", momentum)
     if batch.ndim > 1 and batch.size == batch.shape[1] > 0:
         # One value a channel is its own mean, and the operator, unlike PyTorch, takes it.
         own = batch.reshape(-1)
-        y = normalize(batch, own, np.zeros_like(own), scale, B, eps=_arrays.eps(epsilon, True))
+        y = normalize(batch, own, np.zeros_like(own), scale, B, eps=_options.eps(epsilon, True))
         stats = BatchStats.from_population(own, np.zeros_like(own), epsilon)
     else:
         y, stats = batch_norm_forward(batch, scale, B, eps=epsilon)

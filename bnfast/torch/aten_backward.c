@@ -10,7 +10,7 @@ enum { MOST_GRADIENTS = 4 };
 
 typedef struct {
     const aten_backward_arguments *arguments;
-    aten_view dy, x, output; /* output.tensor is NULL where there was no residual */
+    aten_view dy, x, beside; /* beside.tensor is NULL where there was no residual */
     aten_layout layout;
     vector_kind vectors;
     torch_tensor save_mean;
@@ -89,8 +89,8 @@ static aten_outcome look_at_backward(backward *b)
     aten_outcome data = aten_look_at_data(to_tensor(a->x), &b->x);
     if (aten_runs_here(data))
         data = look_beside_x(b, to_tensor(a->dy), &b->dy);
-    if (aten_runs_here(data) && to_optional(a->output))
-        data = look_beside_x(b, to_optional(a->output), &b->output);
+    if (aten_runs_here(data) && to_optional(a->beside))
+        data = look_beside_x(b, to_optional(a->beside), &b->beside);
     if (!aten_runs_here(data))
         return data;
     if (!read_wanted(b))
@@ -155,11 +155,12 @@ static bool run_backward_in(backward *b, torch_tensor *results, torch_tensor *ro
         .count = training ? (double)(shape.outer * shape.inner) : 0,
         .gathers = b->wanted[1] || b->wanted[2] || (training && b->wanted[0]),
     };
+    const void **beside = bnf_is_from_output(call.activation) ? &call.output : &call.residual;
     void *outputs[MOST_GRADIENTS] = {NULL};
     if (!make_backward_results(b, results) ||
         !aten_in_order(&b->x, &b->layout, &rooms[0], &call.x) ||
         !aten_in_order(&b->dy, &b->layout, &rooms[1], &call.dy) ||
-        (b->output.tensor && !aten_in_order(&b->output, &b->layout, &rooms[2], &call.output)))
+        (b->beside.tensor && !aten_in_order(&b->beside, &b->layout, &rooms[2], beside)))
         return false;
     for (int i = 0; i < b->gradients; i++)
         if (b->wanted[i] && torch.get_data(results[i], &outputs[i]))
@@ -207,7 +208,7 @@ static bool new_ones(const aten_backward_arguments *a, torch_tensor *made)
 static void free_backward(aten_backward_arguments *a)
 {
     delete_optional(a->bias);
-    delete_optional(a->output);
+    delete_optional(a->beside);
     torch.delete_tensor(to_tensor(a->dy));
     torch.delete_tensor(to_tensor(a->x));
     delete_optional(a->weight);

@@ -5,8 +5,6 @@
 /* BNF_ACTIVATIONS: none that the kernels have.  The name is used up. */
 static bnf_activation read_activation(torch_value optional)
 {
-    static const char *const NAMES[BNF_ACTIVATIONS] = {
-        [BNF_RELU] = "relu", [BNF_RELU6] = "relu6", [BNF_LEAKY_RELU] = "leaky_relu"};
     if (!optional)
         return BNF_LINEAR;
     torch_value *box = (torch_value *)(uintptr_t)optional;
@@ -15,7 +13,7 @@ static bnf_activation read_activation(torch_value optional)
     int found = BNF_ACTIVATIONS;
     if (!torch.string_text(string, &text))
         for (found = BNF_LINEAR + 1; found < BNF_ACTIVATIONS; found++)
-            if (NAMES[found] && strcmp(text, NAMES[found]) == 0)
+            if (strcmp(text, bnf_activation_name((bnf_activation)found)) == 0)
                 break;
     torch.delete_string(string);
     torch.delete_value(box);
@@ -49,7 +47,7 @@ void aten_batch_norm_act_backward(torch_value *stack, uint64_t arguments, uint64
                                        .save_invstd = stack[7],
                                        .training = to_bool(stack[8]),
                                        .eps = to_double(stack[9]),
-                                       .output = stack[10],
+                                       .beside = stack[10],
                                        .rest = read_rest(stack[11], stack[12]),
                                        .wanted = stack[13]};
     aten_backward(a, stack);

@@ -70,9 +70,9 @@ const char *aten_refusal(aten_outcome outcome)
 
 bool aten_has_activation(const aten_rest *rest)
 {
-    if (rest->activation == BNF_LEAKY_RELU)
-        return rest->slope > 0 && rest->slope <= 1;
-    return rest->activation < BNF_ACTIVATIONS;
+    if (rest->activation >= BNF_ACTIVATIONS)
+        return false;
+    return !bnf_default_slope(rest->activation) || (rest->slope > 0 && rest->slope <= 1);
 }
 
 void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results, int number,

@@ -76,7 +76,8 @@ typedef struct {
     double eps;
     torch_value wanted; /* a list: whether of x, weight, bias and, if fused, residual */
     torch_value bias;   /* if fused */
-    torch_value output; /* the forward's, if fused and it had a residual */
+    torch_value beside; /* if fused and the forward had a residual: its output, if that tells the
+                           activation's derivative, else the residual */
     aten_rest rest;
 } aten_backward_arguments;
 

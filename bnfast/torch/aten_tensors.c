@@ -14,12 +14,7 @@ void aten_tensors_setup(void)
 
 int32_t aten_dtype(bnf_type type) { return dtypes[type]; }
 
-size_t aten_itemsize(bnf_type type)
-{
-    static const size_t sizes[BNF_TYPES] = {
-        [BNF_F32] = 4, [BNF_F64] = 8, [BNF_F16] = 2, [BNF_BF16] = 2};
-    return sizes[type];
-}
+size_t aten_itemsize(bnf_type type) { return (size_t)bnf_type_size(type); }
 
 static bnf_type type_of(int32_t dtype)
 {

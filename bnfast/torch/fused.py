@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from bnfast import _core
+
 from . import process
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    Activation = str | tuple[str, float] | None
+    from bnfast._types import Activation
+
     Vector: TypeAlias = Tensor | None
     # Of x, weight, bias and residual; None where nobody asked.
     Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -30,11 +33,12 @@ _library.define(
     " Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor? residual,"
     " str? activation, float slope) -> (Tensor y, Tensor save_mean, Tensor save_invstd)"
 )
-# y: the output, where there was a residual; where there was none, x tells what it was.
+# beside, where there was a residual: the output, if it tells the activation's derivative, else the
+# residual. Where there was none, x tells what the output was.
 _library.define(
     "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias,"
     " Tensor? running_mean, Tensor? running_var, Tensor? save_mean, Tensor? save_invstd,"
-    " bool training, float eps, Tensor? y, str? activation, float slope, bool[4] needs)"
+    " bool training, float eps, Tensor? beside, str? activation, float slope, bool[4] needs)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 
@@ -159,7 +163,9 @@ def takes(x: Any, residual: Any, vectors: tuple[Vector, ...], training: bool) ->
 
 def name_and_slope(activation: Activation) -> tuple[str | None, float]:
     """Return an activation as the two values that an operator takes."""
-    return activation if isinstance(activation, tuple) else (activation, 0.01)
+    if activation is None or isinstance(activation, tuple):
+        return activation or (None, 0.0)
+    return activation, _core.ACTIVATIONS[activation].slope
 
 
 def activate(y: Tensor, activation: Activation) -> Tensor:
@@ -167,9 +173,29 @@ def activate(y: Tensor, activation: Activation) -> Tensor:
     name, slope = name_and_slope(activation)
     if name is None:
         return y
-    if name == "leaky_relu":
-        return F.leaky_relu(y, slope)
-    return F.relu6(y) if name == "relu6" else F.relu(y)
+    activated: Tensor = getattr(F, name)(y, *((slope,) if slope else ()))
+    return activated
+
+
+def tells_derivative(activation: Any) -> bool:
+    """Whether an activation's output tells its derivative."""
+    name = activation[0] if isinstance(activation, tuple) else activation
+    return name is None or _core.ACTIVATIONS[name].from_output
+
+
+def beside(y: Tensor, residual: Tensor | None, activation: Any) -> Tensor | None:
+    """Return what a forward keeps, beside x, for the activation's derivative: y or the residual.
+
+    Nothing where there was no residual or no activation: then x tells.
+    """
+    if residual is None or activation is None:
+        return None
+    return y if tells_derivative(activation) else residual
+
+
+def residual_and_output(kept: Any, activation: Any) -> tuple[Any, Any]:
+    """Return what `beside` kept as the residual and the output of a backward, one of them None."""
+    return (None, kept) if tells_derivative(activation) else (kept, None)
 
 
 def rest(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
@@ -204,7 +230,7 @@ def batch_norm_act(
     momentum, eps : float
     residual : Tensor, optional
         Added before the activation; shape and dtype of `x`.
-    activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+    activation : str, ("leaky_relu", slope) or None
 
     Returns
     -------
@@ -249,8 +275,8 @@ class _BatchNormAct(torch.autograd.Function):
         fixed: tuple[Vector, Vector] = (None, None)
         if not training:  # copies: a training forward in between may move them
             fixed = tuple(v.clone() for v in (running_mean, running_var) if v is not None)
-        output = y if residual is not None and activation[0] is not None else None
-        ctx.save_for_backward(x, weight, bias, *fixed, save_mean, save_invstd, output)
+        kept = beside(y, residual, activation[0])
+        ctx.save_for_backward(x, weight, bias, *fixed, save_mean, save_invstd, kept)
         ctx.options = (training, eps, *activation)
         return y
 
@@ -271,31 +297,35 @@ def _kernel(ctx: Any, dy: Tensor, needs: list[bool]) -> Gradients:
     if not any(needs):
         return None, None, None, None
     training, eps, *activation = ctx.options
-    *tensors, y = ctx.saved_tensors
+    *tensors, kept = ctx.saved_tensors
     found: Gradients = torch.ops.bnfast.batch_norm_act_backward(
-        dy, *tensors, training, eps, y, *activation, needs
+        dy, *tensors, training, eps, kept, *activation, needs
     )
     return found
 
 
 def _formula(ctx: Any, dy: Tensor, needs: list[bool]) -> Gradients:
     """Compute the same by PyTorch's operators, whose gradients can be differentiated again."""
-    x, weight, bias, mean, var, *_, y = ctx.saved_tensors
+    x, weight, bias, mean, var, *_, kept = ctx.saved_tensors
     training, eps, name, slope = ctx.options
     with torch.enable_grad():
         inputs = [None if t is None else _alias(t) for t in (x, weight, bias)]
         z = F.batch_norm(inputs[0], mean, var, inputs[1], inputs[2], training, 0.0, eps)
-        g = dy if name is None else _masked(dy, z if y is None else y, (name, slope))
+        g = dy if name is None else _before_activation(dy, z, kept, (name, slope))
         wanted = [t for t, n in zip(inputs, needs, strict=False) if n]
         found = iter(torch.autograd.grad(z, wanted, g, create_graph=True) if wanted else ())
     dx, dweight, dbias = (next(found) if n else None for n in needs[:3])
     return dx, dweight, dbias, g if needs[3] else None
 
 
-def _masked(dy: Tensor, z: Tensor, activation: Activation) -> Tensor:
-    """Return dy times the activation's derivative where its input, or its output, was z."""
-    leaf = z.detach().requires_grad_()
-    (g,) = torch.autograd.grad(activate(leaf, activation), leaf, dy, create_graph=True)
+def _before_activation(dy: Tensor, z: Tensor, kept: Tensor | None, activation: Any) -> Tensor:
+    """Return dy times the activation's derivative, itself differentiable."""
+    residual, y = residual_and_output(kept, activation)
+    if tells_derivative(activation):  # piecewise linear: the second derivative is 0
+        at = (z if y is None else y).detach().requires_grad_()
+    else:
+        at = z if residual is None else z + residual
+    (g,) = torch.autograd.grad(activate(at, activation), at, dy, create_graph=True)
     return g
 
 

@@ -37,7 +37,7 @@ class Found:
     addition: Node | None = None
     residual: Node | None = None
     activation: Activation | None = None
-    slope: float = 0.01
+    slope: float = 0.0
     mask: Node | None = None  # the activation's gradient
 
     @property
@@ -151,18 +151,15 @@ def _with_activation(found: Found) -> Found:
     if len(known) > 1:
         raise Apart("its result has several readers")
     last, (activation, slope) = known[0]
-    if activation.name == "leaky_relu" and not 0 < slope <= 1:
+    if activation.takes_slope and not 0 < slope <= 1:
         raise Apart("a slope that bnfast does not have")
     mask = _mask(found, last, activation, slope)
     if any(u is not last and u is not mask for u in z.users):
         raise Apart("its result has several readers")
     if not alike(last, z):
         raise Apart("an activation that changes the memory order")
-    if found.residual is not None and mask is not None:
-        if not activation.from_output:
-            raise Apart(f"the gradient of {activation.name} needs the sum")
-        if not alike(mask, z):
-            raise Apart("a gradient in another memory order")
+    if found.residual is not None and mask is not None and not alike(mask, z):
+        raise Apart("a gradient in another memory order")
     _check_order(found.norm, last)
     _check_regions(found.norm.node, last)
     return Found(
@@ -192,7 +189,8 @@ def _mask(found: Found, last: Node, activation: Activation, slope: float) -> Nod
         if found.residual is None and len(mask.users) > 1:
             raise Apart("the activation's gradient has several readers")
         return mask
-    if len(masks) > 1 or (masks and found.residual is None):
+    told = found.residual is not None and activation.from_output
+    if len(masks) > 1 or (masks and not told):
         raise Apart("its gradient is not the activation's alone")
     return masks[0] if masks else None
 
@@ -279,14 +277,18 @@ def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[
     first = gradient if mask is None else mask
     wanted: Any = gradient.args[9]
     saved = (results[1], results[2]) if norm.training else (None, None)
-    y = None if mask is None or found.residual is None else results[0]
-    bias = norm.bias if mask is not None and y is None else None  # what y is told by
+    beside: Any = None
+    if mask is not None and found.residual is not None:
+        from_output = found.activation is not None and found.activation.from_output
+        beside = results[0] if from_output else found.residual
+    # What a pre-activation is recomputed with.
+    bias = norm.bias if mask is not None and beside is not results[0] else None
     with graph.inserting_before(first):
         node = graph.call_function(
             torch.ops.bnfast.batch_norm_act_backward.default,
             (
                 *(first.args[0], norm.x, norm.weight, bias, *norm.statistics, *saved),
-                *(norm.training, norm.eps, y),
+                *(norm.training, norm.eps, beside),
                 *(name, found.slope, [*wanted, bool(others)]),
             ),
         )

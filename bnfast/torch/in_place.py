@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from . import fused  # noqa: F401, defines the operators
-from .patterns import alike
+from .patterns import ACTIVATIONS, alike
 
 _aten = torch.ops.aten
 _batch_norm_act = torch.ops.bnfast.batch_norm_act.default
@@ -145,24 +145,26 @@ _FRESH = {
     *(
         getattr(_aten, name).default
         for name in (
-            *("convolution", "convolution_backward", "native_batch_norm_backward", "relu"),
-            *("hardtanh", "leaky_relu", "threshold_backward", "hardtanh_backward", "mm"),
-            *("leaky_relu_backward", "silu", "silu_backward", "addmm", "max_pool2d_with_indices"),
-            *("max_pool2d_with_indices_backward", "avg_pool2d", "avg_pool2d_backward", "cat"),
+            *("convolution", "convolution_backward", "native_batch_norm_backward", "mm", "addmm"),
+            *("silu", "silu_backward", "max_pool2d_with_indices", "avg_pool2d", "cat"),
+            *("max_pool2d_with_indices_backward", "avg_pool2d_backward"),
             *("_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training"),
         )
     ),
+    *(pattern[0] for a in ACTIVATIONS for pattern in (a.forward, a.backward)),
     _aten.add.Tensor,
     _aten.mul.Tensor,
     _aten._native_batch_norm_legit.no_stats,
 }
 _IN_PLACE = {
     _aten.add.Tensor: _aten.add_.Tensor,
-    _aten.relu.default: _aten.relu_.default,
-    _aten.hardtanh.default: _aten.hardtanh_.default,
-    _aten.leaky_relu.default: _aten.leaky_relu_.default,
     _aten.silu.default: _aten.silu_.default,
     _aten.mul.Tensor: _aten.mul_.Tensor,
+    **{
+        a.forward[0]: getattr(_aten, f"{a.forward[0]._opname}_").default
+        for a in ACTIVATIONS
+        if hasattr(_aten, f"{a.forward[0]._opname}_")
+    },
 }
 
 

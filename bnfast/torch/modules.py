@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnfast.distributed import plain_activation
+from bnfast import _core, _options
 
 from . import _aten, fused, process
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-    from .fused import Activation, Vector
+    from bnfast._types import Activation
+
+    from .fused import Vector
 
 _paused: ContextVar[bool] = ContextVar("bnfast_statistics_paused", default=False)
 
@@ -80,7 +82,7 @@ class BatchNormOnCPU(_BatchNorm):
             As PyTorch's layer takes it, in any memory format.
         residual : Tensor, optional
             Added to the result, in the same pass; shape and dtype of `input`.
-        activation : {None, "relu", "relu6", "leaky_relu"} or ("leaky_relu", slope)
+        activation : str, ("leaky_relu", slope) or None
             Applied last, in the same pass.
 
         Returns
@@ -92,7 +94,7 @@ class BatchNormOnCPU(_BatchNorm):
             return self._as_leaf(input, residual, activation)
         recorded = torch.compiler.is_compiling()
         if residual is not None or activation is not None:
-            activation = plain_activation(activation)
+            activation = _options.plain_activation(activation, _core.ACTIVATIONS)
             _check_residual(input, residual)
             state = None if recorded else self._fusable(input, residual)
             if state is not None:

@@ -12,6 +12,8 @@ from torch._prims_common import suggest_memory_format
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from bnfast import _core
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
@@ -23,32 +25,45 @@ ANY = object()
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation by the name that bnfast's operators know, and by PyTorch's operators.
+    """An activation by its name in bnfast and by PyTorch's operators.
 
-    `forward` and `backward` are an operator each and what must follow its tensors: of the input,
-    and of the gradient and the input or output. `from_output` says that the sign or size of the
-    output tells the derivative, also where the input was a sum that nobody keeps.
+    `forward` and `backward` are an operator each and what must follow its tensors: the input of
+    the forward; the gradient and the input (or output) of the backward.
     """
 
     name: str
     forward: tuple[Any, ...]
     backward: tuple[Any, ...]
-    from_output: bool = True
+    from_output: bool
+    takes_slope: bool
 
 
-# What the list of activations gains is one more entry here.
-ACTIVATIONS = (
-    Activation("relu", (_aten.relu.default,), (_aten.threshold_backward.default, 0)),
-    Activation(
-        "relu6",
-        (_aten.hardtanh.default, 0, 6),
-        (_aten.hardtanh_backward.default, 0, 6),
-    ),
-    Activation(
-        "leaky_relu",
+# Activations whose operators in these graphs have other names than their function, or arguments.
+_SPECIAL: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "relu": ((_aten.relu.default,), (_aten.threshold_backward.default, 0)),
+    "relu6": ((_aten.hardtanh.default, 0, 6), (_aten.hardtanh_backward.default, 0, 6)),
+    "leaky_relu": (
         (_aten.leaky_relu.default, SLOPE),
         (_aten.leaky_relu_backward.default, SLOPE, ANY),
     ),
+}
+
+
+def _operators(name: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the patterns of an activation: its function's operators, with their defaults."""
+    if name in _SPECIAL:
+        return _SPECIAL[name]
+    forward, backward = getattr(_aten, name).default, getattr(_aten, f"{name}_backward").default
+    return (forward, *_defaults(forward, 1)), (backward, *_defaults(backward, 2))
+
+
+def _defaults(operator: OpOverload, tensors: int) -> list[Any]:
+    return [argument.default_value for argument in operator._schema.arguments[tensors:]]
+
+
+ACTIVATIONS = tuple(
+    Activation(name, *_operators(name), facts.from_output, facts.slope > 0)
+    for name, facts in _core.ACTIVATIONS.items()
 )
 
 
@@ -67,15 +82,15 @@ def is_backward_of(node: Node, activation: Activation, slope: float) -> bool:
 
 
 def _slope(node: Node, pattern: tuple[Any, ...], tensors: int) -> float | None:
-    """Return the slope if a node fits a pattern (0.01 where it has none), else None."""
+    """Return the slope if a node fits a pattern (0 where it has none), else None."""
     target, *wanted = pattern
     if node.target is not target:
         return None
-    slope = 0.01
+    slope = 0.0
     for want, value in zip(wanted, constants(node)[tensors:], strict=True):
         if want is SLOPE and isinstance(value, (int, float)):
             slope = float(value)
-        elif want is not ANY and not (isinstance(value, (int, float)) and value == want):
+        elif want is not ANY and (isinstance(value, Node) or value != want):
             return None
     return slope
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bnfast import _arrays, _core
-from bnfast.distributed import Merging, Move, Ranks, Summing, plain_activation, ranks_of
+from bnfast import _core, _errors, _options
+from bnfast.distributed import Merging, Move, Ranks, Summing, ranks_of
 
 from . import fused, tensors
 from .convert import OURS
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bnfast._types import Activation
     from bnfast.moments import Moments
 
-    from .fused import Activation, Gradients, Vector
+    from .fused import Gradients, Vector
 
     State = tuple[Vector, ...]
 
@@ -128,7 +129,7 @@ class SyncBatchNorm(BatchNormOnCPU):
                 over_ranks = torch.compiler.disable(over_ranks)
             return over_ranks(input, residual, activation)
         y = nn.SyncBatchNorm.forward(self, input)
-        return fused.rest(y, residual, plain_activation(activation))
+        return fused.rest(y, residual, _plain(activation))
 
     def _synchronises(self) -> bool:
         return (
@@ -165,13 +166,13 @@ class SyncBatchNorm(BatchNormOnCPU):
                 "possible under transforms, tracing or fake tensors; call eval(), or use BatchNorm"
             )
         if not isinstance(x, Tensor):
-            raise TypeError(f"input is {_arrays.kind(x)}; expected a tensor")
+            raise TypeError(f"input is {_errors.kind(x)}; expected a tensor")
         if x.device.type != "cpu":
             raise ValueError(
                 f"SyncBatchNorm expected input tensor to be on GPU, or on the CPU, got {x.device}"
             )
         state = (self.weight, self.bias, self.running_mean, self.running_var)
-        eps = _arrays.eps(self.eps, training=True)
+        eps = _options.eps(self.eps, training=True)
         x = x.resolve_neg()
         self._check_input_dim(x)
         self._check_non_zero_input_channels(x)
@@ -187,7 +188,7 @@ class SyncBatchNorm(BatchNormOnCPU):
             )
         with torch.no_grad():
             y = torch.empty_like(x)
-        activation = plain_activation(activation)
+        activation = _plain(activation)
         return _ForwardCall(x, weight, bias, residual, eps, activation, move, wants_gradient, y)
 
     def _check_tensors(self, x: Tensor, residual: Tensor | None, state: State) -> None:
@@ -217,7 +218,7 @@ class SyncBatchNorm(BatchNormOnCPU):
     @torch.no_grad()
     def _move(self, running: Sequence[Tensor | None]) -> Move:
         """Return what moves the running statistics, known to be able to."""
-        momentum = _arrays.real("momentum", self._momentum())
+        momentum = _options.real("momentum", self._momentum())
         pairs = []
         for tensor in running:
             if tensor is not None:
@@ -270,13 +271,17 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
     return model
 
 
+def _plain(activation: Any) -> Activation:
+    return _options.plain_activation(activation, _core.ACTIVATIONS)
+
+
 def _check_readable(name: str, tensor: Any) -> None:
     if fused.is_plain(tensor):
         return
     if isinstance(tensor, Tensor):  # PyTorch's repr of one whose memory was freed would crash
         found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
     else:
-        found = _arrays.kind(tensor)
+        found = _errors.kind(tensor)
     accepted = ", ".join(sorted(str(dtype) for dtype in fused.DTYPES))
     raise TypeError(
         f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"
@@ -352,8 +357,8 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         y, activation = call.y, call.activation
         masked = activation is not None
-        output = y if masked and residual is not None else None
-        ctx.save_for_backward(x, weight, bias if masked else None, output, mean, inv_std)
+        beside = fused.beside(y, residual, activation)
+        ctx.save_for_backward(x, weight, bias if masked else None, beside, mean, inv_std)
         ctx.activation = activation
         ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
         ctx.count, ctx.ranks, ctx.channels = count, ranks, len(mean)
@@ -385,10 +390,11 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 def _backward_call(ctx: Any, dy: Tensor) -> _BackwardCall:
     """Read all that a backward takes, and refuse what the kernels cannot read."""
-    x, weight, bias, y, mean, inv_std = ctx.saved_tensors
-    call = _BackwardCall(dy.resolve_neg(), x, mean, inv_std, weight, bias, y, ctx.activation)
+    x, weight, bias, beside, mean, inv_std = ctx.saved_tensors
+    call = _BackwardCall(dy.resolve_neg(), x, mean, inv_std, weight, bias, beside, ctx.activation)
     _check_readable("the output's gradient", call.dy)
-    saved = {"input": x, "weight": weight, "bias": bias, "output": y, "mean": mean, "std": inv_std}
+    saved = {"input": x, "weight": weight, "bias": bias, "mean": mean, "std": inv_std}
+    saved["output or residual"] = beside
     for name, tensor in saved.items():
         if tensor is not None and not fused.is_plain(tensor):
             raise RuntimeError(f"the {name}'s memory was freed; expected it for the backward")
@@ -404,7 +410,7 @@ class _BackwardCall(NamedTuple):
     inv_std: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    y: Tensor | None
+    beside: Tensor | None  # see fused.beside
     activation: Activation
 
     def over_part(self, needs: tuple[bool, ...]) -> Gradients:
@@ -425,6 +431,8 @@ class _BackwardCall(NamedTuple):
         return None if dresidual is None else tensors.tensor(dresidual, self.x)
 
     def _run(self, count: int, dx: Tensor | None, needs: tuple[bool, ...], sums: Any) -> Any:
+        beside = tensors.array(self.beside)
+        residual, y = fused.residual_and_output(beside, self.activation)
         with tensors.torch_threads():
             return _core.backward(
                 tensors.array(self.dy),
@@ -435,9 +443,9 @@ class _BackwardCall(NamedTuple):
                 tensors.array(self.weight),
                 tensors.array(self.bias),
                 1,
-                None,
+                residual,
                 self.activation,
-                tensors.array(self.y),
+                y,
                 tensors.array(dx),
                 needs,
                 sums,

@@ -31,19 +31,21 @@ from tolerance import (
     off_the_kinks,
 )
 
+from bnfast import _core
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 # The orders of src/bnfast.h.
-TYPES = ("float32", "float64", "float16", "bfloat16")
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
-UNMASKED, FROM_X, FROM_X_RESIDUAL, FROM_Y = range(4)
+TYPES = _core.TYPE_NAMES
+ACTIVATIONS = (None, *_core.ACTIVATIONS)  # by bnf_activation
+NO_Z, FROM_X, FROM_X_RESIDUAL, FROM_Y = range(4)
 POISON = 0xA5
 
 HEADER = np.dtype(
     [
-        *((name, "<i8") for name in ("type", "itemsize", "layout", "activation", "mask")),
+        *((name, "<i8") for name in ("type", "itemsize", "layout", "activation", "z_source")),
         *((name, "<i8") for name in ("through", "residual", "stream")),
         ("shape", "<i8", 3),
         ("tile", "<i8", 6),
@@ -160,7 +162,7 @@ class Case:
     """A problem of shape (outer, channels, inner), and which loops of the kernels it takes."""
 
     problem: Problem
-    mask: int
+    z_source: int
     through: bool
     stream: bool
     tile: tuple[slice, slice, slice]
@@ -170,7 +172,7 @@ class Case:
         p = self.problem
         return (
             f"{p.x.dtype} {p.x.shape} {self.tile} {p.activation} residual={p.residual is not None} "
-            f"mask={self.mask} through={self.through} stream={self.stream}"
+            f"z_source={self.z_source} through={self.through} stream={self.stream}"
         )
 
     def parameters(self):
@@ -198,7 +200,7 @@ class Case:
         header["itemsize"] = p.x.itemsize
         header["layout"] = p.x.shape[2] == 1
         header["activation"] = ACTIVATIONS.index(p.activation)
-        header["mask"] = self.mask
+        header["z_source"] = self.z_source
         header["through"] = self.through
         header["residual"] = p.residual is not None
         header["stream"] = self.stream
@@ -209,7 +211,7 @@ class Case:
         header["slope"] = 0.01
         arrays = [p.x, p.dy]
         arrays += [p.residual] if p.residual is not None else []
-        arrays += [self.y()] if self.mask == FROM_Y else []
+        arrays += [self.y()] if self.z_source == FROM_Y else []
         if self.special:
             arrays = [with_special_values(a) for a in arrays]
         return b"".join(a.tobytes() for a in (header, *arrays, *self.parameters()))
@@ -252,14 +254,16 @@ def loops():
     """Every loop that the kernels are compiled to, by what chooses it."""
     for activation, residual in product(ACTIVATIONS, (False, True)):
         recomputed = FROM_X_RESIDUAL if residual else FROM_X
-        masks = (UNMASKED,) if activation is None else (recomputed, FROM_Y)
-        yield from product((activation,), (residual,), masks, (False, True), (False, True))
+        sources = (NO_Z,) if activation is None else (recomputed,)
+        if activation is not None and _core.ACTIVATIONS[activation].from_output:
+            sources += (FROM_Y,)
+        yield from product((activation,), (residual,), sources, (False, True), (False, True))
 
 
-def make_case(shape, dtype, activation, residual, mask, through, stream, tile=WHOLE, seed=0):
+def make_case(shape, dtype, activation, residual, z_source, through, stream, tile=WHOLE, seed=0):
     p = make_problem(shape, dtype, activation=activation, residual=residual, seed=seed)
     off_the_kinks(p, batch_statistics(p.x, 1))
-    return Case(p, mask, through, stream, tile)
+    return Case(p, z_source, through, stream, tile)
 
 
 def with_special_values(a):

@@ -13,7 +13,7 @@
 #include "pages.h"
 
 typedef struct {
-    int64_t type, itemsize, layout, activation, mask, through, residual, stream;
+    int64_t type, itemsize, layout, activation, z_source, through, residual, stream;
     int64_t outer, channels, inner;
     int64_t tile[6];
     double slope;
@@ -56,14 +56,14 @@ static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE 
         .shape = {h->outer, h->channels, h->inner},
         .activation = (bnf_activation)h->activation,
         .slope = h->slope,
-        .mask = (bnf_mask)h->mask,
+        .z_source = (bnf_z_source)h->z_source,
         .through_moments = h->through,
         .stream = h->stream,
     };
     b.x = read_placed(cases, bytes);
     b.dy = read_placed(cases, bytes);
     b.residual = h->residual ? read_placed(cases, bytes) : NULL;
-    b.y = h->mask == BNF_FROM_Y ? read_placed(cases, bytes) : NULL;
+    b.y = h->z_source == BNF_Z_FROM_Y ? read_placed(cases, bytes) : NULL;
     b.mean = read_placed(cases, row);
     b.scale = read_placed(cases, row);
     b.shift = read_placed(cases, row);

@@ -1,6 +1,7 @@
 """Models compiled by the backend, each compared with itself uncompiled."""
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from layers import channels_last, dense
 from torch import nn
 
 import bnfast.torch
+from bnfast import _core
 
 FORMATS = {"NCHW": dense, "channels_last": channels_last}
 
@@ -67,11 +69,15 @@ class Residual(nn.Module):
         return self.activation(x + y if self.swap else y + x)
 
 
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "leaky_relu": lambda **options: nn.LeakyReLU(0.2, **options),
-}
+def module_of(name):
+    """PyTorch's module for an activation of the list, with another slope than the usual one."""
+    (kind,) = (
+        k for k in vars(nn).values() if getattr(k, "__name__", "").lower() == name.replace("_", "")
+    )
+    return partial(kind, 0.2) if _core.ACTIVATIONS[name].slope else kind
+
+
+ACTIVATIONS = {name: module_of(name) for name in _core.ACTIVATIONS}
 
 
 def images(memory=dense):

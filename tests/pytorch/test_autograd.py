@@ -11,8 +11,9 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import bnfast.torch
+from bnfast import _core
 
-ACTIVATIONS = [None, "relu", "relu6", ("leaky_relu", 0.2)]
+ACTIVATIONS = [None, *_core.ACTIVATIONS, ("leaky_relu", 0.2)]
 
 
 def layer_and_inputs(training, residual, shape=(4, 3, 2, 2)):

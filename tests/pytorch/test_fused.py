@@ -12,11 +12,12 @@ from layers import SmallResNet, channels_last, dense, gappy, ours_like, transpos
 from torch.library import opcheck
 
 import bnfast.torch
+from bnfast import _core
 from bnfast.torch import fused
 
 FORWARD, BACKWARD = torch.ops.bnfast.batch_norm_act, torch.ops.bnfast.batch_norm_act_backward
 ARRANGE = pytest.mark.parametrize("arrange", [dense, channels_last, gappy, transposed])
-ACTIVATIONS = pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu"])
+ACTIVATIONS = pytest.mark.parametrize("activation", [None, *_core.ACTIVATIONS])
 RESIDUAL = pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -58,10 +59,9 @@ def test_values_and_gradients(training, residual, activation, arrange, ran):
         torch.testing.assert_close(ours[i], theirs[i])
     x, weight, bias, mean, var, _, _, eps, _, *activation = ours[:11]
     masked = residual and activation[0] is not None
+    kept = fused.beside(y, ours[8], activation[0])
     tensors = (dy, x, weight, bias, mean, var, save_mean, save_invstd)
-    found = BACKWARD(
-        *tensors, training, eps, y if masked else None, *activation, [True, True, True, masked]
-    )
+    found = BACKWARD(*tensors, training, eps, kept, *activation, [True, True, True, masked])
     for got, gradient in zip(found, wanted, strict=False):
         torch.testing.assert_close(got if got is not None else dy, gradient)
     assert by_direction(ran()) == {"forward" if training else "inference": 1, "backward": 1}

@@ -16,9 +16,10 @@ from torch import nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import bnfast.torch
+from bnfast import _core
 
 DTYPES = {"float32": np.float32, "float64": np.float64}
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", ("leaky_relu", 0.3))
+ACTIVATIONS = (None, *_core.ACTIVATIONS, ("leaky_relu", 0.3))
 NORMS = [info for info in module_db if info.name.startswith("nn.BatchNorm")]
 
 

@@ -1,0 +1,68 @@
+"""The wording of errors: what an argument was, and whose an exception is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ._types import Array
+
+# Types whose conversions and reprs run no Python code of a user's, objects in containers aside.
+_PLAIN = frozenset(
+    {*np.ScalarType, *(bytearray, dict, list, range, set, tuple, type), type(None), np.ndarray}
+)
+# The modules that convert arguments: an error raised in one of them is ours.
+_OURS = frozenset(f"{__package__}.{name}" for name in ("_arrays", "_errors", "_options"))
+
+
+def is_array(value: Any) -> TypeGuard[Array]:
+    """Whether an argument is an array by its type, whatever its `__class__` is."""
+    return issubclass(type(value), np.ndarray)
+
+
+def is_its_own(error: Exception, value: Any) -> bool:
+    """Whether an error is what a value answered when asked for a number, a truth or an array.
+
+    Where its class is somebody else's, it is. A plain one answers from C, so that an error with
+    a frame of other Python in it is a signal handler's, or of an object that a list holds.
+    """
+    if type(value) not in _PLAIN:
+        return True
+    return is_from_here(error) and not isinstance(error, RecursionError)
+
+
+def is_from_here(error: Exception) -> bool:
+    """Whether an error was raised by the modules that convert arguments, or by C they called."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals.get("__name__") in _OURS
+
+
+def kind(value: Any) -> str:
+    """Return what an argument is, in the words of an error."""
+    if is_array(value):
+        return shown(value)
+    return f"{shown(value)} of type {type(value).__name__}"
+
+
+def shown(value: Any) -> str:
+    """Return the beginning of an argument's repr, which may raise anything and is no matter."""
+    if is_array(value):
+        return f"an array of {value.dtype}"
+    try:
+        return f"{value!r:.60}"
+    except Exception as error:
+        if type(value) in _PLAIN and not is_from_here(error):
+            raise
+        return f"an unprintable {type(value).__name__}"
+
+
+def type_names(types: tuple[type, ...]) -> tuple[str, ...]:
+    return tuple(kind.__name__ for kind in types)
+
+
+def listed(names: tuple[str, ...]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]

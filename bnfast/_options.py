@@ -1,0 +1,161 @@
+"""Options of a call that are no arrays: converted, or refused with their name."""
+
+from __future__ import annotations
+
+import sys
+from math import isfinite
+from operator import index
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ._errors import is_its_own, kind, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from ._types import Activation
+
+# The kinds of dtype that are not read as numbers: bool, complex, durations, dates, texts.
+_NO_NUMBERS = tuple("bcmMSU")
+# So that the bytes of their float64 numbers can be counted.
+_MOST_CHANNELS = sys.maxsize // 8
+
+
+class ActivationFacts(NamedTuple):
+    """What src/activations.inc says of an activation."""
+
+    code: int  # its bnf_activation
+    from_output: bool  # whether the output tells the derivative
+    slope: float  # the default; 0 for an activation that takes none
+
+
+def activation(value: Any, known: Mapping[str, ActivationFacts]) -> tuple[str, float]:
+    """Return an activation's name and slope; `known` is `_core.ACTIVATIONS`."""
+    name, slope = value, None
+    if isinstance(value, tuple) and len(value) == 2 and _takes_slope(value[0], known):
+        name, slope = value[0], real("activation slope", value[1])
+        if not 0 < slope <= 1:
+            raise ValueError(f"activation slope is {slope}; expected 0 < slope <= 1")
+    if not isinstance(name, str) or name not in known:
+        error = ValueError if isinstance(name, str | tuple) else TypeError
+        sloped = [f"({name!r}, slope)" for name in known if _takes_slope(name, known)]
+        expected = ", ".join(["None", *map(repr, known)]) + " or " + ", ".join(sloped)
+        raise error(f"activation is {shown(value)}; expected {expected}")
+    return name, known[name].slope if slope is None else slope
+
+
+def plain_activation(value: Any, known: Mapping[str, ActivationFacts]) -> Activation:
+    """Return an activation in Python's own types, whose use runs no code of the caller's."""
+    if value is None:
+        return None
+    name, slope = activation(value, known)
+    plain: Any = str(name)
+    return (plain, slope) if known[name].slope > 0 else plain
+
+
+def _takes_slope(name: Any, known: Mapping[str, ActivationFacts]) -> bool:
+    return isinstance(name, str) and name in known and known[name].slope > 0
+
+
+def real(name: str, value: Any) -> float:
+    """Return an option that must be a finite number."""
+    number: float = value if type(value) is float else _answer(name, value, "a number", _as_real)
+    if not isfinite(number):
+        raise ValueError(f"{name} is {number}; expected a finite number")
+    return number
+
+
+def integer(name: str, value: Any, expected: str = "an integer") -> int:
+    """Return an option that must be an integer."""
+    if type(value) is int:
+        return value
+    number: int = _answer(name, value, expected, _as_integer)
+    return number
+
+
+def _as_real(value: Any) -> float:
+    if _is_no_number(value) or not hasattr(value, "__float__"):
+        raise TypeError
+    if getattr(value, "shape", ()) != ():  # NumPy makes a number of one in brackets, too
+        raise TypeError
+    return float.__float__(float(value))
+
+
+def _as_integer(value: Any) -> int:
+    if _is_no_number(value):
+        raise TypeError
+    return int.__int__(index(value))  # index() may return a subclass
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether Python or NumPy would make a number of what is a text, a truth or a duration."""
+    kind_of_dtype = getattr(getattr(value, "dtype", None), "kind", "f")
+    return isinstance(value, str | bytes | bool) or kind_of_dtype in _NO_NUMBERS
+
+
+def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]) -> Any:
+    """Return what an option is when asked, or raise TypeError with the option's own error."""
+    try:
+        return question(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if not is_its_own(error, value):
+            raise
+        raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
+
+
+def decimal(text: str) -> int | None:
+    """Return a setting in the environment as a number; None if it is no plain one of 64 bits."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+
+def channel_count(name: str, value: Any) -> int:
+    """Return a number of channels; memory may still not suffice for so many."""
+    number = integer(name, value)
+    if not 0 <= number <= _MOST_CHANNELS:
+        raise ValueError(f"{name} is {shown(number)}; expected 0 to {_MOST_CHANNELS}")
+    return number
+
+
+def truth(name: str, value: Any) -> bool:
+    """Return an option that is true or false."""
+    answer: bool = _answer(name, value, "True or False", bool)
+    return answer
+
+
+def dtype(name: str, value: Any, expected: str) -> np.dtype[Any]:
+    """Return an option that NumPy can take for a dtype."""
+    try:
+        found: np.dtype[Any] = np.dtype(value)
+    except Exception as error:
+        if not is_its_own(error, value):
+            raise
+        raise TypeError(f"{name} is {shown(value)}; expected {expected}") from error
+    return found
+
+
+def eps(value: Any, training: bool) -> float:
+    """Return eps: above 0 in training, where a variance can be 0; at least 0 in inference."""
+    number = real("eps", value)
+    if number < 0 or (training and number == 0):
+        bound = "> 0 in training" if training else ">= 0"
+        raise ValueError(f"eps is {number}; expected {bound}")
+    return number
+
+
+def ddof(value: Any) -> int:
+    """Return the correction of the running variance: m - ddof values."""
+    number = integer("ddof", value)
+    if number not in (0, 1):
+        raise ValueError(f"ddof is {shown(number)}; expected 0 or 1")
+    return number
+
+
+def batch_size(count: Any) -> float:
+    """Return the values per channel of a batch, exact as far as memory reaches."""
+    number = integer("stats.count", count)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"stats.count is {shown(number)}; expected 0 to {2**63 - 1}")
+    return float(number)
