@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EDITABLE ?= --editable
 ARGS ?=
+DEBUG ?=
 BENCH_VENV ?= .venv-bench
 ZOO_VENV ?= .venv-zoo
 TORCH ?= torch==2.13.0
@@ -24,19 +25,20 @@ LIBGOMP ?=
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
+PIP := $(VENV)/.bnfast-pip
 COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/torch/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
 COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
-C_SOURCES := $(wildcard src/*.[ch] bnfast/torch/*.[ch] bench/*.c tests/kernels/*.[ch])
+C_SOURCES := $(wildcard src/*.[ch] bnfast/torch/*.[ch] bench/*/*.c tests/kernels/*.[ch])
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-torch test-zoo zoo-tests test-distributed test-onnx test-neon \
-    test-avx512-emulated sanitize sanitize-test sanitize-torch sanitize-torch-test coverage \
-    coverage-test tsan matrix lint format docs bench bench-compare bench-suite bench-pytest dist \
-    sdist wheels test-wheels clean
+.PHONY: help demo build build-debug test smoke test-torch test-zoo zoo-tests test-distributed \
+    test-onnx test-neon test-avx512-emulated sanitize sanitize-test sanitize-torch \
+    sanitize-torch-test coverage coverage-test tsan matrix mutants lint format docs bench \
+    bench-compare bench-suite bench-pytest instructions dist sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -47,6 +49,16 @@ demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
 
 test: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
+
+build: $(VENV)/.bnfast-build  ## compile in place what an edit of C or Cython needs; DEBUG=1: a debug build
+	$(if $(filter 1,$(DEBUG)),BNFAST_DEBUG=1) $(PY) setup.py --quiet build_clib build_ext --inplace
+	@test ! -e $(INSTALLED) -o pyproject.toml -nt $(INSTALLED) || touch $(INSTALLED)
+
+build-debug:  ## the same with -Og, -g and assertions, for gdb; `make build` puts the usual one back
+	@$(MAKE) --no-print-directory build DEBUG=1
+
+smoke: $(VENV)/.bnfast-test  ## each part of the library once, in seconds
+	$(PY) -m pytest -m smoke $(ARGS)
 
 test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	@command -v aarch64-linux-gnu-gcc qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu || { \
@@ -113,6 +125,10 @@ coverage-test: $(if $(TORCH),$(VENV)/.bnfast-pytorch) $(VENV)/.bnfast-engines $(
 matrix: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## how many tests each kernel has; writes tests/MATRIX.md
 	$(PY) -m pytest --matrix tests/MATRIX.md $(ARGS)
 
+mutants: $(VENV)/.bnfast-test $(VENV)/.bnfast-build $(VENV)/.bnfast-pytorch $(VENV)/.bnfast-simde  ## mistakes made on purpose, each of which a test must notice: hours
+	$(PY) tests/kernels/mutants.py
+	$(PY) tests/mutants.py $(ARGS)
+
 tsan: $(VENV)/.bnfast-test  ## whole calls in a C program under ThreadSanitizer, by clang and its OpenMP
 	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import targets; \
 	    sys.exit(targets.ARCHER is None and 'bnfast: tsan needs clang with ThreadSanitizer and OpenMP (Debian, Ubuntu: apt install clang libclang-rt-dev libomp-dev)')"
@@ -139,13 +155,14 @@ $(VENV)/.bnfast-formats: $(INSTALLED)
 	-$(if $(FORMATS),$(PY) -m pip install --quiet $(FORMATS))
 	@touch $@
 
-lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy, zizmor
+lint: $(VENV)/.bnfast-dev  ## ruff, cython-lint, clang-format, codespell, mypy, stubtest, zizmor
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	PATH="$(abspath $(VENV))/bin:$$PATH" cython-lint $(CYTHON_SOURCES)
 	$(VENV)/bin/clang-format --dry-run --Werror $(C_SOURCES)
 	$(VENV)/bin/codespell
 	$(PY) -m mypy
+	$(PY) -m mypy.stubtest bnfast._core --allowlist tests/typing/stubtest.txt --ignore-unused-allowlist
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
@@ -159,18 +176,21 @@ format: $(VENV)/.bnfast-dev  ## rewrite Python and C in the project's format
 docs: $(VENV)/.bnfast-docs  ## the documentation, into docs/_build/html
 	$(PY) -m sphinx --fail-on-warning --keep-going --fresh-env docs docs/_build/html $(ARGS)
 
-bench:  ## against NumPy, PyTorch, oneDNN, ONNX Runtime and memory; writes bench/RESULTS.md
+bench:  ## against NumPy, PyTorch, oneDNN, ONNX Runtime and memory; writes bench/results/
 	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-compare
 
 bench-compare: $(VENV)/.bnfast-bench $(VENV)/.bnfast-peers
-	$(PY) bench/compare.py --json bench/results.json --markdown bench/RESULTS.md \
-	    --figures bench/figures $(ARGS)
+	$(PY) -m bench.compare --json bench/results/results.json --markdown bench/results/RESULTS.md \
+	    --figures bench/results/figures $(ARGS)
 
 bench-suite:  ## pytest-benchmark; ARGS="--benchmark-autosave", then, changed, "--benchmark-compare"
 	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-pytest
 
 bench-pytest: $(VENV)/.bnfast-bench
-	$(PY) -m pytest bench $(ARGS)
+	$(PY) -m pytest bench/suite $(ARGS)
+
+instructions: $(INSTALLED)  ## instruction counts of small calls under valgrind, against their pins; ARGS=--write
+	$(PY) -m bench.instructions $(ARGS)
 
 # Peers of the comparison. One that cannot be installed is left out of it, and said to be. The
 # PyTorch of PyPI brings gigabytes of GPU libraries along; PyTorch's own index for the CPU does not.
@@ -180,16 +200,16 @@ $(VENV)/.bnfast-peers: $(INSTALLED)
 	-$(if $(TORCH),$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
 	@touch $@
 
-$(VENV)/.bnfast-pytorch: pyproject.toml $(INSTALLED)
+$(VENV)/.bnfast-pytorch: pyproject.toml $(INSTALLED) | $(PIP)
 	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PY) -m pip install --quiet "bnfast[test-torch]"
+	$(PY) -m pip install --quiet --group test-torch
 	@touch $@
 
 # A torchvision fits one PyTorch. Naming that again keeps the one that is there, instead of the
 # newest with gigabytes of GPU libraries, and finds the torchvision for it.
-$(VENV)/.bnfast-zoo: pyproject.toml $(INSTALLED)
+$(VENV)/.bnfast-zoo: pyproject.toml $(INSTALLED) | $(PIP)
 	$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PY) -m pip install --quiet $(TORCH) "bnfast[zoo]"
+	$(PY) -m pip install --quiet $(TORCH) --group zoo
 	@touch $@
 
 # What work is spread over processes with. Tests of one that cannot be installed are skipped, and
@@ -255,7 +275,22 @@ $(INSTALLED): $(COMPILED_FROM) | $(CREATED)
 	$(PY) -m pip install --quiet $(EDITABLE) .
 	@touch $@
 
-# bnfast itself is already installed, so this adds the extra's packages and compiles nothing.
-$(VENV)/.bnfast-%: pyproject.toml $(INSTALLED)
+# A venv starts with the pip that came with its Python; groups are read since 25.1.
+$(PIP): | $(CREATED)
+	$(PY) -m pip install --quiet "pip>=25.1"
+	@touch $@
+
+# Without bnfast, which is to be built.
+$(VENV)/.bnfast-build: pyproject.toml | $(PIP)
+	$(PY) -m pip install --quiet --group build
+	@touch $@
+
+# An extra of bnfast, which is already installed, so this adds the packages and compiles nothing.
+$(VENV)/.bnfast-demo $(VENV)/.bnfast-distributed: $(VENV)/.bnfast-%: pyproject.toml $(INSTALLED)
 	$(PY) -m pip install --quiet "bnfast[$*]"
+	@touch $@
+
+# Any other name is a developers' group of pyproject.toml.
+$(VENV)/.bnfast-%: pyproject.toml $(INSTALLED) | $(PIP)
+	$(PY) -m pip install --quiet --group $*
 	@touch $@

@@ -5,14 +5,18 @@ instruction of a newer processor can leak into code that runs on every one.
 """
 
 import os
+import re
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
+from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -44,9 +48,16 @@ if SANITIZE:
 COVERAGE = ["--coverage"] if os.environ.get("BNFAST_COVERAGE") == "1" else []
 if COVERAGE:
     COMMON += [*COVERAGE, "-O1", "-fprofile-update=atomic"]
-# Objects of different builds must not meet: what is newer says nothing about their flags.
-VARIANT = SANITIZERS.replace(",", "-") if SANITIZE else "coverage" if COVERAGE else ""
-BUILD = os.path.join("build", VARIANT) if VARIANT else "build"
+# BNFAST_DEBUG=1: a build for a debugger, with assertions (`make build-debug`).
+DEBUG = os.environ.get("BNFAST_DEBUG") == "1"
+if DEBUG:
+    COMMON += ["-Og", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
+# One build directory per variant and interpreter, also where pip would take a temporary one: an
+# object is compiled again only where it has to be.
+VARIANTS = [SANITIZERS.replace(",", "-"), "coverage" if COVERAGE else "", "debug" if DEBUG else ""]
+BUILD = os.path.join("build", "-".join(filter(None, VARIANTS)))
+TARGET = f"{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI')}"
+OBJECTS = os.path.join(BUILD, f"objects-{TARGET}")
 OPENMP = ["-fopenmp"]  # for src/threads.c
 # The compiler's own conventions of other vector widths and nested braces are not ours.
 KERNEL = [*COMMON, "-Wno-missing-braces"]
@@ -78,17 +89,7 @@ def processor():
 
 
 def library(name, sources, flags):
-    headers = [
-        f"src/{file}"
-        for file in sorted(os.listdir(os.path.join(ROOT, "src")))
-        if file.endswith((".h", ".inc"))
-    ]
-    return name, {
-        "sources": sources,
-        "cflags": flags,
-        "include_dirs": ["src"],
-        "obj_deps": {"": headers},
-    }
+    return name, {"sources": sources, "cflags": flags, "include_dirs": ["src"]}
 
 
 def libraries():
@@ -115,7 +116,6 @@ def extension():
             ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
             ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),  # the first with memory handlers
         ],
-        depends=[f"src/{file}" for file in os.listdir(os.path.join(ROOT, "src"))],
         extra_compile_args=COMMON,
         # CFLAGS are in the link too, where -ffast-math adds code that changes the floating-point
         # environment of the process that loads it.
@@ -127,24 +127,64 @@ def torch_extension():
     """PyTorch's kernels: nothing of PyTorch's is needed to build them."""
     folder = "bnfast/torch"
     files = sorted(os.listdir(os.path.join(ROOT, folder)))
-    headers = [f"{folder}/{file}" for file in files if file.endswith(".h")]
     return Extension(
         "bnfast.torch._aten",
         [f"{folder}/{file}" for file in files if file.endswith(".c")],
         include_dirs=["src"],
-        depends=[
-            *headers,
-            *(f"src/{file}" for file in ("activations.inc", "types.inc", "bnfast.h", "driver.h")),
-            *("src/float_env.h", "src/simd_scalar.h"),
-        ],
         # PyTorch's exceptions are thrown through a kernel's frame.
         extra_compile_args=[*COMMON, "-fexceptions"],
         extra_link_args=["-O2", *EXACT, *SANITIZE, *COVERAGE],
     )
 
 
+# ---- Building: an edit compiles what includes the file, on all cores
+
+
+def is_outdated(target, command):
+    """Whether an object is older than a file it was made from, or was made by another command.
+
+    The compiler lists the files (-MMD) as make reads them: "target: file file \\ file".
+    """
+    made_by, files = target.with_suffix(".command"), target.with_suffix(".d")
+    try:
+        if made_by.read_text("utf-8") != command:
+            return True
+        listed = files.read_text("utf-8").replace("\\\n", " ").partition(": ")[2]
+        names = [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", listed.strip())]
+        made = target.stat().st_mtime_ns
+        return any(Path(name).stat().st_mtime_ns > made for name in names)
+    except OSError:  # one of them is no more
+        return True
+
+
+def compile_outdated(compiler, folder, units):
+    """Compile each (source, options) whose object is outdated, on all cores."""
+
+    def compile_one(unit):
+        source, options = unit
+        target = Path(compiler.object_filenames([source], output_dir=folder)[0])
+        command = repr((compiler.compiler_so, compiler.include_dirs, options))
+        if is_outdated(target, command):
+            made_by = target.with_suffix(".command")
+            made_by.unlink(missing_ok=True)
+            compiler.compile([source], folder, **options)
+            made_by.write_text(command, "utf-8")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(compile_one, units))
+
+
+def options_of(flags, **others):
+    return {"extra_postargs": [*flags, "-MMD"], **others}
+
+
 class BuildLibraries(build_clib):
     """Says what is missing before the first file is compiled."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = self.build_clib = OBJECTS
 
     def build_libraries(self, libraries):
         if not self.can_build([]):
@@ -157,7 +197,15 @@ class BuildLibraries(build_clib):
                 f"bnfast: the C compiler {self.compiler.compiler_so[0]} has no OpenMP "
                 "(-fopenmp); install gcc, or clang with libomp, and name it in CC"
             )
-        super().build_libraries(libraries)
+        units = [
+            (source, options_of(facts["cflags"], include_dirs=facts["include_dirs"]))
+            for _, facts in reversed(libraries)  # what takes longest first
+            for source in facts["sources"]
+        ]
+        compile_outdated(self.compiler, self.build_temp, units)
+        for name, facts in libraries:
+            objects = self.compiler.object_filenames(facts["sources"], output_dir=self.build_temp)
+            self.compiler.create_static_lib(objects, name, output_dir=self.build_clib)
 
     def can_build(self, flags):
         with tempfile.TemporaryDirectory() as folder:
@@ -172,6 +220,36 @@ class BuildLibraries(build_clib):
         return True
 
 
+class BuildExtensions(build_ext):
+    """Links always: of the static libraries, setuptools does not look at the age."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = OBJECTS
+
+    def build_extensions(self):
+        units = [
+            (
+                source,
+                options_of(
+                    extension.extra_compile_args,
+                    include_dirs=extension.include_dirs,
+                    macros=extension.define_macros,
+                ),
+            )
+            for extension in self.extensions
+            for source in extension.sources
+        ]
+        compile_outdated(self.compiler, self.build_temp, units)
+        self.compiler.compile = self.objects_of
+        # Also copied always, in place of another variant's that is newer.
+        self.force = self.compiler.force = True
+        super().build_extensions()
+
+    def objects_of(self, sources, output_dir=None, **options):
+        return self.compiler.object_filenames(sources, output_dir=output_dir)
+
+
 if __name__ == "__main__":
     setup(
         # Counted are the lines of the .pyx, which no other build's C names.
@@ -183,5 +261,5 @@ if __name__ == "__main__":
         ],
         libraries=LIBRARIES,
         options={"build": {"build_base": BUILD}},
-        cmdclass={"build_clib": BuildLibraries},
+        cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtensions},
     )

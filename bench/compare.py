@@ -1,13 +1,14 @@
-"""bnfast against every peer that is here, and against what memory allows, in one run.
+"""Compare bnfast with every peer that is installed, and with what memory allows, in one run.
 
-    python bench/compare.py --quick                   under two minutes
-    python bench/compare.py --json r.json --markdown RESULTS.md --figures figures
-    python bench/compare.py --shapes 32x256x56x56 --threads 1 2 --peers torch onednn
+    python -m bench.compare --quick                   under two minutes
+    python -m bench.compare --json r.json --markdown RESULTS.md --figures figures
+    python -m bench.compare --shapes 32x256x56x56 --threads 1 2 --peers torch onednn
 
-All contestants of a row run in turn on the same arrays (see timing.py), their outputs given, and
-their answers compared with float64 NumPy first. Peers: numpy, torch, onednn, onnxruntime, and
-limits, which are loops that only move the bytes; those not installed are named and left out.
-With --cold each call takes another set of arrays, of more than twice the last cache together.
+All contestants of a row run in turn on the same arrays (see harness/timing.py), with preallocated
+outputs. Their answers are compared with float64 NumPy first. Peers: numpy, torch, onednn,
+onnxruntime, and limits, which are loops that only move the bytes. Peers that are not installed are
+named and left out. With --cold each call takes another set of arrays; together the sets have more
+than twice the size of the last cache.
 """
 
 from __future__ import annotations
@@ -22,30 +23,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import compiled
-import extras
-import limits
-import machine
-import report
-import report_markdown
-import scaling
-import shapes
-from cases import DTYPES, STEPS, VARIANTS, Case, Data, Run
-from peer_bnfast import Ours
-from timing import Contestant, Progress, measure
+from bench.harness import compiled, extras, limits, machine, scaling, shapes
+from bench.harness.cases import DTYPES, STEPS, VARIANTS, Case, Data, Run
+from bench.harness.timing import Contestant, Progress, measure
+from bench.peers.ours import Ours
+from bench.report.markdown import markdown
+from bench.report.text import text
 
 PEERS = {
-    "limits": ("limits", "Limits"),
-    "numpy": ("peer_numpy", "NumPy"),
-    "torch": ("peer_torch", "Torch"),
-    "onednn": ("peer_onednn", "OneDNN"),
-    "onnxruntime": ("peer_onnxruntime", "OnnxRuntime"),
+    "limits": ("bench.harness.limits", "Limits"),
+    "numpy": ("bench.peers.plain_numpy", "NumPy"),
+    "torch": ("bench.peers.pytorch", "Torch"),
+    "onednn": ("bench.peers.onednn", "OneDNN"),
+    "onnxruntime": ("bench.peers.onnx_runtime", "OnnxRuntime"),
 }
-MOST_SETS = 256  # of a cold row; smaller shapes are left out, since their calls are never cold
+RESULTS = Path(__file__).parent / "results"
+MOST_SETS = 256  # of a cold row; shapes that need more are left out
 
 
 def load_peers(wanted: list[str]) -> tuple[list[Any], dict[str, str]]:
-    """The peers that are here, bnfast first, and each one's version or why it is not."""
+    """Return the installed peers, bnfast first, and the version of each or why it is left out."""
     found, versions = [Ours()], {"bnfast": Ours.version}
     for name in wanted:
         module, kind = PEERS[name]
@@ -59,7 +56,7 @@ def load_peers(wanted: list[str]) -> tuple[list[Any], dict[str, str]]:
 
 
 def sets_for(case: Case, cold: bool, cache: int) -> int | None:
-    """How many sets of arrays a row turns through; None where no number would be cold."""
+    """Return how many sets of arrays a row needs; None where it would need too many."""
     sets = math.ceil(2 * cache / case.nbytes) if cold else 1
     return sets if sets <= MOST_SETS else None
 
@@ -116,7 +113,10 @@ class Comparison:
         }  # fmt: skip
 
     def runs_of(self, peer: Any, data: Data, step: str) -> dict[str, list[Run]]:
-        """A peer's contestants by name, one call a set of arrays; those that answer wrong, not."""
+        """Return a peer's contestants by name, a call for each set of arrays.
+
+        Contestants whose answer is wrong are left out.
+        """
         made = [peer.runs(data, buffers, step) for buffers in data.sets]
         right = [name for name, run in made[0].items() if self.answers_right(name, data, step, run)]
         return {name: [runs[name] for runs in made] for name in right}
@@ -142,16 +142,24 @@ def arguments() -> argparse.Namespace:
     add("--threads", type=int, nargs="+", default=[2, 1])
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS), metavar="PEER")
     add("--dtype", choices=DTYPES, default="float32")
-    add("--offset", type=int, default=0, choices=(0, 16, 32, 48), help="of arrays to cache lines")
-    add("--attempts", type=int, help="at a row, while others take over 5%% of the CPU time used")
+    add(
+        "--offset",
+        type=int,
+        default=0,
+        choices=(0, 16, 32, 48),
+        help="of arrays from a cache line, in bytes",
+    )
+    add(
+        "--attempts", type=int, help="at a row, while other processes take over 5%% of the CPU time"
+    )
     add("--cold", action="store_true", help="add rows whose arrays are in no cache")
     add("--rounds", type=int)
-    add("--budget", type=float, help="seconds that a slow contestant may take in a row")
-    add("--fewest", type=int, help="rounds that it takes part in all the same")
+    add("--budget", type=float, help="seconds that a slow contestant may take for a row")
+    add("--fewest", type=int, help="rounds that a slow contestant takes part in at least")
     add("--no-scaling", action="store_true", help="leave out the curve from 1 MB to 1 GB")
     add("--json", type=Path, metavar="FILE")
     add("--markdown", type=Path, metavar="FILE")
-    add("--figures", type=Path, metavar="DIR", nargs="?", const=Path(__file__).parent / "figures")
+    add("--figures", type=Path, metavar="DIR", nargs="?", const=RESULTS / "figures")
     return with_defaults(parser.parse_args())
 
 
@@ -180,7 +188,7 @@ def main() -> None:
     results = {
         "machine": described,
         "peers": versions,
-        "command": " ".join(["python bench/compare.py", *sys.argv[1:]]),
+        "command": " ".join(["python -m bench.compare", *sys.argv[1:]]),
         "rounds": options.rounds,
         "fewest": options.fewest,
         "rows": comparison.rows,
@@ -195,18 +203,17 @@ def main() -> None:
 
 
 def write(results: dict[str, Any], options: argparse.Namespace) -> None:
-    # First what took the time, so that a fault in a drawing does not cost it.
+    # The JSON first, so that an error in a drawing does not lose the measurements.
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(report.text(results))
+    print(text(results))
     figures = []
     if options.figures:
-        import draw
+        from bench.report.figures import all_figures
 
-        figures = draw.all_figures(results, options.figures)
+        figures = all_figures(results, options.figures)
     if options.markdown:
-        text = report_markdown.markdown(results, figures, options.markdown.parent)
-        options.markdown.write_text(text)
+        options.markdown.write_text(markdown(results, figures, options.markdown.parent))
 
 
 if __name__ == "__main__":

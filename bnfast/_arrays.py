@@ -209,7 +209,8 @@ def _is_data_type(dtype: np.dtype[Any]) -> bool:
 def check_type(name: str, a: Array) -> None:
     """Refuse an array of a type that data cannot have."""
     if not _is_data_type(a.dtype):
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(_DATA_NAMES)}")
+        hint = " (convert it: .astype(np.float32))" if a.dtype.kind in "iub" else ""
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(_DATA_NAMES)}{hint}")
 
 
 def _check_tensor(name: str, a: Array) -> None:
@@ -469,6 +470,16 @@ def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
     raise ValueError(
         f"stats.count is {count:.0f}; expected the {m} values per channel of x, "
         "or 0 for constant statistics"
+    )
+
+
+def refuse_part(count: float, m: int) -> NoReturn:
+    """Refuse moments that cannot be those of a batch that x is a part of."""
+    if count == 1:
+        raise ValueError("Expected more than 1 value per channel when training, got moments of one")
+    raise ValueError(
+        f"moments.count is {count:.0f}; expected at least the {m} values per channel of x, which "
+        "is a part of that batch"
     )
 
 

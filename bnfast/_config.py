@@ -4,20 +4,65 @@ from __future__ import annotations
 
 __all__ = ["show_config"]
 
+from typing import TYPE_CHECKING, Any, overload
 
-def show_config() -> None:
+if TYPE_CHECKING:
+    from typing import Literal
+
+
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+def show_config(mode: Any = "stdout") -> dict[str, Any] | None:
     """Print what a bug report should say: version, instruction sets, OpenMP, threads, caches.
 
     The same as ``python -m bnfast``. The OpenMP runtime is the file the process has loaded;
     where other packages brought runtimes of their own, all of them are listed.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Whether to print, or to return the same as a dictionary and print nothing.
+
+    Returns
+    -------
+    dict or None
+        With ``mode="dicts"``, what ``python -m bnfast --json`` prints: texts, numbers, lists and
+        dictionaries of them, sizes in bytes. The keys are ``bnfast``, ``python``, ``numpy``,
+        ``compiler``, ``kernels``, ``openmp``, ``threads``, ``caches`` and ``kept_memory``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `mode` is neither of the two.
+
+    See Also
+    --------
+    numpy.show_config : the same of NumPy.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> config = bnfast.show_config(mode="dicts")
+    >>> config["kernels"]["used"] in config["kernels"]["runnable"]
+    True
     """
-    width = 16
-    for name, value in _config():
-        print(f"{name:<{width}}{value}")
+    if not isinstance(mode, str) or mode not in ("stdout", "dicts"):
+        from . import _errors
+
+        error = ValueError if isinstance(mode, str) else TypeError
+        raise error(f"mode is {_errors.shown(mode)}; expected 'stdout' or 'dicts'")
+    config = _config()
+    if mode == "dicts":
+        return config
+    for name, value in _lines(config):
+        print(f"{name:<16}{value}")
+    return None
 
 
-def _config() -> list[tuple[str, str]]:
-    """Return what `show_config` prints, as names and values."""
+def _config() -> dict[str, Any]:
+    """Return what `show_config` tells, in types that JSON has."""
     import platform
     import sys
 
@@ -29,20 +74,51 @@ def _config() -> list[tuple[str, str]]:
 
     built = _core.config()
     threads, source = _threads.describe()
-    kept, bound = _core.kept_memory()
-    libc = " ".join(platform.libc_ver()).strip()
+    kept, limit = _core.kept_memory()
+    return {
+        "bnfast": bnfast.__version__,
+        "python": {
+            "version": sys.version.split()[0],
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "libc": " ".join(platform.libc_ver()).strip(),
+        },
+        "numpy": {"version": np.__version__, "built_for_abi": built["numpy_abi"]},
+        "compiler": built["compiler"],
+        "kernels": {
+            "used": built["isa"],
+            "reason": _why(built["isa"], built["isas_runnable"]),
+            "built": list(built["isas_built"]),
+            "runnable": list(built["isas_runnable"]),
+        },
+        "openmp": {"version": built["openmp"], "runtimes": _openmp_runtimes()},
+        "threads": {"number": threads, "source": source},
+        "caches": dict(built["caches"]),
+        "kept_memory": {"bytes": kept, "limit": limit, "source": _memory.bound()[1]},
+    }
+
+
+def _lines(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what `show_config` prints, as names and values."""
+    python, numpy, kernels = config["python"], config["numpy"], config["kernels"]
+    openmp, threads, kept = config["openmp"], config["threads"], config["kept_memory"]
+    runtimes = " and ".join(openmp["runtimes"]) or "runtime unknown"
+    sizes = f"{_bytes(kept['bytes'])} of {_bytes(kept['limit'])} at most"
     return [
-        ("bnfast", bnfast.__version__),
-        ("python", f"{sys.version.split()[0]}, {platform.system()} {platform.machine()}, {libc}"),
-        ("numpy", f"{np.__version__} (extension built for ABI {built['numpy_abi']})"),
-        ("compiler", built["compiler"]),
-        ("kernels", f"{built['isa']} ({_why(built['isa'], built['isas_runnable'])})"),
-        ("  built", ", ".join(built["isas_built"])),
-        ("  runnable here", ", ".join(built["isas_runnable"])),
-        ("OpenMP", f"{built['openmp']}, {' and '.join(_openmp_runtimes()) or 'runtime unknown'}"),
-        ("threads", f"{threads} ({source})"),
-        ("caches", _caches(built["caches"])),
-        ("kept memory", f"{_bytes(kept)} of {_bytes(bound)} at most ({_memory.bound()[1]})"),
+        ("bnfast", config["bnfast"]),
+        (
+            "python",
+            f"{python['version']}, {python['system']} {python['machine']}, {python['libc']}",
+        ),
+        ("numpy", f"{numpy['version']} (extension built for ABI {numpy['built_for_abi']})"),
+        ("compiler", config["compiler"]),
+        ("kernels", f"{kernels['used']} ({kernels['reason']})"),
+        ("  built", ", ".join(kernels["built"])),
+        ("  runnable here", ", ".join(kernels["runnable"])),
+        ("OpenMP", f"{openmp['version']}, {runtimes}"),
+        ("threads", f"{threads['number']} ({threads['source']})"),
+        ("caches", _caches(config["caches"])),
+        ("kept memory", f"{sizes} ({kept['source']})"),
     ]
 
 

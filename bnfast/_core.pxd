@@ -64,7 +64,7 @@ cdef extern from "driver.h" nogil:
         bnf_shape shape
         bnf_activation activation
         double slope, eps, count
-        bint has_var, has_sums, gathers
+        bint has_moments, has_var, has_sums, gathers
         const void *x
         const void *residual
         const void *dy
@@ -94,6 +94,9 @@ cdef extern from "driver.h" nogil:
         bint wide_mean, wide_var
 
     void bnf_move_running(bnf_call *call, bnf_running running, double momentum, double ddof)
+    void bnf_move_averages(double *running, const double *batch, double momentum,
+                           Py_ssize_t channels)
+    void bnf_invert_std(double *var, double eps, Py_ssize_t channels)
     bint bnf_is_countable(Py_ssize_t channels, Py_ssize_t blocks)
     void bnf_use_isa(int index)
     int bnf_isa_in_use()

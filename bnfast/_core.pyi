@@ -15,6 +15,7 @@ VARIANT_NAMES: tuple[str, ...]
 ACTIVATIONS: Mapping[str, ActivationFacts]
 RESIDUAL_NAMES: tuple[str, ...]
 SUMS_NAMES: tuple[str, str]
+MOMENTS_NAMES: tuple[str, str]
 
 driver: Any  # a capsule over src/driver.h's bnf_driver_table
 
@@ -76,7 +77,10 @@ def forward(
     activation: Any,
     out: NDArray[Any] | None,
     counter: NDArray[np.int64] | None = ...,
+    moments: tuple[int, ArrayLike, ArrayLike] | None = ...,
 ) -> tuple[NDArray[Any], Stats]: ...
+def moved_average(old: ArrayLike, new: ArrayLike, momentum: float) -> Vector: ...
+def inv_std(var: ArrayLike, eps: float) -> Vector: ...
 def backward(
     dy: ArrayLike,
     x: ArrayLike,

@@ -391,6 +391,17 @@ cdef double read_ddof(object ddof) except? -1:
     return _options.ddof(ddof)
 
 
+cdef double read_count(str name, object count) except? -1:
+    """The values per channel of a batch, exact as far as memory reaches."""
+    cdef long long number = -1
+    if type(count) is int:
+        try:
+            number = count
+        except OverflowError:
+            pass
+    return <double>number if number >= 0 else _options.batch_size(name, count)
+
+
 # --- Looking at arrays: nothing of the caller's runs ----------------------------------------------
 
 cdef inline int type_of(cnp.ndarray a) noexcept:
@@ -962,6 +973,8 @@ cdef struct Training:
     Activation act
     double eps, momentum, ddof
     bint cumulative   # momentum is 1 / the number of batches
+    bint is_part      # of the batch whose moments are given
+    double count      # of that batch
 
 
 cdef object copied_to(str name, object value, object running):
@@ -992,22 +1005,30 @@ cdef int check_updated(object means, object vars, tuple given_back, cnp.ndarray 
     return 0
 
 
+MOMENTS_NAMES = ("moments.mean", "moments.m2")
+
+
 def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
-            activation, out, counter=None):
+            activation, out, counter=None, moments=None):
     """Normalise with the batch: (y, (count, mean, var, inv_std)).
 
     The running statistics and the counter of batches, if given, are moved last, when nothing is
-    left that could be raised.  With a counter, momentum may be None: the cumulative average.
+    left that could be raised.  With a counter, momentum may be None: the cumulative average.  With
+    moments, the (count, mean, m2) of a batch that x is a part of, nothing is summed here.
     """
     cdef Training options
     cdef object means = None, vars = None, given_back = None
     options.act, options.eps = read_activation(activation), read_eps(eps, True)
     options.cumulative = momentum is None and counter is not None
     options.momentum = 0.0 if options.cumulative else read_momentum(momentum)
-    options.ddof = read_ddof(ddof)
+    options.ddof, options.is_part = read_ddof(ddof), moments is not None
+    options.count = read_count("moments.count", moments[0]) if options.is_part else 0
     axis, x, residual = as_axis(axis), as_array("x", x), as_array("residual", residual)
     target, batches = as_target("out", out), as_counter(counter)
     weights, biases = as_vector("weight", weight, target), as_vector("bias", bias, target)
+    batch = (None, None) if not options.is_part else (
+        as_vector(MOMENTS_NAMES[0], moments[1], target),
+        as_vector(MOMENTS_NAMES[1], moments[2], target))
     if running_mean is not None or running_var is not None:
         means = as_running("running_mean", running_mean)
         vars = as_running("running_var", running_var)
@@ -1017,23 +1038,25 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
                 running_mean, running_var, x, residual, target, weight, bias)
         given_back = (copied_to("running_mean", running_mean, means),
                       copied_to("running_var", running_var, vars))
-    found = train(x, axis, residual, target, &options, weights, biases, means, vars, given_back,
-                  batches, None)
+    found = train(x, axis, residual, target, &options, weights, biases, batch, means, vars,
+                  given_back, batches, None)
     if found is None:
         seen = _arrays.Canonical(x, axis, residual=residual, out=target)
         _arrays.check_parameters_apart(target, weight=weight, bias=bias)
+        if options.is_part:
+            _arrays.check_parameters_apart(target, **dict(zip(MOMENTS_NAMES, moments[1:])))
         if means is not None:
             _arrays.check_running_apart(running_mean, running_var, target, *seen.given.values())
-        found = train(seen.x, axis, seen.residual, seen.out, &options, weights, biases, means,
-                      vars, given_back, batches, seen)
+        found = train(seen.x, axis, seen.residual, seen.out, &options, weights, biases, batch,
+                      means, vars, given_back, batches, seen)
         if found is None:
             _arrays.refuse_uncommon()
     return found if out is None else (out, found[1])
 
 
 cdef object train(object x, object axis, object residual, object out, Training *options,
-                  object weight, object bias, object means, object vars, tuple given_back,
-                  object counter, object seen):
+                  object weight, object bias, tuple batch, object means, object vars,
+                  tuple given_back, object counter, object seen):
     """`forward` of arrays; None if they are not the common case.  The result goes back through
     seen, if given, before any statistic moves; given_back is where means and vars are copied to,
     None for one that is no copy itself."""
@@ -1042,11 +1065,13 @@ cdef object train(object x, object axis, object residual, object out, Training *
     cdef int threads
     if not see(x, axis, &shape):
         return None
-    if shape.outer * shape.inner == 1:
+    if options.is_part:
+        check_part(options.count, shape.outer * shape.inner)
+    elif shape.outer * shape.inner == 1:
         _arrays.check_enough_values(x.shape, axis)
     threads = most_threads(<cnp.ndarray>x)
     y = new_like(<cnp.ndarray>x) if out is None else out
-    stats = new_stats(<cnp.ndarray>x, &shape)
+    stats = new_stats(<cnp.ndarray>x, &shape, options)
     memset(&call, 0, sizeof(call))
     if not look_forward(&call, x, axis, residual, y) or not same_shape(call.shape, shape):
         return None
@@ -1059,12 +1084,16 @@ cdef object train(object x, object axis, object residual, object out, Training *
     if counter is not None:
         read_counter(counter)
     call.direction, call.eps = BNF_FORWARD, options.eps
+    call.has_moments, call.count = options.is_part, options.count
     call.activation, call.slope = options.act.code, options.act.slope
     bnf_call_plan(&call, threads)
     reserve(&call)
     try:
         read_parameter("weight", weight, shape.channels, 1.0, call.weight, out)
         read_parameter("bias", bias, shape.channels, 0.0, call.shift, out)
+        if options.is_part:
+            read_parameter(MOMENTS_NAMES[0], batch[0], shape.channels, 0.0, call.mean, out)
+            read_parameter(MOMENTS_NAMES[1], batch[1], shape.channels, 0.0, call.m2, out)
         run(&call)
         if call.count > 0:
             copy_numbers(stats[1], call.mean)
@@ -1077,14 +1106,41 @@ cdef object train(object x, object axis, object residual, object out, Training *
         bnf_call_release(&call)
 
 
-cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape):
+cdef int check_part(double count, Py_ssize_t values) except -1:
+    """Refuse moments of a batch that is smaller than x, or has one value per channel."""
+    if count < values or count == 1:
+        _arrays.refuse_part(count, values)
+    return 0
+
+
+cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape, Training *options):
     """(count, mean, var, inv_std) to be filled; of an empty batch there are none."""
+    if options.is_part and options.count > 0:
+        return (int(options.count), new_vector(shape.channels), new_vector(shape.channels),
+                new_vector(shape.channels))
     if cnp.PyArray_SIZE(x) == 0:
         if not bnf_is_countable(shape.channels, 0):
             raise MemoryError
         return (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
     return (shape.outer * shape.inner, new_vector(shape.channels), new_vector(shape.channels),
             new_vector(shape.channels))
+
+
+def moved_average(old, new, double momentum):
+    """(1 - momentum) * old + momentum * new, of float64 vectors: how running statistics move."""
+    cdef cnp.ndarray moved = np.array(old, np.float64), batch = np.ascontiguousarray(new, np.float64)
+    if cnp.PyArray_NDIM(moved) != 1 or not cnp.PyArray_SAMESHAPE(moved, batch):
+        raise ValueError(f"shapes are {np.shape(old)} and {np.shape(new)}; expected one row each")
+    bnf_move_averages(<double *>cnp.PyArray_DATA(moved), <const double *>cnp.PyArray_DATA(batch),
+                      momentum, cnp.PyArray_DIM(moved, 0))
+    return moved
+
+
+def inv_std(var, double eps):
+    """1 / sqrt(var + eps) of a float64 vector, as the driver computes it."""
+    cdef cnp.ndarray found = np.array(var, np.float64)
+    bnf_invert_std(<double *>cnp.PyArray_DATA(found), eps, cnp.PyArray_SIZE(found))
+    return found
 
 
 cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, tuple given_back,
@@ -1137,7 +1193,7 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     if dy is None:
         raise TypeError("dy is None; expected the gradient of the output, shaped as x")
     options.act, options.is_part = read_activation(activation), sums is not None
-    options.count = _options.batch_size(count)
+    options.count = read_count("stats.count", count)
     options.needs_x, options.needs_weight, options.needs_bias, options.needs_residual = needs
     axis, dy, x = as_axis(axis), as_array("dy", dy), as_array("x", x)
     residual, y, target = as_array("residual", residual), as_array("y", y), as_target("out", out)

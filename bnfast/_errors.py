@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _PLAIN = frozenset(
     {*np.ScalarType, *(bytearray, dict, list, range, set, tuple, type), type(None), np.ndarray}
 )
+_SUMMARY = "an object of type "
 # The modules that convert arguments: an error raised in one of them is ours.
 _OURS = frozenset(f"{__package__}.{name}" for name in ("_arrays", "_errors", "_options"))
 
@@ -43,9 +44,10 @@ def is_from_here(error: Exception) -> bool:
 
 def kind(value: Any) -> str:
     """Return what an argument is, in the words of an error."""
-    if is_array(value):
-        return shown(value)
-    return f"{shown(value)} of type {type(value).__name__}"
+    text = shown(value)
+    if is_array(value) or text.startswith(_SUMMARY):
+        return text
+    return f"{text} of type {type(value).__name__}"
 
 
 def shown(value: Any) -> str:
@@ -53,11 +55,19 @@ def shown(value: Any) -> str:
     if is_array(value):
         return f"an array of {value.dtype}"
     try:
-        return f"{value!r:.60}"
+        text = repr(value)
+        return _summary(value) if "\n" in text else f"{text:.60}"
     except Exception as error:
         if type(value) in _PLAIN and not is_from_here(error):
             raise
         return f"an unprintable {type(value).__name__}"
+
+
+def _summary(value: Any) -> str:
+    """Return the type and shape of what has a repr of several lines: a tensor, a module."""
+    shape = getattr(value, "shape", None)
+    of_shape = f" and shape {tuple(shape)}" if isinstance(shape, tuple) else ""
+    return f"{_SUMMARY}{type(value).__name__}{of_shape:.60}"
 
 
 def type_names(types: tuple[type, ...]) -> tuple[str, ...]:

@@ -153,9 +153,9 @@ def ddof(value: Any) -> int:
     return number
 
 
-def batch_size(count: Any) -> float:
+def batch_size(name: str, count: Any) -> float:
     """Return the values per channel of a batch, exact as far as memory reaches."""
-    number = integer("stats.count", count)
+    number = integer(name, count)
     if not 0 <= number < 2**63:
-        raise ValueError(f"stats.count is {shown(number)}; expected 0 to {2**63 - 1}")
+        raise ValueError(f"{name} is {shown(number)}; expected 0 to {2**63 - 1}")
     return float(number)

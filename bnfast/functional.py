@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from . import _arrays, _core, _errors, _options
+from .moments import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,9 +69,7 @@ class BatchStats(NamedTuple):
         means = _arrays.constant("mean", mean)
         variances = _arrays.constant("var", var, len(means))
         added = _options.eps(eps, False)
-        with np.errstate(all="ignore"):
-            inv_std = 1 / np.sqrt(variances + added)
-        return cls(means, variances, inv_std, 0)
+        return cls(means, variances, _core.inv_std(variances, added), 0)
 
 
 class Gradients(NamedTuple):
@@ -213,13 +210,29 @@ def batch_norm_forward(
     residual: ArrayLike | None = None,
     activation: Activation = None,
     out: Tensor | None = None,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, BatchStats]:
     """Normalise with the batch, and return what the backward needs.
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, residual, activation, out
-        As in `batch_norm` with ``training=True``.
+    x : array_like of float32, float64, float16 or bfloat16
+        Rank 2 or more.
+    weight, bias : array_like, shape (channels,), optional
+        Gamma and beta, of any of these types; 1 and 0 if None.
+    eps : float
+        Added to the variance; above 0.
+    axis : int
+        The channel axis.
+    residual : array_like, optional
+        Added before the activation; shape and dtype of `x`.
+    activation : str, ("leaky_relu", slope) or None
+        Applied last, as in `batch_norm`.
+    out : ndarray, optional
+        Where to write; `x` or `residual` itself, or apart from both.
+    moments : Moments, optional
+        The moments of a batch that `x` is only a part of. `x` is normalised by them, `stats` are
+        of that batch, and nothing is summed here.
 
     Returns
     -------
@@ -231,14 +244,39 @@ def batch_norm_forward(
     Raises
     ------
     TypeError, ValueError
-        As `batch_norm`.
+        As `batch_norm`; also if `moments` are of fewer values than `x` has, or of one.
+
+    See Also
+    --------
+    batch_norm_backward : whose ``sums`` are the other half of a batch in parts.
 
     Notes
     -----
     Algorithm 1 of the paper.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> x = np.arange(12, dtype=np.float32).reshape(6, 2)
+    >>> y, stats = bnfast.batch_norm_forward(x)
+    >>> stats.mean, stats.count
+    (array([5., 6.]), 6)
+
+    The same batch in two parts:
+
+    >>> total = bnfast.moments(x[:4]) + bnfast.moments(x[4:])
+    >>> parts = [bnfast.batch_norm_forward(part, moments=total)[0] for part in (x[:4], x[4:])]
+    >>> bool(np.allclose(np.concatenate(parts), y))
+    True
     """
+    given = None
+    if moments is not None:
+        if not isinstance(moments, Moments):
+            raise TypeError(f"moments is {_errors.kind(moments)}; expected Moments")
+        given = moments.count, moments.mean, moments.m2
     y, (count, mean, var, inv_std) = _core.forward(
-        x, None, None, weight, bias, 0.0, eps, axis, 1, residual, activation, out
+        x, None, None, weight, bias, 0.0, eps, axis, 1, residual, activation, out, None, given
     )
     return y, BatchStats(mean, var, inv_std, count)
 
@@ -301,9 +339,10 @@ def batch_norm_backward(
 
     Notes
     -----
-    A batch in parts (on several processes, or too large to be in memory at once) takes two calls
-    a part: one under ``stats._replace(count=0)`` with ``needs=("weight", "bias")``, whose results
-    are added up over the parts, and one with those ``sums``.
+    A batch in parts (on several processes, or too large to be in memory at once), whose forward
+    took `moments`, takes two calls per part: one under ``stats._replace(count=0)`` with
+    ``needs=("weight", "bias")``, whose results are added up over the parts, and one with those
+    ``sums``.
 
     The chain rule of the paper's section 3. At a kink of the activation the gradient is
     PyTorch's: 0 for relu and relu6, the slope for leaky_relu, 0 at -3 and 1 at 3 for hardswish.

@@ -69,7 +69,8 @@ def fold(
     Raises
     ------
     TypeError
-        If `bn` is another object or an array is of another dtype.
+        If `bn` is another object or an array is of another dtype; PyTorch's modules and
+        parameters are folded by `bnfast.torch.freeze`.
     ValueError
         If shapes do not fit, or `bn` has an activation, which does not fold.
     RuntimeError
@@ -81,6 +82,7 @@ def fold(
     layer does before its batch norm: the error is that of the weights' own rounding, not
     bnfast's accuracy guarantee for normalization.
     """
+    _refuse_pytorch(weight=weight, bias=bias, bn=bn)
     weight, dtype = _checked_weight(weight)
     axis = _checked_axis("out_axis", out_axis, weight.ndim)
     groups = _checked_groups(groups, weight)
@@ -135,7 +137,8 @@ def fold_before(
     Raises
     ------
     TypeError
-        If `bn` is another object or an array is of another dtype.
+        If `bn` is another object or an array is of another dtype; PyTorch's modules and
+        parameters are folded by `bnfast.torch.freeze`.
     ValueError
         If shapes do not fit; if `bn` has an activation; if ``padded=True``, or the layer is a
         transposed convolution, whose outputs see differing parts of its kernel, and `bn` does not
@@ -143,6 +146,7 @@ def fold_before(
     RuntimeError
         If `bn` has no running statistics.
     """
+    _refuse_pytorch(weight=weight, bias=bias, bn=bn)
     weight, dtype = _checked_weight(weight)
     axis = _options.integer("in_axis", in_axis)
     if axis not in (0, 1):
@@ -234,6 +238,25 @@ def _row_of(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 # ---- folding
+
+
+def _refuse_pytorch(**given: Any) -> None:
+    """Refuse PyTorch's modules and parameters, and name the function that takes them."""
+    torch = sys.modules.get("torch")  # who has a module has imported it
+    module = getattr(getattr(torch, "nn", None), "Module", ())
+    tensor = getattr(torch, "Tensor", ())
+    for name, value in given.items():
+        kind = type(value)
+        if issubclass(kind, module):
+            expected = "a bnfast.BatchNorm or FrozenBatchNorm" if name == "bn" else "an array"
+        elif name != "bn" and issubclass(kind, tensor) and value.requires_grad:
+            expected = f"an array, as {name}.detach()"
+        else:
+            continue
+        raise TypeError(
+            f"{name} is of PyTorch's type {kind.__name__}; expected {expected} "
+            "(a model of PyTorch's is folded by bnfast.torch.freeze)"
+        )
 
 
 def _checked_weight(values: ArrayLike) -> tuple[Wide, np.dtype[Any]]:

@@ -565,6 +565,11 @@ def _sum(total: Tensor, new: Any) -> Any:
 def _check_keys(found: set[str], own: set[str], prefix: str, layer: str) -> None:
     missing = sorted(own - found - {"num_batches_tracked"})
     unknown = sorted(found - own)
+    if missing and prefix and {f".{name}" for name in missing} <= found:
+        raise RuntimeError(
+            f"state of {layer}: prefix is {prefix!r}; expected {prefix + '.'!r}, "
+            f"with the dot of {prefix + '.' + missing[0]!r}"
+        )
     if missing or unknown:
         parts = [
             f"{kind} {', '.join(repr(prefix + name) for name in names)}"

@@ -73,13 +73,21 @@ exclude_patterns += [f"api/{name}.md" for name in OPTIONAL if not importable(f"b
 figures.draw_all(HERE / "_figures")
 
 
-def results(_app, docname, source):
-    """Put reports of bench/ into the pages that name them; `make bench` writes some of them."""
-    if docname == "benchmarks":
-        report = HERE.parent / "bench" / "RESULTS.md"
-        shown = "```{include} ../bench/RESULTS.md\n:relative-images:\n:heading-offset: 1\n```"
-        missing = "No report lies in `bench/` of this copy: `make bench` writes one."
-        source[0] = source[0].replace("@RESULTS@", shown if report.exists() else missing)
+# Pages that show a report of bench/results/, and the command that writes it.
+REPORTS = {
+    "accuracy": ("ACCURACY.md", "python -m bench.studies.accuracy"),
+    "benchmarks": ("RESULTS.md", "make bench"),
+}
+
+
+def include_report(_app, docname, source):
+    """Put a report of bench/results/ in its page; an sdist has no reports."""
+    if docname in REPORTS:
+        name, command = REPORTS[docname]
+        text = f"```{{include}} ../bench/results/{name}\n:relative-images:\n:heading-offset: 1\n```"
+        if not (HERE.parent / "bench" / "results" / name).exists():
+            text = f"This copy has no `bench/results/{name}`: `{command}` writes it."
+        source[0] = source[0].replace("@REPORT@", text)
 
 
 def formula(translator, node):
@@ -90,5 +98,5 @@ def formula(translator, node):
 
 
 def setup(app):
-    app.connect("source-read", results)
+    app.connect("source-read", include_report)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))

@@ -45,7 +45,7 @@ static void open_inference(bnf_call *call)
 {
     if (call->has_var)
         for (ptrdiff_t c = 0; c < call->shape.channels; c++)
-            call->scale[c] *= 1 / sqrt(call->var[c] + call->eps);
+            call->scale[c] *= bnf_inv_std(call->var[c], call->eps);
     open_forward(call);
 }
 
@@ -60,11 +60,23 @@ static void settle_moments(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
     bnf_merge_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_a, call->slot_b);
 }
 
+static void close_forward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+{
+    bnf_close_forward(call->count, call->eps, c0, c1, call->m2, call->weight, call->var,
+                      call->inv_std, call->scale);
+}
+
+static void open_training(bnf_call *call)
+{
+    if (call->has_moments)
+        close_forward(call, 0, call->shape.channels);
+    open_forward(call);
+}
+
 static void settle_forward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 {
     settle_moments(call, c0, c1);
-    bnf_close_forward(call->count, call->eps, c0, c1, call->m2, call->weight, call->var,
-                      call->inv_std, call->scale);
+    close_forward(call, c0, c1);
 }
 
 static void spread_forward(bnf_call *call, bnf_tile tile)
@@ -91,6 +103,9 @@ static void close_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 
 static void open_backward(bnf_call *call)
 {
+    if (call->has_var)
+        for (ptrdiff_t c = 0; c < call->shape.channels; c++)
+            call->inv_std[c] = bnf_inv_std(call->var[c], call->eps);
     for (ptrdiff_t c = 0; c < call->shape.channels; c++) {
         call->scale[c] = call->dy_factor[c] = call->weight[c] * call->inv_std[c];
         call->ones[c] = 1.0;
@@ -149,7 +164,7 @@ static void move_average(void *running, bool wide, double momentum, const double
     double *wide_values = running;
     for (ptrdiff_t c = 0; c < channels; c++) {
         const double old = wide ? wide_values[c] : (double)narrow_values[c];
-        const double new = (1 - momentum) * old + momentum * batch[c];
+        const double new = bnf_moved_average(old, batch[c], momentum);
         if (wide)
             wide_values[c] = new;
         else
@@ -171,7 +186,9 @@ static APART void move_averages(bnf_call *call, bnf_running running, double mome
 
 static bool gathers(const bnf_call *call)
 {
-    return call->direction == BNF_MOMENTS || call->direction == BNF_FORWARD || call->gathers;
+    if (call->direction == BNF_FORWARD)
+        return !call->has_moments;
+    return call->direction == BNF_MOMENTS || call->gathers;
 }
 
 static bool spreads(const bnf_call *call) { return call->y || call->dx || call->dresidual; }
@@ -244,10 +261,17 @@ static void count_dispatch(const bnf_call *call)
                               1, memory_order_relaxed);
 }
 
+static bool has_values(bnf_shape shape)
+{
+    return shape.outer > 0 && shape.channels > 0 && shape.inner > 0;
+}
+
 static APART void compute(bnf_call *call)
 {
-    count_dispatch(call);
     call->steps->open(call);
+    if (!has_values(call->shape))
+        return;
+    count_dispatch(call);
     if (call->bytes < BNF_SMALL_BYTES)
         run_tiles(call, 1);
     else {
@@ -259,16 +283,11 @@ static APART void compute(bnf_call *call)
 
 /* ---- What driver.h declares */
 
-static bool has_values(bnf_shape shape)
-{
-    return shape.outer > 0 && shape.channels > 0 && shape.inner > 0;
-}
-
 void bnf_call_plan(bnf_call *call, int threads)
 {
     static const bnf_steps steps[BNF_DIRECTIONS] = {
         [BNF_MOMENTS] = {open_forward, gather_moments, settle_moments, NULL},
-        [BNF_FORWARD] = {open_forward, gather_moments, settle_forward, spread_forward},
+        [BNF_FORWARD] = {open_training, gather_moments, settle_forward, spread_forward},
         [BNF_BACKWARD] = {open_backward, gather_gradients, settle_backward, spread_backward},
         [BNF_INFERENCE] = {open_inference, NULL, NULL, spread_forward},
     };
@@ -276,11 +295,11 @@ void bnf_call_plan(bnf_call *call, int threads)
     const ptrdiff_t itemsize = bnf_type_size(call->type);
     const int reads = 1 + (call->dy != NULL) + (call->residual || call->output);
     const int writes = (call->y != NULL) + (call->dx != NULL) + (call->dresidual != NULL);
+    call->steps = &steps[call->direction];
     if (!has_values(shape))
         return;
-    if (call->direction == BNF_FORWARD)
+    if (call->direction == BNF_FORWARD && !call->has_moments)
         call->count = (double)(shape.outer * shape.inner);
-    call->steps = &steps[call->direction];
     call->bytes = shape.outer * shape.channels * shape.inner * itemsize * (reads + writes);
     call->most_threads = threads;
     call->plan = bnf_make_plan(shape, itemsize, gathers(call), reads, writes, in_use.caches,
@@ -318,12 +337,14 @@ bool bnf_call_reserve(bnf_call *call)
         call->dbias = call->slot_a;
     else if (blocks > 0)
         call->mean = call->slot_a, call->m2 = call->slot_b;
+    else
+        call->m2 = call->dweight; /* which is a backward's */
     return true;
 }
 
 void bnf_call_run(bnf_call *call)
 {
-    if (!has_values(call->shape))
+    if (!has_values(call->shape) && !call->has_moments) /* statistics follow from given moments */
         return;
     const bnf_float_env found = bnf_enter_float_env();
     compute(call);
@@ -336,6 +357,32 @@ void bnf_move_running(bnf_call *call, bnf_running running, double momentum, doub
 {
     const bnf_float_env found = bnf_enter_float_env();
     move_averages(call, running, momentum, ddof);
+    bnf_leave_float_env(found);
+}
+
+static APART void move_vector(double *running, const double *batch, double momentum,
+                              ptrdiff_t channels)
+{
+    move_average(running, true, momentum, batch, channels);
+}
+
+void bnf_move_averages(double *running, const double *batch, double momentum, ptrdiff_t channels)
+{
+    const bnf_float_env found = bnf_enter_float_env();
+    move_vector(running, batch, momentum, channels);
+    bnf_leave_float_env(found);
+}
+
+static APART void invert_std(double *var, double eps, ptrdiff_t channels)
+{
+    for (ptrdiff_t c = 0; c < channels; c++)
+        var[c] = bnf_inv_std(var[c], eps);
+}
+
+void bnf_invert_std(double *var, double eps, ptrdiff_t channels)
+{
+    const bnf_float_env found = bnf_enter_float_env();
+    invert_std(var, eps, channels);
     bnf_leave_float_env(found);
 }
 

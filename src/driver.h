@@ -45,12 +45,14 @@ struct bnf_call {
     bnf_type type;
     bnf_shape shape;
     bnf_activation activation;
-    double slope;  /* of an activation that takes one */
-    double eps;    /* forward, and inference with has_var */
-    double count;  /* backward: values per channel of the batch; 0: its statistics are constants */
-    bool has_var;  /* inference: scale is to be divided by sqrt(var + eps) */
-    bool has_sums; /* backward: dweight and dbias are given, those of the whole batch */
-    bool gathers;  /* backward: they are to be summed here */
+    double slope;     /* of an activation that takes one */
+    double eps;       /* forward, and the others with has_var */
+    double count;     /* backward, and forward with has_moments: values per channel of the batch;
+                         backward with 0: its statistics are constants */
+    bool has_moments; /* forward: mean and m2 are given, those of a batch that x is a part of */
+    bool has_var;     /* inference, backward: var is given, and not yet in scale or inv_std */
+    bool has_sums;    /* backward: dweight and dbias are given, those of the whole batch */
+    bool gathers;     /* backward: they are to be summed here */
     const void *x, *residual;
     const void *dy,
         *output;          /* backward; output: the forward's y, read if it tells the derivative */
@@ -61,9 +63,10 @@ struct bnf_call {
      * bnf_call_run (an inference may point at its own instead of reserving), and reads those that
      * come out after it.
      *     moments                                        out: mean, m2
-     *     forward     in: weight, shift                  out: mean, m2, var, inv_std
+     *     forward     in: weight, shift (, mean, m2)     out: mean, m2, var, inv_std
      *     inference   in: mean, scale, shift (, var)
-     *     backward    in: mean, inv_std, weight, shift (, dweight, dbias)    out: dweight, dbias */
+     *     backward    in: mean, inv_std or var, weight, shift (, dweight, dbias)
+     *                                                    out: dweight, dbias */
     double *mean, *m2, *var, *inv_std, *weight, *scale, *shift, *dweight, *dbias;
 
     /* The driver's own. */
@@ -93,6 +96,12 @@ typedef struct {
 /* running = (1 - momentum) * running + momentum * batch, after a forward has run; the batch's
  * variance is over count - ddof.  Apart from the call, since it comes after all that can fail. */
 void bnf_move_running(bnf_call *call, bnf_running running, double momentum, double ddof);
+
+/* What bnf_move_running makes of each number, for vectors of float64. */
+void bnf_move_averages(double *running, const double *batch, double momentum, ptrdiff_t channels);
+
+/* var becomes 1 / sqrt(var + eps). */
+void bnf_invert_std(double *var, double eps, ptrdiff_t channels);
 
 /* Whether so many numbers per channel can be counted in bytes. */
 bool bnf_is_countable(ptrdiff_t channels, ptrdiff_t blocks);

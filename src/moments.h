@@ -29,6 +29,13 @@ static inline double bnf_variance(double m2, double count, double ddof)
     return count > ddof ? m2 / (count - ddof) : NAN;
 }
 
+static inline double bnf_inv_std(double var, double eps) { return 1 / sqrt(var + eps); }
+
+static inline double bnf_moved_average(double running, double batch, double momentum)
+{
+    return (1 - momentum) * running + momentum * batch;
+}
+
 /* Pairs of neighbours, then pairs of pairs. */
 static inline void bnf_merge_blocks(bnf_shape shape, bnf_blocks blocks, ptrdiff_t c0, ptrdiff_t c1,
                                     double *mean, double *m2)
@@ -61,7 +68,7 @@ static inline void bnf_close_forward(double count, double eps, ptrdiff_t c0, ptr
 {
     for (ptrdiff_t c = c0; c < c1; c++) {
         var[c] = bnf_variance(m2[c], count, 0);
-        inv_std[c] = 1 / sqrt(var[c] + eps);
+        inv_std[c] = bnf_inv_std(var[c], eps);
         scale[c] = weight[c] * inv_std[c];
     }
 }

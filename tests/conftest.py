@@ -22,6 +22,32 @@ def pytest_configure(config):
         config.pluginmanager.register(Matrix(config.getoption("matrix")))
 
 
+def only_smoke(config):
+    return config.option.markexpr == "smoke"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Read no file without a smoke test: to collect all takes longer than the smoke tests do."""
+    if not only_smoke(config):
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return not any(b"@pytest.mark.smoke" in file.read_bytes() for file in files) or None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Of a smoke test run float32 on the instruction set in use, and no other instance."""
+    if only_smoke(config):
+        config.hook.pytest_deselected(items=[item for item in items if not is_smoke(item)])
+        items[:] = [item for item in items if is_smoke(item)]
+
+
+def is_smoke(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    one = {"isa": _core.isa(), "dtype": np.dtype(np.float32)}
+    return all(parameters.get(name, value) == value for name, value in one.items())
+
+
 # Timing never decides a test, hence no deadline; the same examples every time
 # unless somebody asks for the long search.
 hypothesis.settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)

@@ -26,6 +26,7 @@ def test_every_line_of_the_table_is_read():
 
 
 @pytest.mark.parametrize(("call", "error", "message"), LINES)
+@pytest.mark.smoke
 def test_line(call, error, message):
     given = arguments()
     before = {name: bits(a) for name, a in given.items() if isinstance(a, np.ndarray)}

@@ -89,9 +89,34 @@ class TestTensorsOfOthers:
 
         call.refuses(TypeError, ("x", "of type Broken", "no data"), x=Broken())
 
+    @pytest.mark.parametrize(
+        ("shape", "shown"),
+        [((2, 3), " and shape (2, 3)"), (None, ""), ("ab", ""), ((), " and shape ()")],
+    )
+    def test_one_of_several_lines_is_named_by_type_and_shape(self, shape, shown):
+        class Tall:
+            def __repr__(self):
+                return "Tall(\n  1\n)"
+
+        tall = Tall()
+        tall.shape = shape
+        with pytest.raises(TypeError) as caught:
+            bnfast.batch_norm_forward(np.ones((2, 3)), out=tall)
+        assert str(caught.value) == f"out is an object of type Tall{shown}; expected a NumPy array"
+
+    def test_a_shape_that_raises_is_no_matter(self):
+        class Tall:
+            shape = property(lambda self: 1 / 0)
+
+            def __repr__(self):
+                return "Tall(\n)"
+
+        with pytest.raises(TypeError, match="out is an unprintable Tall of type Tall"):
+            bnfast.batch_norm_forward(np.ones((2, 3)), out=Tall())
+
     def test_long_double_by_the_name_of_double(self):
         """As where the two are of one width: its type is another, and no kernel's."""
-        dtype = SimpleNamespace(name="float64", char="g", type=np.longdouble)
+        dtype = SimpleNamespace(name="float64", char="g", kind="f", type=np.longdouble)
         with pytest.raises(TypeError, match=mentions("x", "expected", "float64")):
             _arrays.check_type("x", SimpleNamespace(dtype=dtype))
         with pytest.raises(TypeError, match=mentions("mean", "expected", "float64")):

@@ -74,9 +74,11 @@ def check_constants(p, rng):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestEveryVariant:
+    @pytest.mark.smoke
     def test_through_the_statistics(self, isa, dtype, activation, residual, shape):
         check_backward(make_problem(shape, dtype, activation=activation, residual=residual))
 
+    @pytest.mark.smoke
     def test_with_constant_statistics(self, isa, dtype, activation, residual, shape, rng):
         check_constants(make_problem(shape, dtype, activation=activation, residual=residual), rng)
 

@@ -69,9 +69,11 @@ def check_inference(p, y, mean, var):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestEveryVariant:
+    @pytest.mark.smoke
     def test_training(self, isa, dtype, activation, residual, shape):
         check_forward(make_problem(shape, dtype, activation=activation, residual=residual))
 
+    @pytest.mark.smoke
     def test_inference(self, isa, dtype, activation, residual, shape, rng):
         p = make_problem(shape, dtype, activation=activation, residual=residual)
         mean, var = population(p, rng)
@@ -84,6 +86,7 @@ class TestEveryVariant:
         )
         assert bits(again) == bits(y)
 
+    @pytest.mark.smoke
     def test_scale_shift(self, isa, dtype, activation, residual, shape):
         # x * scale + shift is normalization with mean 0, variance 1 and eps 0.
         p = make_problem(shape, dtype, activation=activation, residual=residual, seed=1)

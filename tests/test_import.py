@@ -99,3 +99,32 @@ def test_results_are_what_they_claim_to_be():
     assert isinstance(gradients, tuple)
     assert gradients._fields == ("x", "weight", "bias", "residual")
     assert isinstance(bnfast.moments(x), bnfast.Moments)
+
+
+def submodules():
+    """Those that are imported by name: in a process that may have done so, they are attributes."""
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    done = in_a_new_process("import bnfast; print(*dir(bnfast))")
+    return sorted(n for n in names - set(done.stdout.split()) if not n.startswith("_"))
+
+
+def test_a_submodule_that_was_not_imported_says_how():
+    assert {"torch", "onnx", "distributed"} <= set(submodules())
+    code = f"""
+import bnfast
+for name in {submodules()}:
+    assert not hasattr(bnfast, name) and name not in dir(bnfast)
+    try:
+        getattr(bnfast, name)
+    except AttributeError as error:
+        assert str(error).endswith(f"expected 'import bnfast.{{name}}'"), error
+"""
+    assert in_a_new_process(code).stderr == ""
+
+
+@pytest.mark.parametrize("name", ["batch_nrom", "_verbos", "torch.convert", "", "__wrapped__"])
+def test_another_name_is_refused_as_python_does(name):
+    with pytest.raises(AttributeError) as caught:
+        getattr(bnfast, name)
+    assert str(caught.value) == f"module 'bnfast' has no attribute {name!r}"
+    assert (caught.value.name, caught.value.obj) == (name, bnfast)

@@ -75,6 +75,7 @@ def assert_same(actual, expected, terms, magnitude=1.0):
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.smoke
 def test_fold_linear(with_bias, freeze):
     weight, x = RNG.normal(size=(5, 7)), RNG.normal(size=(4, 7))
     bias = RNG.normal(size=5) if with_bias else None
@@ -85,6 +86,7 @@ def test_fold_linear(with_bias, freeze):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.smoke
 def test_fold_convolution(groups):
     weight, bias = RNG.normal(size=(6, 6 // groups, 3, 2)), RNG.normal(size=6)
     x, bn = RNG.normal(size=(2, 6, 6, 5)), batch_norm(6)
@@ -206,6 +208,7 @@ def test_fold_leaves_its_arguments_alone():
 # ---- fold_before: the batch norm precedes
 
 
+@pytest.mark.smoke
 def test_fold_before_linear():
     weight, bias, x = RNG.normal(size=(5, 7)), RNG.normal(size=5), RNG.normal(size=(4, 7))
     bn = batch_norm(7)
@@ -218,6 +221,7 @@ def test_fold_before_linear():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.smoke
 def test_fold_before_convolution(groups):
     weight, bias = RNG.normal(size=(12, 6 // groups, 3, 2)), RNG.normal(size=12)
     x, bn = RNG.normal(size=(2, 6, 6, 5)), batch_norm(6)
@@ -273,6 +277,7 @@ def test_fold_before_grouped_linear_of_the_other_layout(groups):
 
 
 @pytest.mark.parametrize("function", [fold, fold_before])
+@pytest.mark.smoke
 def test_folding_refuses_what_it_cannot_do(function):
     weight, bias, bn = np.ones((3, 3)), np.ones(3), batch_norm(3)
     for bad, error, message in [

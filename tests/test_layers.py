@@ -46,6 +46,7 @@ class TestAttributes:
 class TestCall:
     """A layer is the functions with the state held for them."""
 
+    @pytest.mark.smoke
     def test_training(self, dtype, activation, residual):
         p = make_problem(SHAPE, dtype, activation=activation, residual=residual)
         layer = layer_of(p)
@@ -69,6 +70,7 @@ class TestCall:
         assert bits(layer.weight_grad) == bits(want.weight.astype(computed_in(dtype)))
         assert bits(layer.bias_grad) == bits(want.bias.astype(computed_in(dtype)))
 
+    @pytest.mark.smoke
     def test_eval(self, dtype, activation, residual):
         p = make_problem(SHAPE, dtype, activation=activation, residual=residual)
         layer = trained(p).eval()
@@ -80,6 +82,7 @@ class TestCall:
         assert_within(y, want, forward_bound(p, s))
         assert state_bits(layer) == before
 
+    @pytest.mark.smoke
     def test_frozen_is_eval(self, dtype, activation, residual):
         p = make_problem(SHAPE, dtype, activation=activation, residual=residual)
         layer = trained(p)

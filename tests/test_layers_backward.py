@@ -11,6 +11,7 @@ from bnfast import BatchNorm
 
 
 class TestBackward:
+    @pytest.mark.smoke
     def test_adds_into_the_gradients(self):
         p = make_problem(SHAPE)
         layer = trained(p)
@@ -56,6 +57,7 @@ class TestBackward:
         assert np.isnan(layer.weight_grad).tolist() == [False, True, False, False, False]
         assert np.isnan(layer.bias_grad).tolist() == [False, True, False, False, False]
 
+    @pytest.mark.smoke
     def test_before_any_forward_is_refused(self):
         with pytest.raises(RuntimeError, match=r"(?i)forward"):
             BatchNorm(5).backward(make_problem(SHAPE).dy)

@@ -33,6 +33,7 @@ class TestOnePass:
             assert_moments_of(bnfast.moments(x), x)
 
     @pytest.mark.parametrize("order", ALL_ORDERS)
+    @pytest.mark.smoke
     def test_memory_orders(self, isa, dtype, order):
         x = make_problem((4, 5, 3, 7), dtype, arrange=ALL_ORDERS[order]).x
         assert_moments_of(bnfast.moments(x), x)
@@ -94,6 +95,7 @@ class TestMerge:
         return make_problem((40, 4, 3)).x + np.linspace(0, 5, 40, dtype=np.float32)[:, None, None]
 
     @pytest.mark.parametrize("cuts", [[20], [1], [39], [3, 4, 30], [0, 0, 40], range(1, 40)])
+    @pytest.mark.smoke
     def test_gives_the_moments_of_all(self, x, cuts):
         parts = parts_of(x, cuts)
         assert_moments_of(Moments.merge_all(parts), x)
@@ -327,6 +329,7 @@ def test_nan_and_infinity_stay_in_their_channel():
 
 @pytest.mark.parametrize("shape", [(9, 3), (9, 3, 5)], ids=["interleaved", "planar"])
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
+@pytest.mark.smoke
 def test_an_infinity_in_the_first_place_is_the_mean(isa, dtype, shape):
     """Where the pivot of the sums is taken from: no infinity may be subtracted from itself."""
     x = make_problem(shape, dtype).x

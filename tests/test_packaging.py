@@ -13,8 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Where `make docs` and the examples write.
-WRITTEN = ("docs/_build/", "docs/_figures/", "docs/api/generated/", "examples/figures/")
+# Where `make docs`, the examples and `make bench` write. An sdist has none of it.
+WRITTEN = (
+    "docs/_build/",
+    "docs/_figures/",
+    "docs/api/generated/",
+    "examples/figures/",
+    "bench/results/",
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,7 +53,7 @@ def succeed(*command, cwd):
 def tree(tmp_path_factory):
     """Copy the source tree, so that building leaves the original alone.
 
-    Without anything compiled, but with something that `make docs` and the examples wrote.
+    Without anything compiled, but with files in all folders of WRITTEN.
     """
     copy = tmp_path_factory.mktemp("tree") / "bnfast"
     built = ("*.so", "*.o", "*.a", "_core.c", "build", "_build", "_figures", "dist", "wheelhouse")

@@ -130,3 +130,73 @@ class TestRefusals:
             pytest.skip("NumPy made a copy of the view")
         with pytest.raises(ValueError, match=r"out overlaps sums\[0\]"):
             bnfast.batch_norm_backward(p.dy, p.x, stats, sums=(inside, np.zeros(5)), out=out)
+
+
+class TestForward:
+    """`moments=`: the twin of the backward's `sums=`."""
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+    @pytest.mark.parametrize("order", ALL_ORDERS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_parts_are_the_whole(self, dtype, order, activation):
+        """Outputs and statistics of the whole batch, to the bit, of parts of any size."""
+        p = make_problem(
+            (7, 5, 4, 3), dtype, activation=activation, residual=True, arrange=ALL_ORDERS[order]
+        )
+        y, stats = forward(p)
+        total = bnfast.moments(p.x)
+        for part in (slice(0, 1), slice(1, 1), slice(1, 7)):
+            mine = p.replace(x=p.x[part], residual=p.residual[part])
+            got, found = forward(mine, moments=total)
+            assert bits(got) == bits(y[part])
+            assert found.count == stats.count
+            for a, b in zip(found[:3], stats[:3], strict=True):
+                assert bits(a) == bits(b)
+
+    def test_nothing_is_summed(self):
+        x = np.ones((8, 3), np.float32)
+        total = bnfast.Moments(8, np.zeros(3), np.ones(3))
+        y, stats = bnfast.batch_norm_forward(x, moments=total)
+        assert np.allclose(y, 1 / np.sqrt(1 / 8 + 1e-5))
+        assert bits(stats.var) == bits(np.full(3, 1 / 8))
+
+    @pytest.mark.parametrize(
+        ("moments", "error", "words"),
+        [
+            (bnfast.Moments(7, np.zeros(3), np.zeros(3)), ValueError, "moments.count is 7"),
+            (bnfast.Moments(1, np.zeros(3), np.zeros(3)), ValueError, "more than 1 value"),
+            (bnfast.Moments(9, np.zeros(4), np.zeros(4)), ValueError, "moments.mean has shape"),
+            ((9, np.zeros(3), np.zeros(3)), TypeError, "expected Moments"),
+        ],
+    )
+    def test_refusals(self, moments, error, words):
+        out = np.full((8, 3), 5, np.float32)
+        with pytest.raises(error, match=words):
+            bnfast.batch_norm_forward(np.ones((8, 3), np.float32), out=out, moments=moments)
+        assert (out == 5).all()
+
+    def test_out_over_the_moments(self):
+        x = np.ones((8, 3), np.float32)
+        total = bnfast.Moments(8, np.zeros(3), np.ones(3))
+        memory = total.mean.view(np.float32)
+        with pytest.raises(ValueError, match=r"out overlaps moments\.mean"):
+            bnfast.batch_norm_forward(x[:1], out=memory[:3].reshape(1, 3), moments=total)
+
+    def test_the_backward_of_parts(self):
+        """Both halves together: the gradients of the whole batch."""
+        p = make_problem((7, 5, 4, 3), np.float64, activation="hardswish", residual=True)
+        _, stats = forward(p)
+        want = backward(p, stats)
+        total, parts = bnfast.moments(p.x), (slice(0, 2), slice(2, 7))
+        mine = [p.replace(x=p.x[i], dy=p.dy[i], residual=p.residual[i]) for i in parts]
+        kept = [forward(part, moments=total)[1] for part in mine]
+        sums = [
+            backward(part, s._replace(count=0), needs=("weight", "bias"), out=None)
+            for part, s in zip(mine, kept, strict=True)
+        ]
+        whole = (sum(g.weight for g in sums), sum(g.bias for g in sums))
+        for part, s, i in zip(mine, kept, parts, strict=True):
+            got = backward(part, s, sums=whole)
+            np.testing.assert_allclose(got.x, want.x[i], rtol=1e-11, atol=1e-12)
+            np.testing.assert_allclose(got.residual, want.residual[i], rtol=1e-12)
+        np.testing.assert_allclose(whole[0], want.weight, rtol=1e-11)

@@ -53,3 +53,14 @@ def test_a_release_is_tagged_and_dated(check):
     assert check.problems_of_release("v0.2.0", dated, "0.2.0") == []
     assert check.problems_of_release("v0.2.1", dated, "0.2.0") != []
     assert check.problems_of_release("v0.2.0", undated, "0.2.0") != []
+
+
+def test_a_release_says_where_the_project_lives(check):
+    (problem,) = check.problems_of_urls({})
+    assert "Homepage, Documentation, Source, Issues, Changelog" in problem
+    urls = dict.fromkeys(check.URLS, "https://example.org")
+    assert check.problems_of_urls({"urls": urls}) == []
+    del urls["Issues"]
+    assert check.problems_of_urls({"urls": urls}) == [
+        "pyproject.toml has no [project.urls] for Issues"
+    ]

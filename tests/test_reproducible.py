@@ -36,6 +36,7 @@ def everything(p):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestThreads:
+    @pytest.mark.smoke
     def test_any_number_gives_the_same_bits(self, isa, dtype, shape):
         p = make_problem(shape, dtype, **FUSED)
         with bnfast.num_threads(1):

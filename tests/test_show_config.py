@@ -1,7 +1,5 @@
 """`bnfast.show_config` and what is known at import: threads, OpenMP runtimes, instruction sets."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +33,6 @@ def test_threads_are_explained(capsys):
     bnfast.set_num_threads(2)
     bnfast.show_config()
     assert "2 (set_num_threads)" in capsys.readouterr().out
-
-
-def test_the_module_runs_as_a_program():
-    done = subprocess.run(
-        [sys.executable, "-m", "bnfast"], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("bnfast")
 
 
 def test_openmp_runtimes_are_found_in_the_map(tmp_path):

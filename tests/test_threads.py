@@ -17,6 +17,7 @@ def in_thread(function, *args):
         return pool.submit(function, *args).result(timeout=60)
 
 
+@pytest.mark.smoke
 def test_a_block_holds_inside_and_restores():
     assert bnfast.get_num_threads() == 5
     with bnfast.num_threads(3):
@@ -97,6 +98,7 @@ def test_overlapping_blocks_in_threads_do_not_disturb_each_other():
         (np.bool_(True), TypeError),
     ],
 )
+@pytest.mark.smoke
 def test_a_bad_number_is_named(call, n, error):
     with pytest.raises(error, match=r"^n is .*expected an integer from 1 to 1024"):
         call(n)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_default")
 LARGE = (16, 64, 56, 56)
 
 
+@pytest.mark.smoke
 def test_eight_threads_share_a_frozen_layer():
     rng = np.random.default_rng(8)
     layer = bnfast.BatchNorm2d(64)

@@ -1,5 +1,7 @@
 """Check that a tag, the package's version and the changelog's newest entry agree.
 
+PyPI shows where the project lives, so pyproject.toml has to say it, too.
+
 python tools/check_release.py v0.1.0
 """
 
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+URLS = ("Homepage", "Documentation", "Source", "Issues", "Changelog")
 HEADING = re.compile(
     r"^## (?:Unreleased \((?P<next>[^)]+)\)|(?P<version>\d[^ ]*) \((?P<date>[^)]+)\))$"
 )
@@ -75,11 +78,21 @@ def problems_of_release(tag, changelog, current):
     return problems
 
 
+def problems_of_urls(project):
+    """Return which addresses a `[project]` table lacks."""
+    missing = [name for name in URLS if name not in project.get("urls", {})]
+    return [f"pyproject.toml has no [project.urls] for {', '.join(missing)}"] if missing else []
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
+    import tomllib  # of Python 3.11: the tests of 3.10 do without
+
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    sys.exit("\n".join(problems_of_release(sys.argv[1], changelog, version())) or None)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    problems = problems_of_release(sys.argv[1], changelog, version()) + problems_of_urls(project)
+    sys.exit("\n".join(problems) or None)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnfast import _arrays, _options
+from bnfast import _arrays, _core, _options
 from bnfast.functional import BatchStats, batch_norm_forward, normalize
 from bnfast.inference import rounded
 
@@ -77,7 +77,6 @@ def batch_normalization(
         given = _arrays.array(name, value)
         running = _arrays.parameter(name, given, len(new)).astype(np.float64)
         if batch.size:
-            with np.errstate(all="ignore"):
-                running = running * old + new * (1 - old)
+            running = _core.moved_average(running, new, 1 - old)
         moved.append(rounded(running, given.dtype))
     return y.reshape(x.shape), *moved

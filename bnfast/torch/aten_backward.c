@@ -1,5 +1,3 @@
-#include <math.h>
-
 #include "aten_kernels.h"
 #include "aten_stack.h"
 #include "aten_vectors.h"
@@ -121,12 +119,9 @@ static void fill_backward(const backward *b, bnf_call *call)
     aten_fill(call->weight, b->weight, b->vectors, 1);
     aten_fill(call->shift, b->bias, b->vectors, 0);
     aten_fill(call->mean, b->mean, b->vectors, 0);
-    aten_fill(call->inv_std, b->second, b->vectors, 1);
+    aten_fill(call->has_var ? call->var : call->inv_std, b->second, b->vectors, 1);
     if (b->arguments->training)
         aten_recall(b->save_mean, call->mean, call->inv_std);
-    else
-        for (int64_t c = 0; c < b->vectors.length; c++)
-            call->inv_std[c] = 1 / sqrt(call->inv_std[c] + b->arguments->eps);
 }
 
 static APART void compute_backward(const backward *b, bnf_call *call, void *dweight, void *dbias)
@@ -153,6 +148,8 @@ static bool run_backward_in(backward *b, torch_tensor *results, torch_tensor *ro
         .activation = b->arguments->rest.activation,
         .slope = b->arguments->rest.slope,
         .count = training ? (double)(shape.outer * shape.inner) : 0,
+        .eps = b->arguments->eps,
+        .has_var = !training,
         .gathers = b->wanted[1] || b->wanted[2] || (training && b->wanted[0]),
     };
     const void **beside = bnf_is_from_output(call.activation) ? &call.output : &call.residual;

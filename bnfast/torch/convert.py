@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
+from bnfast.layers import BatchNorm, FrozenBatchNorm
+
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormOnCPU
 from .process import Activity, activity, replace_kernels
 
@@ -21,6 +23,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
+NUMPY_LAYERS = (BatchNorm, FrozenBatchNorm)
 _Model = TypeVar("_Model", bound=nn.Module)
 _NO_MODEL = object()
 
@@ -170,8 +173,9 @@ def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         what = model if isinstance(model, type) else type(model)
         name = f"{what.__module__}.{what.__qualname__}"
+        of_numpy = ", a layer for NumPy arrays" if issubclass(what, NUMPY_LAYERS) else ""
         raise TypeError(
-            f"model is {'the class' if what is model else 'of type'} {name}; "
+            f"model is {'the class' if what is model else 'of type'} {name}{of_numpy}; "
             "expected a torch.nn.Module"
         )
 

@@ -57,13 +57,19 @@ HEADER = np.dtype(
 # --- Building and running ----------------------------------------------------------------
 
 
-def libraries(platform=None):
-    """setup.py's libraries, (name, facts) each, as for sysconfig's name of another platform."""
-    stand_ins = {name: MagicMock() for name in ("setuptools", "setuptools.command.build_clib")}
-    stand_ins |= {name: MagicMock() for name in ("setuptools.errors", "Cython", "Cython.Build")}
-    environ = {"_PYTHON_HOST_PLATFORM": platform} if platform else {}
+def setup(platform=None, **environ):
+    """The names of setup.py, as for sysconfig's name of another platform; nothing is built."""
+    commands = ("setuptools.command.build_clib", "setuptools.command.build_ext")
+    others = ("setuptools", "setuptools.errors", "Cython", "Cython.Build")
+    stand_ins = {name: MagicMock() for name in (*commands, *others)}
+    environ |= {"_PYTHON_HOST_PLATFORM": platform} if platform else {}
     with patch.dict(sys.modules, stand_ins), patch.dict(os.environ, environ):
-        return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["LIBRARIES"]
+        return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+def libraries(platform=None):
+    """setup.py's libraries, (name, facts) each."""
+    return setup(platform)["LIBRARIES"]
 
 
 def run(*command, **options):

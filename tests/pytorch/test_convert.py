@@ -116,7 +116,10 @@ def test_modules_added_after_converting_run(ran):
         (None, "model is of type builtins.NoneType"),
         ([nn.BatchNorm2d(3)], "model is of type builtins.list"),
         (nn.BatchNorm2d, "model is the class torch.nn.modules.batchnorm.BatchNorm2d"),
-        (bnfast.BatchNorm2d(3), "model is of type bnfast.layers.BatchNorm2d"),
+        (
+            bnfast.BatchNorm2d(3),
+            "model is of type bnfast.layers.BatchNorm2d, a layer for NumPy arrays",
+        ),
         (torch.ones(3), "model is of type torch.Tensor"),
     ],
     ids=["None", "list", "class", "NumPy layer", "tensor"],

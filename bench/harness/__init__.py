@@ -1,0 +1,1 @@
+"""What every benchmark uses: cases, timing, the machine, its limits."""

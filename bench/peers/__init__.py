@@ -1,0 +1,1 @@
+"""The libraries that bnfast is compared with, and bnfast itself, one file each."""

@@ -1,0 +1,1 @@
+"""From a run's results to text, Markdown, figures and verdicts."""

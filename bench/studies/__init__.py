@@ -1,0 +1,1 @@
+"""Studies of one question each. None is part of `make bench`."""

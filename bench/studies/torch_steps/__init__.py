@@ -1,0 +1,1 @@
+"""Whole training and evaluation steps of PyTorch networks."""
