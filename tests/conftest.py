@@ -1,4 +1,4 @@
-"""Fixtures: every instruction set of this machine, one after the other."""
+"""Fixtures: every instruction set of this machine, one after the other; counts and defaults."""
 
 import os
 
@@ -6,7 +6,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from bnfast import _core
+from bnfast import _core, _threads
 
 
 def pytest_addoption(parser):
@@ -81,3 +81,13 @@ def dispatches():
         return counts
 
     return since_last
+
+
+@pytest.fixture
+def own_default(monkeypatch):
+    """Give a test a process default of its own, and no number asked for in this thread."""
+    monkeypatch.setattr(_threads, "_default", 5)
+    monkeypatch.setattr(_threads, "_default_source", "a test")
+    token = _threads._asked_here.set(None)
+    yield
+    _threads._asked_here.reset(token)

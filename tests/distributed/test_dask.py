@@ -15,11 +15,8 @@ import bnfast
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
 
-from bnfast.distributed import (  # noqa: E402
-    _merge_to_records,
-    dask_moments,
-    dask_normalize,
-)
+from bnfast.distributed import dask_moments, dask_normalize  # noqa: E402
+from bnfast.distributed.dask_arrays import _merge_to_records  # noqa: E402
 
 SHAPE, AXIS = (60, 6, 14), 1
 CHUNKS = {

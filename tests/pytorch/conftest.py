@@ -42,3 +42,37 @@ def calls():
     with bnfast.torch.enabled():
         since_last()
         yield since_last
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Graphs and counts of this test alone."""
+    from collections import Counter
+
+    import torch
+
+    from bnfast.torch import compiled
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "_fused", Counter())
+    monkeypatch.setattr(compiled, "_apart", Counter())
+
+
+@pytest.fixture
+def fused():
+    """What batch norms became since the last call: ({kind: times}, {reason: times})."""
+    from bnfast.torch import compiled
+
+    last = compiled.fused_so_far()
+
+    def since_last():
+        nonlocal last
+        now = compiled.fused_so_far()
+        news = tuple(
+            {k: n - b.get(k, 0) for k, n in a.items() if n != b.get(k, 0)}
+            for a, b in zip(now, last, strict=True)
+        )
+        last = now
+        return news
+
+    return since_last

@@ -10,20 +10,14 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import assert_same, assert_same_steps, compile_copy, images, step
 from layers import Block, SmallResNet, channels_last, gappy, leaf, transposed
-from test_backend import (
-    assert_same,
-    assert_same_steps,
-    compile_copy,
-    fresh,  # noqa: F401, a fixture
-    fused,  # noqa: F401, a fixture
-    images,
-    step,
-)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnfast.torch
+
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def batch(n=4, dtype=torch.float64):
@@ -41,7 +35,7 @@ def test_entry_point():
     assert_same([torch.compile(copy.deepcopy(model), backend="bnfast")(x)], [model(x)])
 
 
-def test_dynamic_shapes(fused):  # noqa: F811
+def test_dynamic_shapes(fused):
     """One graph for all sizes."""
     model = SmallResNet().double()
     faster, _ = compile_copy(model, dynamic=True)
@@ -53,7 +47,7 @@ def test_dynamic_shapes(fused):  # noqa: F811
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_autocast(training, fused):  # noqa: F811
+def test_autocast(training, fused):
     """As far from the float64 results as without the backend."""
     model = SmallResNet().train(training)
     faster, _ = compile_copy(model)
@@ -74,7 +68,7 @@ def test_autocast(training, fused):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves(dtype, fused):  # noqa: F811
+def test_halves(dtype, fused):
     """All parameters are halves."""
     model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).to(dtype)
     faster, ours = compile_copy(model)
@@ -86,7 +80,7 @@ def test_halves(dtype, fused):  # noqa: F811
     assert fused()[0] == {"batch norm + relu": 1}
 
 
-def test_checkpointing(fused):  # noqa: F811
+def test_checkpointing(fused):
     """The fused operator is run again in the backward, and moves statistics once."""
 
     class Checkpointed(nn.Module):
@@ -108,7 +102,7 @@ def test_checkpointing(fused):  # noqa: F811
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
-def test_graph_break(fused):  # noqa: F811
+def test_graph_break(fused):
     class Breaks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -148,7 +142,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.act(self.drop(x))
 
 
-def test_fused_class(fused):  # noqa: F811
+def test_fused_class(fused):
     assert_same_steps(BatchNormAct2d(5).double(), images())
     assert set(fused()[0]) == {"batch norm + relu"}
 

@@ -4,7 +4,7 @@ import operator
 
 import pytest
 import torch
-from test_freeze import Pair
+from freeze_cases import Pair
 from test_freeze_values import trained
 from torch import nn
 

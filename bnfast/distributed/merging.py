@@ -1,0 +1,154 @@
+"""The moments of all ranks, merged: in a forward, and for their own sake (`all_reduce`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnfast import _errors
+from bnfast.moments import Moments
+
+from .counts import MOST_VALUES, check_count
+from .exchange import REFUSED, UNSENT, Exchange, in_words, refusal_of
+from .ranks import ranks_of
+
+if TYPE_CHECKING:
+    from .forward import Move
+    from .ranks import Ranks
+
+
+class Merging(Exchange):
+    """The merge of all ranks' moments, in the order of ranks.
+
+    Two gathers: ranks must agree on the number of channels before they can gather as many means
+    and M2.
+
+    Parameters
+    ----------
+    ranks : Ranks
+    training : bool
+        Whether to refuse a batch that has one value per channel over all ranks.
+    """
+
+    def __init__(self, ranks: Ranks, training: bool = False) -> None:
+        self._ranks, self._training = ranks, training
+        self._sizes = np.full((ranks.size, 2), UNSENT, np.int64)
+        self._numbers = np.empty((ranks.size, 2, 0))
+        self._move: Move | None = None
+
+    def merged(self, mine: Moments, move: Move | None = None) -> Moments:
+        """Return the moments of all ranks, after `move` has updated the running statistics.
+
+        These change on every rank or on none, also if an exception is raised meanwhile.
+        """
+        numbers = np.stack([mine.mean, mine.m2])
+        self._numbers = np.full((self._ranks.size, *numbers.shape), float(UNSENT))
+        self._move = move
+        size = np.array([numbers.shape[1], mine.count], np.int64)
+        self._ranks.gather(size, self._sizes)
+        if disagreement := self._disagreement():
+            raise disagreement
+        if numbers.size:
+            self._ranks.gather(numbers, self._numbers)
+        if refusal := self._refusal():
+            raise refusal
+        return self._finish()
+
+    def _disagreement(self) -> Exception | None:
+        """Return the error that all ranks raise for the sizes, None if they agree."""
+        channels, counts = self._sizes.T.tolist()
+        on_all = f"ranks 0 to {self._ranks.size - 1}"
+        if REFUSED in channels:
+            return refusal_of(channels)
+        if len(set(channels)) > 1:
+            return ValueError(
+                f"the moments have {in_words(channels)} channels on {on_all}; expected the same "
+                "number on all"
+            )
+        if sum(counts) > MOST_VALUES:
+            return ValueError(
+                f"the moments have {in_words(counts)} values per channel on {on_all}, "
+                f"{sum(counts)} together; expected at most {MOST_VALUES}"
+            )
+        if self._training and sum(counts) == 1:
+            return ValueError(
+                "Expected more than 1 value per channel when training, got one on all "
+                f"{self._ranks.size} ranks together"
+            )
+        return None
+
+    def _refusal(self) -> Exception | None:
+        """Return the error if a rank agreed on sizes and was interrupted afterwards."""
+        return refusal_of(self._numbers[:, 1, :1].ravel().tolist())
+
+    def _finish(self) -> Moments:
+        with np.errstate(all="ignore"):  # a caller's setting must not make one rank alone raise
+            batch = Moments.merge_all(
+                Moments(count, mean, m2)
+                for count, (mean, m2) in zip(self._sizes[:, 1].tolist(), self._numbers, strict=True)
+            )
+            if self._move is not None:
+                self._move(batch)
+        return batch
+
+    def _complete(self) -> None:
+        if self._sizes[0, 0] == UNSENT:
+            self._ranks.gather(np.array([REFUSED, 0], np.int64), self._sizes)
+        elif self._disagreement() is None:
+            if UNSENT in self._numbers[0, 1, :1]:
+                refused = np.full(self._numbers.shape[1:], float(REFUSED))
+                self._ranks.gather(refused, self._numbers)
+            elif self._refusal() is None:
+                self._finish()
+
+
+def all_reduce(moments: Moments, group: Any = None) -> Moments:
+    """Return the moments of all processes of a group, merged: the same bits on each of them.
+
+    Every process of the group must call it, as with any collective operation; a process that has
+    no values passes `Moments.empty`.
+
+    Parameters
+    ----------
+    moments : Moments
+        The moments of this process.
+    group : torch.distributed.ProcessGroup, mpi4py.MPI.Comm or None
+        The processes; None is the default group of ``torch.distributed``. PyTorch's groups need a
+        backend for CPU tensors, such as gloo.
+
+    Returns
+    -------
+    Moments
+        Of the values of all processes together, merged in the order of ranks by
+        `Moments.merge_all`.
+
+    Raises
+    ------
+    TypeError
+        If `group` is something else, or `moments` is (then RuntimeError on the other processes).
+    ValueError
+        On every process, if they have different numbers of channels, or more than ``2**63 - 1``
+        values per channel together. On this process alone, if it has more than that by itself, or
+        if the attributes of `moments` were changed to invalid values (then RuntimeError on the
+        other processes); if it is not in `group`.
+    RuntimeError
+        If another process could not take part; if `group` is None and there is no default one.
+
+    Notes
+    -----
+    Two gathers: of ``(channels, count)``, 16 bytes per process, and of mean and M2, 16 bytes per
+    channel and process. If a process does not call, the others wait until the group's own timeout.
+    """
+    exchange = Merging(ranks_of(group))
+    with exchange:
+        return exchange.merged(_sendable(moments))
+
+
+def _sendable(given: Any) -> Moments:
+    """Return a checked copy, since callers may have changed the attributes of theirs."""
+    if not isinstance(given, Moments):
+        raise TypeError(f"moments is {_errors.kind(given)}; expected Moments")
+    mine = Moments(given.count, given.mean, given.m2)
+    check_count(mine.count)
+    return mine
