@@ -70,7 +70,7 @@ def _config() -> dict[str, Any]:
 
     import bnfast
 
-    from . import _core, _memory, _threads
+    from . import _core, _memory
 
     built = _core.config()
     threads, source = _core.threads()
