@@ -274,6 +274,8 @@ def batch_norm_forward(
     if moments is not None:
         if not isinstance(moments, Moments):
             raise TypeError(f"moments is {_errors.kind(moments)}; expected Moments")
+        if moments.mean is None or moments.m2 is None:
+            raise TypeError("moments have no mean or no m2; expected one value per channel each")
         given = moments.count, moments.mean, moments.m2
     y, (count, mean, var, inv_std) = _core.forward(
         x, None, None, weight, bias, 0.0, eps, axis, 1, residual, activation, out, None, given

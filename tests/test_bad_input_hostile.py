@@ -122,8 +122,8 @@ NO_TARGET = {
 NUMBERS = {"eps", "momentum", "ddof", "axis", "out_axis", "in_axis", "groups", "n", "count",
            "num_features", "channels"}  # fmt: skip
 TRUTHS = {"training", "affine", "track_running_stats", "update_stats", "mode", "strict", "padded"}
-CHOICES = {"activation", "stats", "sums", "bn", "dtype", "prefix", "state", "forward", "progress",
-           "other"}  # fmt: skip
+CHOICES = {"activation", "stats", "sums", "moments", "bn", "dtype", "prefix", "state", "forward",
+           "progress", "other"}  # fmt: skip
 TARGETS = {"out", "running_mean", "running_var"}
 # Truths and numbers that are no nonsense.
 GOOD = {
@@ -146,7 +146,7 @@ def calls():
     good = {
         "x": X.copy(), "dy": X + 1, "residual": X * 2, "y": None, "out": np.full_like(X, 7),
         "training": True, "momentum": 0.1, "eps": 1e-5, "axis": 1, "ddof": 1, "activation": "relu",
-        "stats": STATS, "needs": None, "sums": None,
+        "stats": STATS, "needs": None, "sums": None, "moments": None,
         **{name: w.copy() for name in ("weight", "bias", "scale", "shift", "mean", "var",
                                        "running_mean", "running_var", "m2")},
     }  # fmt: skip

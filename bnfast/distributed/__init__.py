@@ -12,7 +12,6 @@ Imported only by name, and nothing here imports PyTorch, mpi4py or Dask before i
 
 from .dask_arrays import dask_moments, dask_normalize
 from .forward import Move as Move
-from .forward import plain_activation as plain_activation
 from .layer import SyncBatchNorm
 from .merging import Merging as Merging
 from .merging import all_reduce

@@ -1,21 +1,18 @@
-"""A forward whose batch is on all ranks: the running update and the output, written by hand.
-
-They are written out here because `_core.forward` takes the moments of `x` alone, not those of a
-batch that `x` is a part of.
-"""
+"""A forward whose batch is on all ranks: its arguments, and what follows the exchange."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bnfast import _arrays, _core, _options
+from bnfast import _core
 from bnfast.functional import BatchStats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from bnfast import _arrays
     from bnfast._types import Activation, Tensor, Vector
     from bnfast.moments import Moments
 
@@ -36,14 +33,9 @@ class Move(NamedTuple):
             for (write, old), new in zip(
                 self.running, (batch.mean, batch.var(self.ddof)), strict=True
             ):
-                write((1 - self.momentum) * old + self.momentum * new)
+                write(_core.moved_average(old, new, self.momentum))
         if self.count_batch is not None:
             self.count_batch()
-
-
-def plain_activation(value: Any) -> Activation:
-    """Return an activation as a plain str or tuple: using these runs no code of the caller."""
-    return _options.plain_activation(value, _core.ACTIVATIONS)
 
 
 class ForwardCall(NamedTuple):
@@ -63,21 +55,22 @@ class ForwardCall(NamedTuple):
 
     def finish(self, batch: Moments) -> tuple[Tensor, BatchStats]:
         """Return the output, and the statistics that it was normalised with."""
-        with np.errstate(all="ignore"):
-            var = batch.var()
-            stats = BatchStats(batch.mean, var, 1 / np.sqrt(var + self.eps), batch.count)
-            if self.observer is not None:
+        if self.observer is not None:
+            with np.errstate(all="ignore"):
                 self.observer(batch)
-        _core.normalize(
+        y, (count, mean, var, inv_std) = _core.forward(
             self.seen.x,
-            batch.mean,
-            var,
+            None,
+            None,
             self.weight,
             self.bias,
+            0.0,
             self.eps,
             self.seen.axis,
+            1,
             self.seen.residual,
             self.activation,
             self.target,
+            moments=(batch.count, batch.mean, batch.m2),
         )
-        return self.seen.give(self.target), stats
+        return self.seen.give(y), BatchStats(mean, var, inv_std, count)

@@ -13,7 +13,7 @@ from bnfast.functional import _wanted
 from bnfast.layers import _RUNNING, BatchNorm, Saved, _sum
 from bnfast.moments import moments
 
-from .forward import ForwardCall, Move, plain_activation
+from .forward import ForwardCall, Move
 from .merging import Merging
 from .ranks import ranks_of
 from .summing import Summing
@@ -157,7 +157,8 @@ class SyncBatchNorm(BatchNorm):
         )
         rates = self._rates() if updates else None
         channels = _options.channel_count("num_features", self.num_features)
-        eps, activation = _options.eps(self.eps, training=True), plain_activation(self.activation)
+        eps = _options.eps(self.eps, training=True)
+        activation = _options.plain_activation(self.activation, _core.ACTIVATIONS)
         axis = _options.integer("axis", self.axis)
         x = self._checked(x)
         residual = _maybe_array("residual", residual)
@@ -230,7 +231,7 @@ class SyncBatchNorm(BatchNorm):
         channels = self.num_features if saved is None else len(saved.stats.mean)
         exchange = Summing(ranks_of(self.group), channels)
         with exchange:
-            if saved is None or saved.x is None:
+            if saved is None or saved.x is None or saved.lacks_residual:
                 return super().backward(dy)  # it raises
             call = self._backward_call(dy, saved)
             sums = exchange.summed(*call.sums)
@@ -239,7 +240,8 @@ class SyncBatchNorm(BatchNorm):
 
     def _backward_call(self, dy: Any, saved: Saved) -> _BackwardCall:
         """Read and check all arguments of a backward, and sum over this rank's part."""
-        axis, activation = _options.integer("axis", self.axis), plain_activation(self.activation)
+        axis = _options.integer("axis", self.axis)
+        activation = _options.plain_activation(self.activation, _core.ACTIVATIONS)
         affine = _options.truth("affine", self.affine)
         dy = _maybe_array("dy", dy)
         needs = ["x"] + ["residual"] * saved.had_residual

@@ -320,23 +320,23 @@ class _ForwardCall(NamedTuple):
 
     def normalize(self, batch: Moments) -> tuple[Tensor, Tensor]:
         """Fill y; return the mean and 1 / sqrt(var + eps) that it was normalised with."""
-        with np.errstate(all="ignore"):  # whatever one rank's caller would have it raise
-            var = batch.var()
-            inv_std = 1 / np.sqrt(var + self.eps)
         with tensors.torch_threads():
-            _core.normalize(
+            _, (_, mean, _, inv_std) = _core.forward(
                 tensors.array(self.x),
-                batch.mean,
-                var,
+                None,
+                None,
                 tensors.array(self.weight),
                 tensors.array(self.bias),
+                0.0,
                 self.eps,
+                1,
                 1,
                 tensors.array(self.residual),
                 self.activation,
                 tensors.array(self.y),
+                moments=(batch.count, batch.mean, batch.m2),
             )
-        return torch.from_numpy(batch.mean), torch.from_numpy(inv_std)
+        return torch.from_numpy(mean), torch.from_numpy(inv_std)
 
 
 class _SyncBatchNorm(torch.autograd.Function):

@@ -10,7 +10,7 @@ from cases import bits
 from bnfast import distributed
 
 PUBLIC = {"SyncBatchNorm", "all_reduce", "dask_moments", "dask_normalize"}
-FOR_PYTORCH = {"Merging", "Move", "Ranks", "Summing", "plain_activation", "ranks_of"}
+FOR_PYTORCH = {"Merging", "Move", "Ranks", "Summing", "ranks_of"}
 
 
 def test_public_names():
