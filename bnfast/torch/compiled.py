@@ -1,4 +1,4 @@
-"""The backend of `torch.compile` that fuses batch norms with what follows them."""
+"""The backend of `torch.compile` that fuses batch norms with the operations after them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ _log = logging.getLogger("bnfast")
 def backend(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
     """Compile a graph for ``torch.compile(model, backend="bnfast")``.
 
-    Batch norm, the addition of a tensor of the same shape behind it, and the activation behind
-    that (ReLU, ReLU6, LeakyReLU) become one call of an operator of bnfast's, and so do their
-    gradients, where nothing else reads what lies between. The rest runs as it is, by PyTorch's own
-    operators: no code is generated and no compiler needed. `torch.compile` calls this function;
-    ``backend=bnfast.torch.backend`` is the same as the name.
+    Three operations become one call of a bnfast operator: the batch norm, the addition of a tensor
+    of the same shape after it, and the activation after that (ReLU, ReLU6, LeakyReLU). Their
+    gradients become one call, too. They are fused only if nothing else reads the values between
+    them. All other operations run unchanged, with PyTorch's own operators. No code is generated and
+    no compiler is needed. `torch.compile` calls this function; ``backend=bnfast.torch.backend``
+    means the same as the name.
 
     Parameters
     ----------
     gm : torch.fx.GraphModule
-        What Dynamo captured.
+        The graph that Dynamo captured.
     example_inputs : sequence of Tensor
-        The inputs it was captured with.
+        The inputs that it was captured with.
     **options
-        None are known.
+        No options are accepted.
 
     Returns
     -------
     callable
-        Of the graph's inputs.
+        A function of the graph's inputs.
 
     Raises
     ------
@@ -45,12 +46,12 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> C
 
     See Also
     --------
-    report : what was fused in this process, and why not more.
+    report : what was fused in this process, and why the rest was not.
     """
     if options:
         name, given = next(iter(options.items()))
         raise ValueError(f"{name} is {given!r:.60}; expected none: the backend has no options")
-    from .capture import compiler  # what it needs of PyTorch takes a second to import
+    from .capture import compiler  # it imports parts of PyTorch that take a second to load
 
     return compiler(gm, example_inputs)
 
@@ -63,7 +64,7 @@ _apart: Counter[str] = Counter()
 
 
 def count(fused: Counter[str], apart: Counter[str]) -> None:
-    """Add what became of a graph's batch norms, and why not more, to what is known of others."""
+    """Add the counts of one graph: what its batch norms became, and why not more was fused."""
     with _lock:
         _fused.update(fused)
         _apart.update(apart)
@@ -74,6 +75,6 @@ def count(fused: Counter[str], apart: Counter[str]) -> None:
 
 
 def fused_so_far() -> tuple[dict[str, int], dict[str, int]]:
-    """Return what batch norms became in the graphs of this process, and why not more."""
+    """Return what batch norms became in the graphs of this process, and why some were not fused."""
     with _lock:
         return dict(_fused), dict(_apart)
