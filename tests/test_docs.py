@@ -1,6 +1,7 @@
 """Every example of the pages and the README runs, and prints what the page says it does."""
 
 import doctest
+import importlib
 import re
 import sys
 from contextlib import contextmanager
@@ -84,6 +85,21 @@ def test_pages_with_examples_are_found():
     """Or the tests above would pass on a folder of another layout."""
     found = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))]
     assert len(found) > 8
+
+
+@pytest.mark.parametrize(("module", "peer"), [("bnfast", "numpy"), ("bnfast.torch", "torch")])
+def test_docstring_examples(module, peer):
+    """The Examples sections of public objects run and print what they show."""
+    pytest.importorskip(peer)
+    public = importlib.import_module(module)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    printed, ran = [], 0
+    for name in public.__all__:
+        for test in finder.find(getattr(public, name), f"{module}.{name}", globs={}):
+            ran += len(test.examples)
+            runner.run(test, out=printed.append)
+    assert ran
+    assert "".join(printed) == ""
 
 
 @pytest.mark.parametrize(
