@@ -1,5 +1,6 @@
-"""What bad input gets: an exception that names the argument, what it was and
-what was expected, before anything is written."""
+"""Bad input: an exception that names the argument, its value and what was
+expected, before anything is written.
+"""
 
 import pickle
 import re
@@ -35,10 +36,10 @@ def zero_stride(shape):
 
 
 class Call:
-    """A call of one function with good arguments, of which some are replaced.
+    """A call of one function with good arguments, some of which are replaced.
 
     Arrays that the call may write are poisoned or known, and are compared
-    afterwards with what they held.
+    afterwards with their former contents.
     """
 
     def __init__(self, function, *given, **named):
@@ -89,7 +90,7 @@ def each(*calls):
 
 @each(*ALL)
 def test_good_arguments_are_good(call):
-    """Or else the refusals below would prove nothing."""
+    """Otherwise the refusals below would prove nothing."""
     arguments = {k: copied(v) for k, v in call.named.items()}
     positional = [arguments.pop(name) for name in call.given]
     call.function(*positional, **arguments)
@@ -375,7 +376,7 @@ class TestBackward:
         backward.refuses(ValueError, ("stats", 3, 4), stats=other)
 
     def test_stats_of_another_batch(self):
-        """m divides the sums: that of another batch gives silent garbage."""
+        """m divides the sums: another batch's m would silently give wrong gradients."""
         other = bnfast.batch_norm_forward(X[:5], W, B)[1]
         backward.refuses(ValueError, ("stats", 25, 30), stats=other)
 
@@ -403,7 +404,7 @@ class TestBackward:
 
 
 class TestLayers:
-    """A refused call leaves every statistic, counter and output as it was."""
+    """A refused call changes no statistic, counter or output."""
 
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
@@ -462,7 +463,7 @@ class TestLayers:
 
 
 class TestOptionsThatAreArrays:
-    """Where Python's own message would name no argument."""
+    """Cases where Python's own message would not name the argument."""
 
     @each(forward, training, inference, normalize)
     @pytest.mark.parametrize("value", [np.array([1e-5]), np.array([1e-5, 1e-5])], ids=["1", "2"])
@@ -524,7 +525,7 @@ class TestTensorsOfOthers:
         call.refuses(TypeError, ("x", "of type Broken", "no data"), x=Broken())
 
     def test_long_double_by_the_name_of_double(self):
-        """As where the two are of one width: its type is another, and no kernel's."""
+        """As on systems where both have the same width: its type differs, and no kernel has it."""
         dtype = SimpleNamespace(name="float64", char="g", type=np.longdouble)
         with pytest.raises(TypeError, match=mentions("x", "expected", "float64")):
             _arrays.check_type("x", SimpleNamespace(dtype=dtype))
@@ -534,7 +535,7 @@ class TestTensorsOfOthers:
 
 @each(*ALL)
 def test_a_conversion_that_did_not_help_is_a_defect_and_no_loop(call, monkeypatch):
-    """As it would be asked for again, and again."""
+    """Without a check it would be converted again and again."""
 
     class Unconverted(_arrays.Canonical):
         def __init__(self, x, axis, **others):
@@ -546,7 +547,7 @@ def test_a_conversion_that_did_not_help_is_a_defect_and_no_loop(call, monkeypatc
 
 
 class TestUncommonPaths:
-    """What must be seen through the copy that other memory orders are converted to."""
+    """Overlaps that must be found although unusual memory orders are converted to a copy."""
 
     @pytest.mark.parametrize("name", RUNNING)
     @pytest.mark.parametrize("tensor", ["x", "residual", "out"])
@@ -574,7 +575,7 @@ class TestUncommonPaths:
 
     @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
     def test_running_statistics_inside_another_s_array(self, x):
-        """Seen through the protocol that it is read by."""
+        """The overlap is found through the protocol that the array is read by."""
         store = np.ones(5, np.float32)
         for name in ("weight", "bias"):
             training.refuses(
@@ -589,7 +590,7 @@ class TestUncommonPaths:
 
     @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
     def test_running_statistics_without_strides(self, x):
-        """Every channel would be moved, and all in one place."""
+        """All channels would be updated in one place."""
         for name in RUNNING:
             training.refuses(
                 ValueError, (name, "stride 0", "share memory"), x=x, **{name: zero_stride((4,))}
@@ -597,7 +598,7 @@ class TestUncommonPaths:
 
     @pytest.mark.parametrize(("call", "name"), PER_CHANNEL, ids=repr)
     def test_parameter_inside_a_strided_out(self, call, name):
-        """It is written at the end, from a copy: the parameter would be read in time and lost."""
+        """It is written at the end, from a copy: the parameter would be read in time, then lost."""
         store = np.ones((6, 4, 10), np.float32)
         call.refuses(
             ValueError,
@@ -617,7 +618,7 @@ class TestUncommonPaths:
         )
 
     def test_statistics_of_one_alone(self):
-        """running_mean None and running_var given is refused, in layers as well."""
+        """running_mean None with a running_var is refused, in layers as well."""
         for given in (None, X[::-1]):
             layer = bnfast.BatchNorm(4)
             layer.running_mean = None
@@ -649,7 +650,7 @@ class TestUncommonPaths:
 @pytest.mark.parametrize("shape", [(0, 2**58), (0, 2**61 - 1), (0, 2**40, 3)], ids=str)
 @pytest.mark.parametrize("arrange", [lambda x: x, lambda x: x[::-1]], ids=["common", "strided"])
 def test_more_channels_than_memory_can_count(shape, arrange):
-    """Only an array of no values can have them."""
+    """Only an array without values can have so many."""
     x = arrange(np.empty(shape, np.float32))
     ones = np.broadcast_to(np.float32(1), shape[1:2])
     for call in (
@@ -671,7 +672,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("name", ["mean", "inv_std"])
     def test_missing_statistics(self, name):
-        """For which the core would take 0 and 1."""
+        """The core would take 0 and 1 for None."""
         backward.refuses(TypeError, (f"stats.{name}", "None"), stats=STATS._replace(**{name: None}))
 
     @pytest.mark.parametrize(
@@ -704,7 +705,7 @@ class TestFrozen:
 
     @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
     def test_arrays_stay_as_they_are(self, name):
-        """A read-only array that owns its memory can be made writeable, and any be reshaped."""
+        """A read-only array that owns its memory can be made writeable, and any can be reshaped."""
         frozen = self.make()
         y = frozen(X)
         held = getattr(frozen, name)
@@ -722,7 +723,7 @@ class TestFrozen:
 
     @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
     def test_no_array_that_it_gives_leads_to_its_numbers(self, name):
-        """Whatever is done to such an array, to what it is a view of, and so on."""
+        """This holds for such an array, for its base, and so on."""
         frozen, y = self.make(), self.make()(X)
         changes = (
             lambda a: setattr(a, "dtype", np.uint8),
@@ -752,7 +753,7 @@ class TestFrozen:
 
     @pytest.mark.parametrize("way", range(3))
     def test_a_second_start_within_the_first(self, way):
-        """From an argument that is asked for its array: the first to be done with them counts."""
+        """From an argument whose `__array__` calls it: the first call that completes counts."""
         frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)
 
         class Starting:

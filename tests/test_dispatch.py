@@ -1,6 +1,6 @@
-"""Which kernel ran: counters say so, and peak memory says what was not copied.
+"""Counters show which kernel ran, and peak memory shows what was not copied.
 
-A library that falls back in silence passes every test of equality.
+A library that silently falls back to other kernels passes every test of equality.
 """
 
 from functools import partial
@@ -46,7 +46,7 @@ def trained_layer(p):
     return layer
 
 
-# What a user types, and the direction that it should count as: each takes a
+# Calls as a user writes them, and the direction that each should count as. Each takes a
 # problem, prepares, and returns the call that counts.
 CALLS = {
     "moments": ("moments", lambda p: partial(bnfast.moments, p.x, axis=p.axis)),
@@ -123,7 +123,7 @@ def test_why_a_set_is_in_use(isa, pinned, runnable, why, monkeypatch):
 
 
 class TestShowConfig:
-    """What it says of the kernels is what runs, and not what is best."""
+    """It must report the kernels that run, not the best ones."""
 
     def kernels(self, capsys):
         bnfast.show_config()

@@ -29,7 +29,7 @@ def linear(x, weight, bias):
 
 
 def conv(x, weight, bias, *, groups=1, padding=0, stride=1):
-    """Convolve NCHW with (out, in / groups, kh, kw), as the sum that defines it."""
+    """Convolve NCHW with (out, in / groups, kh, kw), by the defining sum."""
     x = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)])
     windows = sliding_window_view(x, weight.shape[2:], axis=(2, 3))[:, :, ::stride, ::stride]
     parts = [
@@ -136,7 +136,7 @@ def test_fold_rounds_once():
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("function", [fold, fold_before])
 def test_folding_gives_the_nearest_halves(function, dtype):
-    """None of the neighbours of a result lies nearer to what float64 weights give."""
+    """No neighbour of a result is nearer to the result for float64 weights."""
     weight, bias = RNG.normal(size=(40, 40)).astype(dtype), RNG.normal(size=40).astype(dtype)
     bn = batch_norm(40, np.float32)
     exact = function(weight.astype("f8"), bias.astype("f8"), bn)
@@ -152,7 +152,7 @@ def test_folding_gives_the_nearest_halves(function, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_folded_halves_are_rounded_once(dtype):
-    """Just off the middle between two halves, by less than float32 tells."""
+    """Just off the midpoint of two halves, by less than float32 resolves."""
     ulp = float(finfo(dtype).eps)
     largest, infinite = float(finfo(dtype).max), float("inf")
     for number, want in [
@@ -259,7 +259,7 @@ def test_fold_before_transposed_convolution(groups):
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_fold_before_grouped_linear_of_the_other_layout(groups):
-    """(in, out / groups) without a kernel, so what zero becomes reaches the bias."""
+    """(in, out / groups) without a kernel, so the output for zero reaches the bias."""
     weight, bias = RNG.normal(size=(6, 4)), RNG.normal(size=4 * groups)
     x, bn = RNG.normal(size=(5, 6)), batch_norm(6)
     kernel, shift = fold_before(weight, bias, bn, in_axis=0, groups=groups)
@@ -269,7 +269,7 @@ def test_fold_before_grouped_linear_of_the_other_layout(groups):
     assert_same(got, expected, terms=6, magnitude=10)
 
 
-# ---- what both refuse
+# ---- refused by both
 
 
 @pytest.mark.parametrize("function", [fold, fold_before])
@@ -356,7 +356,7 @@ def test_folding_names_a_weight_that_is_no_array(function, weight):
 
 
 def batches_of(sizes, channels=3, **options):
-    """Return batches whose means lie far apart, which averaged variances would miss."""
+    """Return batches with very different means, which averaged variances would miss."""
     return [
         RNG.normal(loc=10 * i, scale=1 + i, size=(size, channels, 2, 2)).astype(np.float32)
         for i, size in enumerate(sizes)
@@ -548,7 +548,7 @@ def test_batches_that_are_none():
     ],
 )
 def test_statistics_that_cannot_be_written_are_named_first(name, value, error, message):
-    """And not when hours of batches are done."""
+    """And not after hours of batches."""
     layer = BatchNorm(3)
     setattr(layer, name, value)
     with pytest.raises(error, match=rf"layers\[0\]\.{name} .*{message}"):

@@ -42,7 +42,7 @@ def state_bits(layer):
 
 
 def trained(p, **options):
-    """A layer after one training step, so that no attribute has its first value."""
+    """A layer after one training step, so that no attribute has its initial value."""
     layer = layer_of(p, **options)
     call(layer, p)
     layer.backward(p.dy)
@@ -86,7 +86,7 @@ class TestAttributes:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestCall:
-    """A layer is the functions with the state held for them."""
+    """A layer calls the functions and holds their state."""
 
     def test_training(self, dtype, activation, residual):
         p = make_problem(SHAPE, dtype, activation=activation, residual=residual)
@@ -160,7 +160,7 @@ class TestOptions:
             layer(p.x)
             s, n = batch_statistics(p.x, 1), p.m / (p.m - 1)
             step = 1 / (k + 1)
-            # What the running value was off by before stays in it.
+            # The former error of the running value stays in it.
             mean_bound = mean_bound + running_bound(mean, s.mean, s.mean_error, step, dtype)
             var_bound = var_bound + running_bound(var, n * s.var, n * s.var_error, step, dtype)
             mean, var = mean + step * (s.mean - mean), var + step * (n * s.var - var)
@@ -222,7 +222,7 @@ class TestBackward:
         once = layer.weight_grad.copy(), layer.bias_grad.copy()
         layer.backward(p.dy)
         for grad, first in zip((layer.weight_grad, layer.bias_grad), once, strict=True):
-            # Twice a float32 is exact; what is added is rounded to float32 or its sum is.
+            # Twice a float32 is exact; the addend is rounded to float32, or the sum is.
             assert_within(grad, 2 * first.astype(np.longdouble), 2 * 2.0**-24 * 2 * np.abs(first))
 
     def test_adds_in_place(self):
@@ -250,7 +250,7 @@ class TestBackward:
         assert bits(layer.backward(p.dy)) == bits(want)
 
     def test_infinities_that_cancel_leave_nan_in_their_channel(self):
-        """And no warning, which would be an exception halfway here."""
+        """And without a warning, which would be an exception halfway here."""
         p = make_problem(SHAPE)
         layer = layer_of(p)
         layer(p.x)
@@ -320,7 +320,7 @@ class TestBackward:
 
 
 class TestMask:
-    """Taken from inputs: what a caller makes of the output is their own affair."""
+    """Computed from inputs: the caller may change the output."""
 
     @pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=str)
     def test_output_may_be_changed(self, activation):
@@ -333,7 +333,7 @@ class TestMask:
         assert [bits(a) for a in got] == [bits(a) for a in want]
 
     def test_changed_residual_is_answered_for_as_it_is(self):
-        """As a changed x is."""
+        """As with a changed x."""
         p = make_problem(SHAPE, activation="relu", residual=True)
         moved = p.replace(residual=p.residual + np.float32(3))
         layer = layer_of(p)
@@ -360,7 +360,7 @@ def trained_gradients(p):
 class TestModes:
     @pytest.mark.parametrize("reset", ["reset_parameters", "reset_running_stats"])
     def test_resets_are_in_place(self, reset):
-        """As in PyTorch, so that an optimizer's references stay good."""
+        """As in PyTorch, so that an optimizer's references stay valid."""
         layer = trained(make_problem(SHAPE))
         held = [getattr(layer, name) for name in (*STATE, "weight_grad", "bias_grad")]
         getattr(layer, reset)()
@@ -426,8 +426,9 @@ def torch():
 
 
 class TestStatistics:
-    """Which ones a layer normalises by, and which it moves, whatever was changed since it was made:
-    as PyTorch's layers do."""
+    """Which statistics a layer uses and which it updates, after changes of its attributes.
+    PyTorch's layers do the same.
+    """
 
     def test_tracking_switched_off_in_evaluation(self):
         p = make_problem(SHAPE)
@@ -467,7 +468,7 @@ class TestStatistics:
         for settings in product((True, False), repeat=6):
             made, now, training, mean, var, counter = settings
             if momentum is None and made and now and training and mean and var and not counter:
-                continue  # refused: theirs leaves the statistics where they are
+                continue  # refused: PyTorch leaves the statistics unchanged
             found = []
             for library, data in ((bnfast, x), (torch.nn, torch.from_numpy(x))):
                 layer = getattr(library, dimensions)(
@@ -488,7 +489,7 @@ class TestStatistics:
 
 
 def after_a_call(layer, data):
-    """The output and what may have moved, None where there is none or the call is refused."""
+    """The output and the state that may change; None if there is none or the call is refused."""
     try:
         y = layer(data)
     except (TypeError, ValueError, RuntimeError):
@@ -608,7 +609,7 @@ class TestStateDict:
         assert state_bits(layer) == before
 
     def test_parameters_alone_leave_the_counter(self):
-        """Which belongs to the running statistics."""
+        """The counter belongs to the running statistics."""
         layer = trained(make_problem(SHAPE))
         layer.load_state_dict({"weight": np.ones(5)}, strict=False)
         layer.load_state_dict({}, strict=False)
@@ -642,7 +643,7 @@ class TestStateDict:
     @pytest.mark.parametrize("name", STATE[:4])
     @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
     def test_targets_are_all_looked_at_first(self, name, junk):
-        """Or the first ones would be loaded, and the last one not."""
+        """Otherwise the first ones would be loaded, and the last one not."""
         state = trained(make_problem(SHAPE)).state_dict()
         layer = BatchNorm(5)
         setattr(layer, name, junk_like(getattr(layer, name), junk))
@@ -685,7 +686,7 @@ class TestStateDict:
 
 
 def junk_like(a, kind):
-    """An array that somebody put in place of `a`, and that cannot be written as it can."""
+    """An array that replaces `a` and cannot be written as `a` can."""
     if kind == "list":
         return a.tolist()
     made = {
@@ -698,7 +699,7 @@ def junk_like(a, kind):
 
 
 class TestJunkInPlaceOfAttributes:
-    """Seen before anything is written."""
+    """Found before anything is written."""
 
     @pytest.mark.parametrize(
         ("counter", "error", "message"),
@@ -908,7 +909,7 @@ class TestFrozen:
         assert bits(layer.freeze()(p.x)) == bits(layer.eval()(p.x))
 
     def test_of_a_dead_channel(self):
-        """A channel that never varied: eps alone, and the bias exactly."""
+        """A channel that never varied: only eps, and exactly the bias."""
         layer = BatchNorm(2, momentum=1.0)
         x = np.float32([[3.5, 1], [3.5, 2]])
         layer(x)

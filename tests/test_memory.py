@@ -1,4 +1,4 @@
-"""Fresh outputs: recycled memory, its bound, and arrays that behave and outlive as any other."""
+"""Fresh outputs: recycled memory, its limit, and arrays that behave and live like any other."""
 
 import copy
 import ctypes
@@ -137,7 +137,7 @@ def test_at_steady_state_no_page_is_new():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         double(x)
-    # 80,000 pages were written; Python and the threads may touch some of their own.
+    # 80,000 pages were written; Python and the threads may use some of their own.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
 
 
@@ -153,7 +153,7 @@ def test_recycled_memory_changes_no_bit(rng, dtype):
         del y
 
 
-# ---- The bound
+# ---- The limit
 
 
 def test_what_waits_is_never_more_than_the_bound():
@@ -360,7 +360,7 @@ def test_a_caller_s_own_handler_is_left_in_charge():
 
 
 def test_memory_that_runs_out():
-    """Kept memory is given up first; then there is a MemoryError, and nothing else has changed."""
+    """Kept memory is freed first; then there is a MemoryError, and nothing else has changed."""
     pytest.importorskip("resource")
     code = """
         import resource
@@ -388,9 +388,9 @@ def test_memory_that_runs_out():
 
 
 def test_no_statistic_moves_where_any_allocation_fails():
-    """Each of Python's allocations fails in turn; what had to be moved is moved last, all together.
+    """Each of Python's allocations fails in turn; all updates are made last, together.
 
-    On the straight way: elsewhere NumPy, or Python itself, does not always survive that.
+    Only on the common path: elsewhere NumPy, or Python itself, does not always survive that.
     """
     pytest.importorskip("_testcapi")
     code = """
@@ -430,7 +430,7 @@ def test_no_statistic_moves_where_any_allocation_fails():
 
 @pytest.mark.parametrize("way", ["strided", "strided statistics", "layer"])
 def test_no_statistic_moves_where_a_result_cannot_be_given_back(way, monkeypatch):
-    """By way of a copy, whose last step may run out of memory too."""
+    """With a copy, whose last step may also run out of memory."""
 
     def fail(self, result):
         raise MemoryError

@@ -1,4 +1,4 @@
-"""moments() and the monoid Moments."""
+"""moments() and the class Moments."""
 
 import copy
 import pickle
@@ -87,7 +87,7 @@ def parts_of(x, cuts):
 
 
 class TestMerge:
-    """Bounds are those of one pass: merging is what the pass itself does."""
+    """The limits are those of one pass, which merges in the same way."""
 
     @pytest.fixture
     def x(self):
@@ -140,7 +140,7 @@ class TestMerge:
         assert b.var().tolist() == [2]
 
     def test_equal_means_stay(self):
-        """A constant channel has m2 == 0 and its very value as the mean."""
+        """A constant channel has m2 == 0 and exactly its value as the mean."""
         got = Moments.merge_all(bnfast.moments(np.full((n, 1), 0.1)) for n in range(2, 50))
         assert got.mean.tolist() == [0.1]
         assert got.m2.tolist() == [0]
@@ -328,12 +328,12 @@ def test_nan_and_infinity_stay_in_their_channel():
 @pytest.mark.parametrize("shape", [(9, 3), (9, 3, 5)], ids=["interleaved", "planar"])
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_an_infinity_in_the_first_place_is_the_mean(isa, dtype, shape):
-    """Where the pivot of the sums is taken from: no infinity may be subtracted from itself."""
+    """The pivot of the sums is taken from there: no infinity may be subtracted from itself."""
     x = make_problem(shape, dtype).x
     x[0, 1] = np.inf
     assert bnfast.moments(x).mean[1] == np.inf
 
 
 def test_bound_of_the_oracle_is_small():
-    """The oracle's own error hides in SECOND_ORDER: longdouble must be wider."""
+    """SECOND_ORDER covers the oracle's own error, so longdouble must be wider."""
     assert np.finfo(np.longdouble).eps / 2 < U * (SECOND_ORDER - 1)

@@ -1,4 +1,4 @@
-"""From the source tree to another machine: sdist, wheel, clean install, and what is missing."""
+"""From the source tree to another machine: sdist, wheel, clean install, missing parts."""
 
 import os
 import re
@@ -45,9 +45,9 @@ def succeed(*command, cwd):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Copy the source tree, so that building leaves the original alone.
+    """Copy the source tree, so that building does not change the original.
 
-    Without anything compiled, but with something that `make docs` and the examples wrote.
+    Without compiled files, but with a file that `make docs` and the examples wrote.
     """
     copy = tmp_path_factory.mktemp("tree") / "bnfast"
     built = ("*.so", "*.o", "*.a", "_core.c", "build", "_build", "_figures", "dist", "wheelhouse")
@@ -135,7 +135,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def plain_c(tree, tmp_path_factory):
-    """A folder to import from, built where setup.py knows no processor by its name."""
+    """A folder to import from, built as if setup.py did not know the processor."""
     folder = tmp_path_factory.mktemp("plain_c")
     shutil.copytree(tree, folder / "source")
     setup = folder / "source" / "setup.py"
@@ -153,7 +153,7 @@ def plain_c(tree, tmp_path_factory):
 
 
 class TestAProcessorWithoutKernelsOfItsOwn:
-    """One that setup.py has no instruction set for: plain C is built, alone, and works."""
+    """A processor without an instruction set in setup.py: only plain C is built, and works."""
 
     def run(self, folder, *arguments, **environ):
         environ = {"PYTHONPATH": str(folder), "BNFAST_ISA": "", **environ}
@@ -179,7 +179,7 @@ class TestAProcessorWithoutKernelsOfItsOwn:
         command = ("-m", "pytest", "-v", "-m", "not slow", *options, *tests)
         done = self.run(plain_c, *command)
         assert done.returncode == 0, done.stdout[-3000:]
-        # One test for each set that can run tells which build was tested.
+        # One test for each set that can run shows which build was tested.
         assert re.findall(r"TestShowConfig::test_of_each_set\[(.+)\] PASSED", done.stdout) == [
             "scalar"
         ]

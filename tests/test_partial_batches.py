@@ -1,4 +1,4 @@
-"""batch_norm_backward of a part of a batch, given the sums of the whole."""
+"""batch_norm_backward for a part of a batch, given the sums of the whole."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def parts_of(p):
 
 
 def sums_of(p, stats):
-    """What each part brings, added up in order."""
+    """The sums of the parts, added in order."""
     local = [
         backward(part, stats._replace(count=0), needs=("weight", "bias"), out=None)
         for part in parts_of(p)

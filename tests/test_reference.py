@@ -1,4 +1,4 @@
-"""The reference against definitions that do not share its formulas."""
+"""The reference compared with definitions that do not use its formulas."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ STEP = np.longdouble(2) ** -15
 
 
 def assert_derivative(f, at, direction, want, h=STEP):
-    """A central difference is off by c h^2, so that the one with 2 h differs
-    from it by 3 c h^2; rounding adds a few hundred units of f over h."""
+    """A central difference is off by c h^2, so the one with 2 h differs
+    from it by 3 c h^2; rounding adds a few hundred units of f over h.
+    """
     fine = central_difference(f, at, direction, h)
     truncation = abs(central_difference(f, at, direction, 2 * h) - fine)
     rounding = 1000 * unit(np.longdouble) * max(1, abs(f(at))) / h

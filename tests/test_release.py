@@ -1,4 +1,4 @@
-"""One version, in the package; the changelog's newest entry is its."""
+"""One version, in the package; the changelog's newest entry has it."""
 
 import importlib.util
 from pathlib import Path

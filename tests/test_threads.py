@@ -1,4 +1,4 @@
-"""How many threads: who asks, what the machine grants; calls from many threads."""
+"""The number of threads: requests, limits of the machine; calls from many threads."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ needs_torch = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _own_default(monkeypatch):
-    """Give each test a process default of its own, and no number asked for in this thread."""
+    """Give each test its own process default, and no number set in this thread."""
     monkeypatch.setattr(_threads, "_default", 5)
     monkeypatch.setattr(_threads, "_default_source", "a test")
     token = _threads._asked_here.set(None)
@@ -40,7 +40,7 @@ def in_thread(function, *args):
         return pool.submit(function, *args).result(timeout=60)
 
 
-# ---- asking for a number
+# ---- setting a number
 
 
 def test_a_block_holds_inside_and_restores():
@@ -90,7 +90,7 @@ def test_overlapping_blocks_in_threads_do_not_disturb_each_other():
             barrier.wait()  # both are inside
             seen[n, "both inside"] = bnfast.get_num_threads()
             if not leaves_first:
-                barrier.wait()  # the other one is out
+                barrier.wait()  # the other one is outside
                 seen[n, "alone inside"] = bnfast.get_num_threads()
         seen[n, "outside"] = bnfast.get_num_threads()
         if leaves_first:
@@ -150,7 +150,7 @@ def test_numpy_integers_are_integers():
         ({"OMP_NUM_THREADS": "-2"}, None),
         ({"OMP_NUM_THREADS": ""}, None),
         ({"OMP_NUM_THREADS": "99999"}, (1024, "OMP_NUM_THREADS")),
-        ({"OMP_NUM_THREADS": "9" * 5000}, None),  # more digits than Python makes a number of
+        ({"OMP_NUM_THREADS": "9" * 5000}, None),  # more digits than Python converts to a number
         ({"BNFAST_NUM_THREADS": "6", "OMP_NUM_THREADS": "3"}, (6, "BNFAST_NUM_THREADS")),
         ({"BNFAST_NUM_THREADS": "", "OMP_NUM_THREADS": "3"}, (3, "OMP_NUM_THREADS")),
     ],
@@ -386,7 +386,7 @@ def work():
 @pytest.mark.skipif(SANITIZED, reason="frames are larger under AddressSanitizer")
 @pytest.mark.parametrize("isa", _core.isas())
 def test_the_stack_that_is_said_to_suffice_does(isa):
-    """Half of it, in truth: kernels keep 112 KiB of rounded parameters there."""
+    """Half of the stated stack: kernels keep 112 KiB of rounded parameters there."""
     code = EVERY_KERNEL + (
         "threading.stack_size(128 * 1024)\n"
         "thread = threading.Thread(target=work); thread.start(); thread.join()"
@@ -397,7 +397,7 @@ def test_the_stack_that_is_said_to_suffice_does(isa):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no size to read")
 def test_where_a_thread_cannot_be_had_a_call_runs_on_fewer():
-    """libgomp would end the process; of an address space this full no thread's stack can be had."""
+    """libgomp would end the process. The address space is so full that no thread's stack fits."""
     code = """
 import os, resource, numpy as np, bnfast
 
@@ -476,7 +476,7 @@ except KeyboardInterrupt:
         again(x)
     print(again.running_var.tobytes() == layer.running_var.tobytes())
 """
-    done = run_python(code, BNFAST_NUM_THREADS="1")  # as quick the second time as the first
+    done = run_python(code, BNFAST_NUM_THREADS="1")  # as fast the second time as the first
     assert done.stdout == "True\n", done.stderr
 
 
@@ -542,9 +542,9 @@ def have_interpreters():
 
 
 @pytest.mark.skipif(not have_interpreters(), reason="Python was built without interpreters")
-@pytest.mark.parametrize("kind", ["isolated", "legacy"])  # whose GIL is their own (3.12), or not
+@pytest.mark.parametrize("kind", ["isolated", "legacy"])  # with a GIL of its own (3.12), or not
 class TestOtherInterpreters:
-    """One of a process may have bnfast; the others are refused, by NumPy or by us."""
+    """One interpreter of a process can use bnfast; the others are refused, by NumPy or by us."""
 
     @staticmethod
     def run(kind, code):
@@ -573,7 +573,7 @@ class TestOtherInterpreters:
         code = "i = another(); there(i, COMPUTE); there(i, COMPUTE); exec(COMPUTE); exec(COMPUTE)"
         lines = self.run(kind, code)
         assert set(lines) <= {"True True", *REFUSALS}
-        # NumPy 2.3 under free-threaded Python refuses the main interpreter too, then.
+        # NumPy 2.3 under free-threaded Python then refuses the main interpreter, too.
         assert "True True" in lines or set(lines) == {"NumPy refused"}
         assert lines[0] == lines[1]
         assert lines[2] == lines[3]
@@ -627,7 +627,7 @@ def test_numbers_of_more_digits_than_python_prints_are_refused_by_name(call, nam
 
 
 def hammer(n, until, threads=None, shape=LARGE):
-    """Call from n Python threads without a pause until `until` says so of `_core.at_work()`."""
+    """Call from n Python threads without a pause until `until` accepts `_core.at_work()`."""
     x = np.ones(shape, np.float32)
     done = threading.Event()
 
@@ -640,7 +640,7 @@ def hammer(n, until, threads=None, shape=LARGE):
         while time.monotonic() < end:
             if until(*_core.at_work()):
                 return True
-            time.sleep(0.001)  # without the GIL: the next look is at other calls
+            time.sleep(0.001)  # without the GIL: the next check sees other calls
         return False
 
     if threads is not None:
@@ -667,7 +667,7 @@ def test_a_call_alone_has_all_threads():
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_calls_at_the_same_time_share_the_threads(n, most):
-    """Each has at least its own; beyond these there are never more than one call may have."""
+    """Each has at least its own thread; the others are never more than one call may have."""
     seen = []
 
     def enough(calls, threads):
@@ -681,7 +681,7 @@ def test_calls_at_the_same_time_share_the_threads(n, most):
 
 @needs_fork
 def test_a_child_forked_amid_calls_counts_none_of_them():
-    """Or it would share its threads for ever with calls that are in its parent."""
+    """Otherwise it would share its threads forever with calls that are in its parent."""
     code = """
 import os, threading
 import numpy as np, bnfast
@@ -716,7 +716,7 @@ print(amid > 0, _core.at_work())
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no threads to count")
 def test_inside_a_region_of_openmp_no_other_one_is_started():
-    """By OpenMP's own rule: a region within a region has one thread, unless somebody asks."""
+    """By OpenMP's own rule: a region within a region has one thread, unless requested otherwise."""
     code = """
 import ctypes, os
 import numpy as np, bnfast
@@ -743,7 +743,7 @@ print(len(right), all(right), max(native) <= before)
 
 
 def test_what_one_thread_may_use_is_no_matter_of_the_others():
-    """In a pool of as many Python threads as cores each call may be told to use one."""
+    """In a pool with one Python thread per core, each call may be told to use one thread."""
 
     def work(i):
         with bnfast.num_threads(1):

@@ -1,4 +1,4 @@
-"""`num_threads` over functions: it holds while their body runs, or it is refused."""
+"""`num_threads` as a decorator: it holds while a function's body runs, or is refused."""
 
 import asyncio
 import functools
@@ -180,7 +180,7 @@ class TestBlocks:
             assert seen() == HERE
 
     def test_not_one_in_itself(self):
-        """What it was outside would be forgotten."""
+        """The outer number would be forgotten."""
         block = num_threads(ASKED)
         with block, pytest.raises(RuntimeError, match="is in use"):
             block.__enter__()

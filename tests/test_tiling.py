@@ -1,4 +1,4 @@
-"""Shape, caches and threads -> tiles, as the pure function it is, on machines unlike this one."""
+"""Shape, caches and threads -> tiles: a pure function, tested for machines unlike this one."""
 
 from itertools import pairwise
 
@@ -36,7 +36,7 @@ def plan(shape, machine, reads=2, writes=1, itemsize=4, gathers=True):
 
 
 def is_partition(tiles, shape):
-    """Every value in exactly one tile: the volumes add up, and no two tiles share a corner.
+    """Every value is in exactly one tile: the volumes add up, and no two tiles share a corner.
 
     Along each axis the ranges that occur must themselves be disjoint and cover it, since all
     tilings here are products of cuts.
@@ -127,7 +127,7 @@ def test_rows_of_channels_are_shared_where_there_are_few_blocks_of_them():
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("channels", range(2, 17))
 def test_a_sum_has_all_of_few_channels(machine, channels):
-    """Else how many rows are taken at once, and so the bits, would depend on the machine."""
+    """Otherwise the number of rows taken at once, and so the bits, would depend on the machine."""
     for rows in (1, 5, 1000, 100_003, 5_000_011):
         assert {tile[2:4] for tile in plan((rows, channels, 1), machine)["sums"]} == {(0, channels)}
 

@@ -68,7 +68,7 @@ def test_moments_on_any_axis(values, axis):
 
 
 def test_moments_of_unknown_many_rows(values):
-    """As what a data frame or a filter gives."""
+    """As from a data frame or a filter."""
     x = da.from_array(values[:, :, 0], (7, 6))
     kept = x[x[:, 0] > 3]
     assert np.isnan(kept.shape[0])
@@ -84,7 +84,7 @@ def test_moments_of_no_channels():
 
 
 def test_a_block_is_gone_as_soon_as_it_is_summed():
-    """What makes a block and what sums it are one task, whose result is a few numbers."""
+    """Making a block and summing it are one task, whose result is a few numbers."""
     x = da.map_blocks(lambda: None, chunks=((7,) * 20, (6,), (14,)), dtype=float)
     (optimized,) = dask.optimize(dask_moments(x))
     names = [str(key) for key in optimized.__dask_graph__()]
@@ -160,7 +160,7 @@ class TestRefusals:
 
 
 class TestBlocksThatAreNot:
-    """What an array of unknown or wrong chunks holds is known when it is computed."""
+    """The contents of an array with unknown or wrong chunks are only known when it is computed."""
 
     def test_as_many_rows_in_each_channel(self, values):
         x = da.from_array(values[:, :, 0], (7, 6))
@@ -190,7 +190,7 @@ class TestBlocksThatAreNot:
             dask_moments(x).compute()
 
     def test_countable(self):
-        """Blocks that are one value repeated may have more rows than any memory."""
+        """Blocks that repeat one value may have more rows than any memory."""
         many = bnfast.Moments(2**62, [0.0], [0.0])
         with pytest.raises(ValueError, match=f"count is {2**63}; expected at most"):
             _merge_to_records([[many], [many]], (0,), False)
@@ -202,7 +202,7 @@ ROWS, BLOCK = 64, 1000
 
 
 def block_of(row, seconds=0.0, pids=None):
-    """What a task reads: reproducible, slow enough to be killed in the middle."""
+    """What a task reads: reproducible, and slow enough to be killed halfway."""
     time.sleep(seconds)
     if pids is not None:
         with open(os.path.join(pids, f"{row}.{time.monotonic_ns()}"), "w") as file:
@@ -239,7 +239,7 @@ def client():
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.filterwarnings("default")  # of the cluster's own start and end
+@pytest.mark.filterwarnings("default")  # from the cluster's start and end
 class TestCluster:
     def test_moments_are_spread_and_have_the_bits_of_one_thread(self, client, tmp_path):
         got = client.compute(dask_moments(array_of(0.02, str(tmp_path)))).result()
@@ -260,7 +260,7 @@ class TestCluster:
         np.testing.assert_allclose(z.var(axis=0), m.var() / (m.var() + 1e-5))
 
     def test_a_killed_worker_loses_nothing(self, client, tmp_path):
-        """Killed with some blocks summed and others to come; the bits are those of no accident."""
+        """Killed after some blocks were summed; the bits are those of an undisturbed run."""
         future = client.compute(dask_moments(array_of(0.1, str(tmp_path))))
         while len(list(tmp_path.iterdir())) < ROWS // 4:
             assert future.status == "pending"

@@ -1,7 +1,7 @@
-"""An exception between any two steps of one rank leaves all of them in step.
+"""After an exception between any two steps of one rank, the ranks still agree.
 
-Signal handlers raise theirs anywhere in Python code. Here ranks are threads, a tracer raises one
-before each instruction in turn, and after each the ranks make a good call.
+Signal handlers may raise anywhere in Python code. Here ranks are threads. A tracer raises before
+each instruction in turn, and after each exception the ranks make a good call.
 """
 
 import sys
@@ -16,12 +16,12 @@ import bnfast
 from bnfast import distributed
 from bnfast.distributed import Ranks, SyncBatchNorm, all_reduce
 
-FILE = distributed.__file__  # what it calls is one step of it
+FILE = distributed.__file__  # functions that it calls count as one step
 SIZE = 2
 
 
 class Interrupt(BaseException):
-    """Nothing that anybody expects."""
+    """An exception that no code expects."""
 
 
 class Meeting:
@@ -35,14 +35,14 @@ class Meeting:
         def gather(mine, rows):
             self._sent[rank] = mine.copy()
             self._barrier.wait()
-            rows[...] = np.stack(self._sent)  # refused where one is at another gather
+            rows[...] = np.stack(self._sent)  # raises if one rank is at another gather
             self._barrier.wait()
 
         return Ranks(SIZE, gather)
 
 
 class Tracer:
-    """Raises before the n-th instruction after an exchange was begun."""
+    """Raises before the n-th instruction after an exchange began."""
 
     def __init__(self, n):
         self._left, self._begun, self.raised = n, False, False
@@ -62,12 +62,12 @@ class Tracer:
 
 
 def together(calls, tracer=None):
-    """What each rank's call returns or raises; the first one's is traced."""
+    """Return what each rank's call returns or raises; the first one's is traced."""
     found = [None] * len(calls)
 
     def run(rank):
         if rank == 0 and tracer is not None:
-            sys.settrace(tracer)  # of this thread
+            sys.settrace(tracer)  # only for this thread
         try:
             found[rank] = calls[rank]()
         except BaseException as error:  # noqa: BLE001  # which one is what the tests look at
@@ -83,7 +83,7 @@ def together(calls, tracer=None):
 
 @pytest.fixture
 def meeting(monkeypatch):
-    """Groups are what their ranks are."""
+    """Use the ranks themselves as groups."""
     monkeypatch.setattr(distributed, "ranks_of", lambda group: group)
     return Meeting()
 
@@ -119,7 +119,7 @@ def told(error):
 
 
 def test_of_a_forward(meeting):
-    """Statistics have moved on all ranks or on none, and the next batch moves them on all."""
+    """Statistics changed on all ranks or on none, and the next batch changes them on all."""
     good, afterwards = layers(meeting), []
     fresh = states(good)
     for _ in range(2):

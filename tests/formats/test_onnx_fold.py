@@ -1,4 +1,4 @@
-"""Batch norms folded into the neighbours they have in an ONNX graph, and those that must not be."""
+"""Batch norms that fold into their neighbours in an ONNX graph, and those that must not."""
 
 import importlib.util
 import subprocess
@@ -27,7 +27,7 @@ CONV = """(float[N,6,7,5] x) => (float[N,4,H,W] y) {{
 PADDED = "<group=2, pads=[1,0,1,2], strides=[2,1]>"
 
 
-# The reference evaluator reads BatchNormalization-9 as if it were training (onnx 1.23).
+# The reference evaluator runs BatchNormalization-9 as if it were training (onnx 1.23).
 def evaluators(opset):
     return (om.run_runtime, om.run_reference) if opset >= 14 else (om.run_runtime,)
 
@@ -156,7 +156,7 @@ PADDINGS = ["Conv<pads=[1,1,1,1]>", 'Conv<auto_pad="SAME_UPPER">', "ConvTranspos
 
 @pytest.mark.parametrize("layer", PADDINGS)
 def test_before_padding(layer):
-    """Exact only where zero stays zero."""
+    """Exact only if zero stays zero."""
     body = f"(float[N,4,7,5] x) => (float[N,4,H,W] y) {{ c = BN(x, s, o, m, v) y = {layer}(c, w) }}"
     weights = {"w": om.normal(RNG, 4, 4, 3, 3), **om.numbers(RNG, 4)}
     assert_left(om.build(body, **weights), "maps 0 to 0")
@@ -186,7 +186,7 @@ def test_several_in_a_row():
     ]
 
 
-# ---- where constants come from, and who else uses them
+# ---- sources of constants, and their other users
 
 
 def test_shared_weights_are_not_changed_for_others():
@@ -255,7 +255,7 @@ def test_constants_used_in_subgraphs_stay():
     assert {"s", "o"} <= set(om.constants(folded))
 
 
-# ---- what is left
+# ---- not folded
 
 MATMUL = "(float[N,3] x) => (float[N,3] y) { c = MatMul(x, w) y = BN(c, s, o, m, v) }"
 
@@ -326,7 +326,7 @@ def test_what_callers_may_set_is_left(ir, name):
 
 
 def test_all_initializers_are_inputs_in_ir_version_3():
-    """They had to be: none is for a caller to set."""
+    """They had to be inputs: a caller cannot set any of them."""
     model = om.listed(linear(ir=3))
     om.assert_valid(model)
     assert len(read(model)) == 1
@@ -365,7 +365,7 @@ def test_other_neighbours_are_left():
 
 
 def test_a_matmul_over_more_axes_is_left():
-    """Its channels are on the last axis, the batch norm's on axis 1, though both have three."""
+    """Its channels are on the last axis, the batch norm's on axis 1; both have length three."""
     body = MATMUL.replace("[N,3]", "[N,3,3]")
     assert_left(linear(body), "MatMul 'c' gives 3 axes")
     unknown = MATMUL.replace("float[N,3] x", "float[] x").replace("float[N,3] y", "float[] y")
@@ -495,7 +495,7 @@ def test_types(dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounded_once(dtype):
-    """Just above the middle between two numbers, where float32 is at the middle."""
+    """Just above the midpoint of two numbers, where float32 is at the midpoint."""
     kind = np.dtype(dtype if dtype != "bfloat16" else pytest.importorskip("ml_dtypes").bfloat16)
     step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     body = f"""({dtype}[N,1] x) => ({dtype}[N,1] y) {{
@@ -544,14 +544,14 @@ def test_the_state_of_numpy_s_errors_decides_nothing():
 
 
 def test_statistics_keep_their_own_type():
-    """float32 parameters beside float64 statistics: the mean is not rounded on the way."""
+    """float32 parameters with float64 statistics: the mean is not rounded."""
     body = "(double[N,3] x) => (double[N,3] y) { c = MatMul(x, w) y = BN(c, s, o, m, v) }"
     weights = om.numbers(RNG, 3) | om.numbers(RNG, 3, "s0, o0, m, v", np.float64)
     weights = {k: weights[k] for k in "somv"} | {"w": np.eye(3)}
     model = om.build(body, **weights)
     got = om.constants(fold(model))
     scale = weights["s"] / np.sqrt(weights["v"] + float(np.float32(1e-5)))
-    # A few roundings of float64, where a mean rounded to float32 would be off by 1e-8.
+    # A few roundings of float64; a mean rounded to float32 would be off by 1e-8.
     np.testing.assert_allclose(got["w"], np.diag(scale), rtol=1e-15)
     (bias,) = set(got) - {"w"}
     np.testing.assert_allclose(got[bias], weights["o"] - weights["m"] * scale, rtol=0, atol=1e-14)

@@ -1,4 +1,4 @@
-"""Batch norms behind Slice, Reshape, Concat, Mul and Add, and constants that the graph computes."""
+"""Batch norms after Slice, Reshape, Concat, Mul and Add, and constants that the graph computes."""
 
 import numpy as np
 import pytest
@@ -29,21 +29,21 @@ def kinds(model):
     return [node.op_type for node in model.graph.node]
 
 
-# ---- what stands between a layer and the batch norm behind it
+# ---- nodes between a layer and the batch norm after it
 
 FOUR = weights(w=(4, 3, 2, 2), b=(4,), k=(4, 1, 1), q=(1, 4, 1, 1), one=()) | om.numbers(RNG, 4)
 CONV = "(float[{n},3,5,5] x) => (float[] y) {{ c = Conv(x, w, b) {between} y = BN(d, s, o, m, v) }}"
 
 
 def conv(between, n="N", opset=17, **more):
-    """Return a model of a Conv with four channels and its batch norm, and the nodes between."""
+    """Return a model of a Conv with four channels, its batch norm, and the nodes between."""
     model = shaped(om.build(CONV.format(between=between, n=n), opset, **FOUR, **more))
     del model.graph.value_info[:]
     return model
 
 
 def shaped(model):
-    """Give a model's output, and all between, the shape that they have."""
+    """State the shapes of a model's output and of the values between."""
     model.graph.output[0].type.tensor_type.ClearField("shape")
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
@@ -234,7 +234,7 @@ def test_numbers_of_joined_layers_that_do_not_fit():
 
 
 def test_all_parts_or_none():
-    """The last layer's numbers would overflow: the first ones stay as they are."""
+    """The last layer's numbers would overflow: the first layers stay unchanged, too."""
     body = """(float16[N,5] x) => (float16[N,6] y) {
         a = MatMul(x, w1) b = MatMul(x, w2) d = Concat<axis=1>(a, b) y = BN(d, s, o, m, v)
     }"""
@@ -245,11 +245,11 @@ def test_all_parts_or_none():
     assert_left(om.build(body, **numbers), "are not finite in float16")
 
 
-# ---- Adds and Muls behind a batch norm, and before a layer
+# ---- Adds and Muls after a batch norm, and before a layer
 
 
 def test_behind_a_folded_batch_norm():
-    """As Caffe's models scale."""
+    """As in Caffe's models."""
     body = """(float[N,3,5,5] x) => (float[N,4,4,4] y) {
         c = Conv(x, w, b) d = BN(c, s, o, m, v) e = Mul(d, k) f = Add(e, q) y = Relu(f)
     }"""
@@ -303,7 +303,7 @@ EXPORTED = """
 
 @pytest.mark.parametrize("dtype", ["float", "double", "float16"])
 def test_the_zero_bias_of_the_current_exporter(dtype):
-    """Shape, Expand, CastLike, Expand: where `dynamo=True, optimize=False` and there is no bias."""
+    """Shape, Expand, CastLike, Expand: for `dynamo=True, optimize=False` without a bias."""
     body = f"""({dtype}[N,4,5,5] x) => ({dtype}[N,4,5,5] y) {{
         zero = Constant<value=float {{0.0}}>()
         {EXPORTED.format(i=1, x="x", pad=1)} a = BN(c1, s, o, m, v) u = Relu(a)
@@ -322,7 +322,7 @@ def test_the_zero_bias_of_the_current_exporter(dtype):
 
 
 def test_what_sees_a_type_or_a_shape_alone_sees_another_value():
-    """The batch norm goes, and with it the value whose type the second bias has."""
+    """The batch norm is removed, and with it the value whose type the second bias has."""
     body = f"""(float[N,4,5,5] x) => (float[N,4,5,5] y, int64[4] z, int64 k, float[4] t2) {{
         zero = Constant<value=float {{0.0}}>() a = BN(x, s, o, m, v)
         {EXPORTED.format(i=1, x="a", pad=0)} z = Shape(a) k = Size(c1)
@@ -403,7 +403,7 @@ def test_computed_and_left(computed, more, reason):
 
 
 def test_constants_that_few_bytes_blow_up(monkeypatch):
-    """There is a bound on each, and on all together, however many layers share one."""
+    """There is a limit on each, and on all together, however many layers share one."""
     body = """(float[N,3,5,5] x) => (float[N,4,4,4] y, float[N,4,4,4] z) {
         k2 = ConstantOfShape<value=float[1] {0.5}>(n) c = Conv(x, k2) y = BN(c, s, o, m, v)
         e = Conv(x, k2) z = BN(e, s, o, m, v)
@@ -464,7 +464,7 @@ def test_what_is_looked_at_alone_stays_where_other_outputs_are_used():
 
 @pytest.mark.parametrize("shape", [(), (1, 3), (3,)])
 def test_constants_that_change_their_shape_get_a_new_name(shape):
-    """Before IR version 4 an initializer is an input as well, with the shape that it had."""
+    """Before IR version 4 an initializer is also an input, with its former shape."""
     body = "(float[N,3] x) => (float[N,3] y) { c = Gemm(x, w, b) y = BN(c, s, o, m, v) }"
     numbers = weights(w=(3, 3), b=shape) | om.numbers(RNG, 3)
     folded = assert_folds(
@@ -474,7 +474,7 @@ def test_constants_that_change_their_shape_get_a_new_name(shape):
 
 
 def test_weights_of_ir_version_3():
-    """As the light models of the onnx package are: every constant an input, weights computed."""
+    """Like the light models of the onnx package: every constant an input, weights computed."""
     body = """(float[N,3,5,5] x) => (float[N,4,4,4] y) {
         w1 = ConstantOfShape<value=float[1] {0.25}>(n) k1 = ConstantOfShape<value=float[1] {3.0}>(l)
         s1 = ConstantOfShape<value=float[1] {2.0}>(l) k2 = Unsqueeze<axes=[1, 2]>(k1)
@@ -495,7 +495,7 @@ KINDS += ["slice", "reshape", "relu"]
 
 
 class RandomNetwork:
-    """A row of random nodes, most of them on the value before; values by name, with their axes."""
+    """A row of random nodes, most of them on the previous value; values are kept by name."""
 
     def __init__(self, rng):
         self.rng, self.lines, self.numbers = rng, ["zero = Constant<value=float {0.0}>()"], {}

@@ -1,4 +1,4 @@
-"""Derivatives of both orders, what is computed for them, and misuse that must not pass."""
+"""First, second and third derivatives, their kernels, and misuse that must raise."""
 
 import copy
 
@@ -146,9 +146,10 @@ def test_twice_through_a_graph_is_refused(ran):
 
 
 def test_running_statistics_may_move_before_the_backward(ran):
-    """The gradient is that of the forward, whose statistics were constants.
+    """The gradient belongs to the forward, whose statistics were constants.
 
-    With an activation: without, the layer is PyTorch's, which reads the moved ones."""
+    With an activation. Without one the layer is PyTorch's, which reads the changed statistics.
+    """
     layer, (x, *_) = layer_and_inputs(False, False)
     want = torch.autograd.grad(layer(x, None, "relu").square().sum(), x)[0]
     y = layer(x, None, "relu")

@@ -17,7 +17,7 @@ FORMATS = {"NCHW": dense, "channels_last": channels_last}
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Graphs and counts of this test alone."""
+    """Reset graphs and counts for each test."""
     torch._dynamo.reset()
     monkeypatch.setattr(compiled, "_fused", Counter())
     monkeypatch.setattr(compiled, "_apart", Counter())
@@ -42,7 +42,7 @@ def fused():
 
 
 def compile_copy(model, **options):
-    """A copy of a model, compiled, and the copy itself."""
+    """Return a copy of a model, compiled, and the copy itself."""
     ours = copy.deepcopy(model)
     options = {"fullgraph": True, **options}
     return torch.compile(ours, backend=bnfast.torch.backend, **options), ours
@@ -67,7 +67,7 @@ def assert_same(ours, theirs):
 
 
 def assert_same_steps(model, x, steps=2, **options):
-    """Compare a compiled model with itself: steps in training, then evaluation."""
+    """Compare a compiled model with the plain one: steps in training, then evaluation."""
     faster, ours = compile_copy(model, **options)
     for training in (True, False, True):
         model.train(training)
@@ -179,11 +179,11 @@ def test_network(memory, fused):
     }
 
 
-# ---- What is not to be fused
+# ---- What must not be fused
 
 
 class ReadsBetween(nn.Module):
-    """Somebody else reads what the batch norm gives."""
+    """The output of the batch norm has a second reader."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +201,7 @@ class ReadsSum(ReadsBetween):
 
 
 class Returns(ReadsBetween):
-    """What lies between leaves the graph."""
+    """The value in between leaves the graph."""
 
     def forward(self, x):
         y = self.norm(x)
@@ -244,7 +244,7 @@ def test_not_fused(kind, becomes, fused):
 
 
 class ActivationsInterplay(nn.Module):
-    """Gradients of the same operator, one of which is not the batch norm's."""
+    """Several gradients of one operator, one of which is not the batch norm's."""
 
     def __init__(self):
         super().__init__()
@@ -290,7 +290,7 @@ def test_more_axes_than_the_kernels_take(fused):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_parameters_of_another_type(dtype):
-    """What PyTorch refuses it refuses still, and what it takes gives its results."""
+    """Types that PyTorch refuses are still refused; the others give PyTorch's results."""
     norm = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())
     faster, _ = compile_copy(norm)
     x = images().to(dtype)
@@ -342,7 +342,7 @@ def test_statistics(kind):
 
 
 def test_statistics_move_in_place():
-    """No copies of them, and one call for all counters."""
+    """No copies of statistics, and one call for all counters."""
     model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5)).double()
     faster, _ = compile_copy(model)
     faster(images())
@@ -369,7 +369,7 @@ def test_one_operator_forward_and_backward():
 
 
 def test_unfused_activations_are_in_place():
-    """What nobody reads any more is overwritten, as in the model."""
+    """Values that are no longer read are overwritten, as in the model."""
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5)).double()
     x = torch.randn(7, 5, dtype=torch.float64)
     faster, _ = compile_copy(model)
@@ -381,7 +381,7 @@ def test_unfused_activations_are_in_place():
 
 
 class ReadsTwice(nn.Module):
-    """A value and its activation are both read, and its sum with itself."""
+    """A value, its activation, and its sum with itself are all read."""
 
     def __init__(self):
         super().__init__()
@@ -415,7 +415,7 @@ def test_some_gradients(frozen):
 
 
 def test_residual_alone_wants_a_gradient():
-    """Only what is added is differentiated."""
+    """Only the added tensor is differentiated."""
     norm = nn.BatchNorm2d(5, affine=False).double()
     other = copy.deepcopy(norm)
 
@@ -430,7 +430,7 @@ def test_residual_alone_wants_a_gradient():
 
 
 def test_same_input_as_residual():
-    """The gradient of x comes by both ways."""
+    """The gradient of x comes from both paths."""
 
     class Own(ReadsBetween):
         def forward(self, x):
@@ -467,7 +467,7 @@ def test_empty_batch(shape, training):
     assert_same(list(ours.buffers()), list(model.buffers()))
 
 
-# ---- What it refuses
+# ---- Refused
 
 
 @pytest.mark.parametrize("options", [{"options": {"fuse": True}}, {"mode": "reduce-overhead"}])
@@ -479,7 +479,7 @@ def test_options_are_refused(options):
 
 
 class Permuted(nn.Module):
-    """What PyTorch records with other strides than it computes, and a view of it."""
+    """PyTorch records its result with other strides than it computes; it also has a view of it."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""convert, revert and report: what is swapped, what is left, what stays as it was."""
+"""convert, revert and report: what is converted, what is left, and what does not change."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def test_convert_and_revert_keep_every_object():
     tensors = {name: t.data_ptr() for name, t in model.state_dict().items()}
     assert convert(model) is model
     assert kinds(model) == {bnfast.torch.BatchNorm2d}
-    assert convert(model) is model  # again changes nothing
+    assert convert(model) is model  # a second time changes nothing
     assert len(report(model).converted) == 6
     assert revert(model) is model
     assert kinds(model) == {nn.BatchNorm2d}
@@ -46,7 +46,7 @@ def test_a_batch_norm_alone_and_a_shared_one():
 
 
 def snapshot(model):
-    """Everything of a model but the values of its tensors."""
+    """Everything in a model except the values of its tensors."""
     return {
         name: {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items()}
         | {"module": m, "class": type(m)}
@@ -72,7 +72,7 @@ def test_fuse_is_refused_and_nothing_changes(converted):
 
 
 class Remembers(nn.Module):
-    """A forward of branches and side effects, which no graph recorded once can stand for."""
+    """A forward with branches and side effects, which no recorded graph can replace."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,7 @@ def test_what_is_left_is_reported(ran):
         }
     )
     assert set(report(model).left) == set(model)
-    model["other"] = nn.LazyInstanceNorm2d()  # is no batch norm
+    model["other"] = nn.LazyInstanceNorm2d()  # it is not a batch norm
     found = report(convert(model))
     assert found.converted == ("fine",)
     assert found.left == {
@@ -168,7 +168,7 @@ def test_what_is_left_is_reported(ran):
 
 
 class Derived(nn.BatchNorm2d):
-    """Without a forward of its own."""
+    """Has no forward of its own."""
 
     def __init__(self, num_features, tag):
         super().__init__(num_features)
@@ -180,7 +180,7 @@ class Derived(nn.BatchNorm2d):
 
 
 class Reduced(nn.BatchNorm2d):
-    """Pickled in a way of its own."""
+    """Has its own way of pickling."""
 
     def __reduce__(self):
         return Reduced, (self.num_features,)
@@ -234,7 +234,7 @@ def test_fx_keeps_our_layers_whole(ran):
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(graph(x), model(x))
     assert by_direction(ran()) == {"inference": 12}
-    # It knows classes by identity, so that layers have to be PyTorch's own again for it.
+    # It compares classes by identity, so layers have to be PyTorch's own again.
     from torch.fx.experimental.optimization import fuse
 
     torch.testing.assert_close(fuse(copy.deepcopy(model))(x), model(x))
@@ -293,7 +293,7 @@ def test_saved_tensors_that_were_moved(way, training, ran):
 
 
 def test_a_mark_is_not_anothers(ran):
-    """Saved statistics of ours, cut or widened, are PyTorch's to read."""
+    """Our saved statistics, shortened or extended, are read by PyTorch's backward."""
     x = torch.randn(8, 4, requires_grad=True)
     with bnfast.torch.enabled():
         _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)

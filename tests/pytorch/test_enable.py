@@ -1,4 +1,4 @@
-"""`enable` and its kin: on and off, threads and processes, the script runner, the report."""
+"""`enable` and related functions: on and off, threads, processes, the script runner, the report."""
 
 import sys
 import textwrap
@@ -20,7 +20,7 @@ def norm():
 
 
 def counted():
-    """How often `norm` ran here, and was left because nothing was enabled."""
+    """How often `norm` ran here, and how often it was left because bnfast was not enabled."""
     _aten.forget_counts()
     norm()
     ran, left = _aten.counts()
@@ -130,7 +130,7 @@ def test_threads_switch_while_others_compute():
 
 
 def test_a_backward_of_many_threads(calls):
-    """Autograd runs each backward in the thread that asked for it."""
+    """Autograd runs each backward in the thread that called it."""
     wrong = []
 
     def step(seed):
@@ -138,7 +138,7 @@ def test_a_backward_of_many_threads(calls):
         x = torch.randn(32, 4, 9, generator=generator, requires_grad=True)
         for _ in range(100):
             (dx,) = torch.autograd.grad((F.batch_norm(x, None, None, training=True) ** 2).sum(), x)
-            # y is as large as it may be, whatever x is: all but eps of the gradient cancels.
+            # y is as large as possible for any x: all but eps of the gradient cancels.
             if dx.abs().max() > 1e-3:
                 wrong.append(seed)
 
@@ -223,7 +223,7 @@ def test_sizes_at_which_pytorch_is_faster_are_pytorchs(name, training, calls):
 
 
 def test_sub_interpreters_come_and_go():
-    """The kernels know of no interpreter. (PyTorch itself refuses a backward after that.)"""
+    """The kernels do not depend on the interpreter. (PyTorch refuses a backward after that.)"""
     ask(
         """
         import importlib, sys, torch, bnfast.torch
@@ -249,7 +249,7 @@ def test_the_environment_asks(asked, answer):
 
 
 def test_importing_does_not_import_dynamo():
-    """Which takes more than a second."""
+    """Importing Dynamo takes more than a second."""
     ask("import sys, bnfast.torch; assert 'torch._dynamo' not in sys.modules")
 
 
@@ -302,7 +302,7 @@ def test_a_script_runs_enabled(tmp_path):
 
 def test_the_runner_wants_a_script():
     done = run_python("import runpy, sys; sys.argv = ['x']; runpy.run_module('bnfast.torch')")
-    assert done.returncode == 0  # nothing is run where it is no main module
+    assert done.returncode == 0  # nothing is run if it is not the main module
     done = run_python(
         "import subprocess, sys\n"
         "sys.exit(subprocess.run([sys.executable, '-m', 'bnfast.torch']).returncode)"

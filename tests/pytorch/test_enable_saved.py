@@ -1,4 +1,4 @@
-"""With `enable()`: what a forward keeps for its backward, and what happens to it in between."""
+"""With `enable()`: what a forward keeps for its backward, and changes to it in between."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import bnfast.torch
 
 aten = torch.ops.aten
-MEAN = 1e4  # float32 keeps a thousandth of a standard deviation of it
+MEAN = 1e4  # at this mean float32 resolves a thousandth of a standard deviation
 KINDS = [torch.float32, torch.bfloat16]
 
 
@@ -33,7 +33,7 @@ def batch(request, calls):
 
 
 def of_visible(dy, x, save_mean, save_invstd):
-    """The gradients by the visible numbers alone: those of float64, which nothing lies behind."""
+    """The gradients from the visible values only: in float64 copies, nothing is kept after them."""
     wide = (t.double() for t in (dy, x, save_mean, save_invstd))
     return [t.to(x.dtype) for t in backward(*wide)]
 
@@ -64,20 +64,20 @@ def offset(t):
 
 
 def moved_within_storage(t):
-    """The visible numbers somewhere else in a storage that has the mark of others."""
+    """The visible values somewhere else in a storage that has the mark of another forward."""
     room = forward(torch.randn(4, 40).to(t.dtype), t.dtype)[1]
     return room[: len(t)].copy_(t)
 
 
 def offset_with_all_behind(t):
-    """All of the storage, somewhere in another one."""
+    """The whole storage, inside another one."""
     stored = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
     room = torch.cat([torch.zeros(64, dtype=torch.uint8), stored])
     return room[64:].view(t.dtype)[: len(t)]
 
 
 def before_what_was_kept(t):
-    """All of the storage in memory that the tensor has only the visible numbers of."""
+    """The tensor has memory for the visible values only."""
     stored = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
     visible = torch.frombuffer(bytearray(stored.tolist()), dtype=t.dtype, count=len(t))
     assert visible.untyped_storage().nbytes() == t.nbytes
@@ -169,7 +169,7 @@ def inner(requires_grad=True):
 
 
 def raised(change):
-    """What a backward raises after something was done to its input."""
+    """What a backward raises after a change of its input."""
     x, weight = inner(), torch.ones(3, requires_grad=True) * 1
     y = F.batch_norm(x, None, None, weight, training=True)
     change(x, weight)

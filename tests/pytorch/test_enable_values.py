@@ -24,7 +24,7 @@ RAN = {True: {"training": 1}, False: {"evaluation": 1}}
 
 
 def plain(operator, *args):
-    """What PyTorch's own kernel gives."""
+    """The result of PyTorch's own kernel."""
     before = bnfast.torch.is_enabled()
     bnfast.torch.disable()
     try:
@@ -44,7 +44,7 @@ def vectors(channels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", TENSORS)
 def test_values_and_gradients_are_the_papers(kind, dtype, training, calls):
-    """The bounds are `tolerance`'s, of the same kernels over arrays."""
+    """The limits are `tolerance`'s, for the same kernels over arrays."""
     shape, arrange, _ = TENSORS[kind]
     p = make_problem(shape, DTYPES[dtype])
     weight, bias, mean, var = vectors(p.channels, getattr(torch, dtype))
@@ -89,7 +89,7 @@ def check_running(found, old, s, p, training):
 
 
 def assert_alike(found, expected, bound):
-    """Two tensors of one type, shape and order in memory, each right to `bound` of the largest."""
+    """Compare two tensors of one type, shape and memory order, relative to the largest value."""
     if expected is None:
         assert found is None
         return
@@ -116,7 +116,7 @@ GIVEN = ["all", "no affine", "no weight", "no bias"]
 )
 @pytest.mark.parametrize("name", ["NCHW", "NHWC", "(N, C)", "NHWC with gaps"])
 def test_operators_give_what_pytorchs_give(name, given, mask, training, calls):
-    """In float64, where a sum of m terms is right to m units of roundoff, ours and PyTorch's."""
+    """In float64, where a sum of m terms is right to m units of roundoff, in both."""
     x = INPUTS[name].double()
     weight, bias, *running = vectors(x.shape[1], torch.float64)
     weight = None if given in ("no affine", "no weight") else weight
@@ -144,7 +144,7 @@ def test_operators_give_what_pytorchs_give(name, given, mask, training, calls):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("arrange", [torch.clone, channels_last, gappy])
 def test_halves(arrange, dtype, params, training, calls):
-    """What float64 gives, rounded once: half a unit in the last place, and float32's error."""
+    """The float64 result, rounded once: half a unit in the last place, and float32's error."""
     kind = dtype if params == "half" else torch.float32
     x, dy = arrange(torch.randn(SHAPE).to(dtype)), arrange(torch.randn(SHAPE).to(dtype))
     weight, bias, *running = vectors(SHAPE[1], kind)
@@ -195,7 +195,7 @@ def test_results_lie_as_pytorchs(name, training, calls):
 
 @pytest.mark.parametrize("dim", [2, 3, 4, 5])
 def test_results_lie_as_pytorchs_where_axes_have_one_value(dim, calls):
-    """Where the order of memory is a matter of taste: every order, every axis of one value."""
+    """Where the memory order is ambiguous: every order, every axis of length one."""
 
     def both(x, dy):
         y = aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)

@@ -1,4 +1,4 @@
-"""`bnfast.torch.freeze`: what is folded is right for every input, and what might not be is left."""
+"""`bnfast.torch.freeze`: folded models are right for every input; doubtful cases are left."""
 
 import copy
 import functools
@@ -86,7 +86,7 @@ def test_a_resnet_and_all_that_stays():
 
 
 class Detector(nn.Module):
-    """YOLO's way: a list of layers that know whose output they take, at the top no graph at all."""
+    """As in YOLO: a list of layers that know whose output they take; the top has no graph."""
 
     def __init__(self):
         super().__init__()
@@ -135,12 +135,12 @@ def test_a_detector_whose_top_cannot_be_followed():
 
 
 class Asks(Pair):
-    """Conditions on inputs, all of whose answers keep the two together, and refusals."""
+    """Conditions on inputs, all of whose answers keep the two together, and errors."""
 
     def forward(self, x, skip=None, scale=1.0):
         if x.dim() != 4:
             raise ValueError("x must have four axes")
-        if x.shape[1] != 3:  # pytest would rewrite an assert, and look at its values
+        if x.shape[1] != 3:  # pytest would rewrite an assert, and read its values
             raise AssertionError
         if x.shape[-1] % 2:
             x = F.pad(x, (0, 1))
@@ -175,7 +175,7 @@ class Stages(nn.Module):
 
 
 class Closed(nn.Module):
-    """What it calls it calls as a whole, in a forward that cannot be followed."""
+    """Calls its modules as a whole, in a forward that cannot be followed."""
 
     def __init__(self, inner):
         super().__init__()
@@ -190,7 +190,7 @@ def sequence():
 
 
 class Branches(nn.Module):
-    """HRNet's: puts what branches give back into a list that it was given."""
+    """As in HRNet: puts the outputs of branches back into a list that it was given."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ class Loss(Pair):
 
 
 class Options(Pair):
-    """An option that is asked twice: no way through it has two answers."""
+    """An option that is asked twice: it has one answer on every path."""
 
     def forward(self, x, all_of_it=False):
         seen = () if all_of_it else None
@@ -225,7 +225,7 @@ class Options(Pair):
 
 
 class Counted(Closed):
-    """Loops, but over nothing that it holds."""
+    """Loops, but not over its own modules."""
 
     def forward(self, x):
         for _ in range(int(x.shape[0])):
@@ -234,7 +234,7 @@ class Counted(Closed):
 
 
 class Own(nn.BatchNorm2d):
-    """A class of the user's with PyTorch's forward."""
+    """A user's class with PyTorch's forward."""
 
 
 class OwnSequence(nn.Sequential):
@@ -287,7 +287,7 @@ def test_both_ways_of_a_question_are_right():
         frozen(x[0])
 
 
-# ---- What is left, since folding it would be wrong for some input
+# ---- Left, since folding would be wrong for some input
 
 
 class Returns(Pair):
@@ -392,7 +392,7 @@ class Numbers(Pair):
 
 
 class LooksAtTheClass(Pair):
-    """Does something else where the batch norm is of another class."""
+    """Behaves differently if the batch norm has another class."""
 
     def forward(self, x):
         y = self.bn(self.conv(x))
@@ -400,7 +400,7 @@ class LooksAtTheClass(Pair):
 
 
 class AsksItsNorm(Pair):
-    """Reads what a batch norm has, and whatever took its place has not."""
+    """Reads an attribute of the batch norm that its replacement does not have."""
 
     def forward(self, x):
         return self.bn(self.conv(x)) + self.bn.eps
@@ -435,7 +435,7 @@ class Bound(Pair):
 
 
 class Helper:
-    """An object of the user's, no module, that knows one."""
+    """A user's object that is not a module, but refers to one."""
 
     def __init__(self, conv):
         self.parts = {"conv": functools.partial(conv)}
@@ -454,7 +454,7 @@ class Helped(Pair):
 
 
 class Taps(nn.Module):
-    """The perceptual loss of every tutorial: outputs of a sequence's parts."""
+    """The usual perceptual loss: outputs of a sequence's parts."""
 
     def __init__(self, counted):
         super().__init__()
@@ -469,7 +469,7 @@ class Taps(nn.Module):
 
 
 class Reaches(nn.Module):
-    """Calls the convolution inside of another module, in a forward that cannot be followed."""
+    """Calls the convolution inside another module, in a forward that cannot be followed."""
 
     def __init__(self):
         super().__init__()
@@ -789,7 +789,7 @@ def test_names_are_public():
 
 
 def test_a_python_whose_code_nobody_can_read(monkeypatch):
-    """There such a forward may get at everything in it."""
+    """If Python's bytecode is not known, such a forward may use everything in it."""
     model = Closed(Pair()).eval()
     assert not report(freeze(model)).left
     monkeypatch.setattr(reach, "_UNREAD", (3, 0))

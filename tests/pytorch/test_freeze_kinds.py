@@ -1,4 +1,4 @@
-"""`bnfast.torch.freeze`: other libraries' batch norms, and what leaves PyTorch how."""
+"""`bnfast.torch.freeze`: other libraries' batch norms, and ways to export a model."""
 
 import copy
 import io
@@ -17,13 +17,13 @@ from bnfast.torch import freeze, report
 
 
 def of(library, kind):
-    """The class, as if that library had defined it."""
+    """Make a class look as if that library had defined it."""
     kind.__module__ = f"{library}.layers"
     return kind
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """torchvision's and detectron2's: buffers only."""
+    """Like torchvision's and detectron2's: buffers only."""
 
     def __init__(self, channels):
         super().__init__()
@@ -38,7 +38,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """timm's: with dropout and an activation behind it."""
+    """Like timm's: followed by dropout and an activation."""
 
     def __init__(self, channels, drop=None, act=None):
         super().__init__(channels)
@@ -197,7 +197,7 @@ class Own(nn.Sequential):
 
 @pytest.mark.parametrize("kind", [nn.Sequential, Own])
 def test_what_is_left_is_fused(kind):
-    """By the backend, which pickles and copies drop, and torch.export passes by."""
+    """By the backend, which pickles and copies do not have, and torch.export does not use."""
 
     def fused():
         return report().compiled.get("batch norm + relu", 0)

@@ -1,4 +1,4 @@
-"""`bnfast.torch.freeze`: folded layers compute what they computed with their batch norms."""
+"""`bnfast.torch.freeze`: folded layers compute the same as before with their batch norms."""
 
 import copy
 import random
@@ -17,7 +17,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 
 
 def trained(model):
-    """A model whose batch norms do something, in evaluation."""
+    """A model in evaluation whose batch norms have trained statistics."""
     for m in model.modules():
         if getattr(m, "running_mean", None) is not None:
             m.running_mean.normal_()
@@ -136,7 +136,7 @@ def test_types_are_rounded_once(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_to_nearest_even(dtype):
-    """Just beyond the middle of two halves, by less than a float32 knows."""
+    """Just beyond the midpoint of two halves, by less than float32 resolves."""
     unit = torch.finfo(dtype).eps
     for start in (1.0, 1 + unit):
         middle = torch.tensor([start + unit / 2], dtype=torch.float64)
@@ -206,7 +206,7 @@ class MobileBlock(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """DenseNet's, batch norm first; it takes a tensor or a list of them."""
+    """As in DenseNet, batch norm first; it takes a tensor or a list of them."""
 
     def __init__(self, channels, growth):
         super().__init__()
@@ -276,7 +276,7 @@ def test_bnfasts_own_layers(kind):
     frozen = freeze(model, example=x)
     assert report(frozen).folded == {"1": "0"}
     plain = nn.BatchNorm2d if kind is bnfast.torch.BatchNorm2d else nn.SyncBatchNorm
-    assert type(frozen[3]) is plain  # which loads without bnfast
+    assert type(frozen[3]) is plain  # it loads without bnfast
     assert type(model[3]) is kind
 
 

@@ -1,4 +1,4 @@
-"""torch.ops.bnfast: opcheck, values, refusals; converted layers where graphs are recorded."""
+"""torch.ops.bnfast: opcheck, values, errors; converted layers where graphs are recorded."""
 
 import copy
 import itertools
@@ -116,7 +116,7 @@ def test_refusals_say_why_and_write_nothing(name):
     torch.testing.assert_close(given[3:5], before[3:5], rtol=0, atol=0)
 
 
-# ---- Converted layers where graphs are recorded: PyTorch's operators, nothing of bnfast
+# ---- Converted layers in recorded graphs: PyTorch's operators, nothing of bnfast
 
 
 @TRAINING
@@ -157,7 +157,7 @@ def test_one_node_in_a_graph_of_fx():
     assert len(norms) == 6
 
 
-# ---- Models that were pickled when layers were bnfast's in Python
+# ---- Models that were pickled when bnfast's layers were written in Python
 
 
 def test_an_old_pickle_loads(ran):

@@ -1,4 +1,4 @@
-"""The layers against the paper, PyTorch's own tests of its layers, and unusual tensors."""
+"""The layers compared with the paper, PyTorch's own tests of its layers, and unusual tensors."""
 
 import copy
 import io
@@ -49,8 +49,9 @@ def layer_of(p, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", TENSORS)
 def test_values_and_gradients_are_the_papers(kind, dtype, activation, residual, training, ran):
-    """The bounds are `tolerance`'s, of the same kernels over arrays; PyTorch adds no arithmetic
-    but one rounding: of weight and bias gradients, from float64 to their type."""
+    """The limits are `tolerance`'s, for the same kernels over arrays. PyTorch adds one rounding: of
+    weight and bias gradients, from float64 to their type.
+    """
     shape, arrange, layout = TENSORS[kind]
     p = make_problem(shape, DTYPES[dtype], activation=activation, residual=residual)
     layer = layer_of(p, getattr(torch, dtype)).train(training)
@@ -67,7 +68,7 @@ def test_values_and_gradients_are_the_papers(kind, dtype, activation, residual, 
         ("forward" if training else "inference", dtype, layout, variant(activation, residual)): 1
     }
     y.backward(dy)
-    # A sum's gradient is its terms', which no kernel has to compute.
+    # The gradient of a sum is the gradient of each term, so no kernel computes it.
     masked = variant(activation, residual and activation is not None)
     assert ran() == {("backward", dtype, layout, masked): 1}
 
@@ -125,7 +126,7 @@ def samples(info, dtype, training):
 @pytest.mark.parametrize("name", ["of the same name", "SyncBatchNorm"])
 @pytest.mark.parametrize("info", NORMS, ids=lambda info: info.name)
 def test_pytorchs_own_inputs(info, name, dtype, training, ran):
-    """Results of two programs of one formula: assert_close's tolerances of PyTorch's tests.
+    """Two programs compute one formula, so use assert_close's tolerances of PyTorch's tests.
 
     `SyncBatchNorm` is a plain layer here, without a process group.
     """
@@ -196,7 +197,7 @@ def test_a_refused_batch_is_not_counted():
     assert all(torch.equal(a, before[name]) for name, a in layer.state_dict().items())
 
 
-# ---- Modules like PyTorch's
+# ---- Modules compared with PyTorch's
 
 
 def test_state_moves_both_ways_and_layers_pickle(ran):
@@ -329,11 +330,11 @@ def test_mixed_residuals_are_added_by_pytorch(ran):
         torch.testing.assert_close(got, want)
 
 
-# ---- What a residual and an activation may be
+# ---- Possible types of a residual and an activation
 
 
 class Ways:
-    """Ways in which the one operator does not run."""
+    """Situations in which the single operator does not run."""
 
     eager = staticmethod(lambda layer: layer)
     compiled = staticmethod(lambda layer: torch.compile(layer, backend="aot_eager"))

@@ -1,4 +1,4 @@
-"""One pool of threads for PyTorch and bnfast: counted in processes of their own, never timed."""
+"""One pool of threads for PyTorch and bnfast: counted in separate processes, never timed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc"
 )
 
-# Tensors that both think worth several threads.
+# Tensors so large that both libraries use several threads.
 PROGRAM = """
 import copy, json, os, sys
 import numpy as np
@@ -83,7 +83,7 @@ def test_a_converted_step_adds_no_threads(imports):
 
 @ORDERS
 def test_nor_with_a_copy_of_the_runtime_under_its_plain_name(imports, tmp_path):
-    """As wheels carry one, found before the system's."""
+    """As in wheels, which carry one that is found before the system's."""
     system = counted("bnfast torch", 1)["runtimes"]
     shutil.copy(system[0], tmp_path / "libgomp.so.1")
     found = counted(imports, 3, LD_LIBRARY_PATH=str(tmp_path))

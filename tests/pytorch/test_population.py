@@ -1,4 +1,4 @@
-"""`bnfast.torch.recompute_statistics`: of the whole data set, and nothing else changes."""
+"""`bnfast.torch.recompute_statistics`: statistics of the whole data set; nothing else changes."""
 
 import copy
 import re
@@ -41,7 +41,7 @@ def test_first_layer_has_the_statistics_of_all_batches(kind, split):
         torch.randn(40, 3, 5, 4, dtype=torch.float64) * 3
         + torch.tensor([0.0, 1e3, -7])[:, None, None]
     )
-    x[:8] += 5  # batches are not alike
+    x[:8] += 5  # batches differ
     model = nn.Sequential(kind(3, momentum=None), nn.ReLU(), nn.Flatten()).double()
     model[0].num_batches_tracked.fill_(3)
     recompute_statistics(model, x.split(SPLITS[split]))
