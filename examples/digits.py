@@ -17,7 +17,7 @@ Integers = NDArray[np.integer[Any]]
 
 
 class Data(NamedTuple):
-    """Images as rows of values from 0 to 1, and the digit each one shows."""
+    """Images as rows of values from 0 to 1, and the digit of each."""
 
     name: str
     train: Floats

@@ -18,7 +18,7 @@ from onnx import numpy_helper  # noqa: E402
 from bnfast.onnx import fold, read  # noqa: E402
 
 # Numbers of folded and of remaining batch norms. Those that remain come before the first
-# convolution of a block that adds its input to its result, or joins the two.
+# convolution of a block that adds or joins its input to its result.
 NETWORKS = {
     "residual": (10, 0),
     "preactivation": (3, 2),
