@@ -89,7 +89,7 @@ def each(*calls):
 
 
 @each(*ALL)
-def test_good_arguments_are_good(call):
+def test_good_arguments_accepted(call):
     """Otherwise the refusals below would prove nothing."""
     arguments = {k: copied(v) for k, v in call.named.items()}
     positional = [arguments.pop(name) for name in call.given]
@@ -173,7 +173,7 @@ class TestRunningStatistics:
     def test_one_alone(self, call, name):
         call.refuses(ValueError, ("running_mean", "running_var"), **{name: None})
 
-    def test_neither_in_inference(self):
+    def test_none_in_inference(self):
         inference.refuses(
             ValueError, ("running_mean", "running_var"), running_mean=None, running_var=None
         )
@@ -184,7 +184,7 @@ class TestRunningStatistics:
 
     @pytest.mark.parametrize("name", RUNNING)
     @pytest.mark.parametrize("value", [[0.0] * 4, (0.0,) * 4], ids=["list", "tuple"])
-    def test_cannot_be_updated_in_a_list(self, name, value):
+    def test_list_cannot_be_updated(self, name, value):
         """A converted copy would take the update and be lost."""
         training.refuses((TypeError, ValueError), (name,), **{name: value})
 
@@ -307,7 +307,7 @@ class TestOut:
         call.refuses((TypeError, ValueError), ("out", "masked"), out=np.ma.masked_array(X, X > 1))
 
     @each(*FORWARDS, backward)
-    def test_written_over_itself(self, call):
+    def test_out_overlaps_itself(self, call):
         call.refuses(ValueError, ("out", "share memory"), out=zero_stride(X.shape))
 
     @each(*FORWARDS, backward)
@@ -323,17 +323,17 @@ class TestOut:
             call.refuses(ValueError, ("out", "overlaps", name), **{name: one, "out": other})
 
     @each(*FORWARDS, backward)
-    def test_x_the_other_way_round(self, call):
+    def test_reversed_x(self, call):
         """The same memory, but not the same elements in the same places."""
         x = X.copy()
         call.refuses(ValueError, ("out", "overlaps", "x"), x=x, out=x[::-1])
 
     @pytest.mark.parametrize(("call", "name"), PER_CHANNEL, ids=repr)
-    def test_over_a_parameter(self, call, name):
+    def test_out_overlaps_parameter(self, call, name):
         out = np.ones(X.shape, np.float32)
         call.refuses(ValueError, ("overlaps", name), **{name: out[0, 0, :4], "out": out})
 
-    def test_over_the_residual_in_the_backward(self):
+    def test_out_overlaps_residual_in_backward(self):
         r = R.copy()
         backward.refuses(ValueError, ("out", "overlaps", "residual"), residual=r, out=r)
 
@@ -341,7 +341,7 @@ class TestOut:
 class TestTooFewValues:
     @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)], ids=str)
     @pytest.mark.parametrize("call", [forward, training], ids=repr)
-    def test_one_a_channel(self, call, shape):
+    def test_one_value_per_channel_in_training(self, call, shape):
         x = np.ones(shape, np.float32)
         call.refuses(
             ValueError,
@@ -351,7 +351,7 @@ class TestTooFewValues:
             out=poisoned_like(x),
         )
 
-    def test_one_a_channel_is_enough_for_inference(self):
+    def test_one_value_per_channel_in_inference(self):
         x = np.ones((1, 4), np.float32)
         y = bnfast.batch_norm(x, W, B**2, eps=0.5)
         assert y.shape == (1, 4)
@@ -499,7 +499,7 @@ class TestOptionsThatAreArrays:
         call.function(x, **arguments, eps=np.array(1e-5), axis=np.array(1))
 
 
-class TestTensorsOfOthers:
+class TestForeignTensors:
     def test_a_tensor_on_another_device(self):
         class Elsewhere:
             def __dlpack__(self, **options):
@@ -514,7 +514,7 @@ class TestTensorsOfOthers:
             call.refuses(TypeError, ("residual", "device", "CPU"), residual=Elsewhere())
 
     @each(*ALL)
-    def test_one_that_cannot_say_what_it_is(self, call):
+    def test_array_that_raises(self, call):
         class Broken:
             def __array__(self, *dtype, **copy):
                 raise ValueError("no data")
@@ -524,7 +524,7 @@ class TestTensorsOfOthers:
 
         call.refuses(TypeError, ("x", "of type Broken", "no data"), x=Broken())
 
-    def test_long_double_by_the_name_of_double(self):
+    def test_long_double_named_double(self):
         """As on systems where both have the same width: its type differs, and no kernel has it."""
         dtype = SimpleNamespace(name="float64", char="g", type=np.longdouble)
         with pytest.raises(TypeError, match=mentions("x", "expected", "float64")):
@@ -534,7 +534,7 @@ class TestTensorsOfOthers:
 
 
 @each(*ALL)
-def test_a_conversion_that_did_not_help_is_a_defect_and_no_loop(call, monkeypatch):
+def test_failed_conversion_raises_instead_of_looping(call, monkeypatch):
     """Without a check it would be converted again and again."""
 
     class Unconverted(_arrays.Canonical):
@@ -546,7 +546,7 @@ def test_a_conversion_that_did_not_help_is_a_defect_and_no_loop(call, monkeypatc
     call.refuses(RuntimeError, ("Canonical", "defect"), x=X[::-1])
 
 
-class TestUncommonPaths:
+class TestUnusualArrays:
     """Overlaps that must be found although unusual memory orders are converted to a copy."""
 
     @pytest.mark.parametrize("name", RUNNING)
@@ -574,7 +574,7 @@ class TestUncommonPaths:
         )
 
     @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
-    def test_running_statistics_inside_another_s_array(self, x):
+    def test_running_statistics_inside_foreign_array(self, x):
         """The overlap is found through the protocol that the array is read by."""
         store = np.ones(5, np.float32)
         for name in ("weight", "bias"):
@@ -628,7 +628,7 @@ class TestUncommonPaths:
             assert layer.num_batches_tracked == 0
 
     @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)], ids=str)
-    def test_one_value_a_channel(self, shape):
+    def test_one_value_per_channel(self, shape):
         x = np.ones((*shape[:-1], 2 * shape[-1]), np.float32)[..., ::2]
         for call in (forward, training):
             call.refuses(
@@ -649,7 +649,7 @@ class TestUncommonPaths:
 
 @pytest.mark.parametrize("shape", [(0, 2**58), (0, 2**61 - 1), (0, 2**40, 3)], ids=str)
 @pytest.mark.parametrize("arrange", [lambda x: x, lambda x: x[::-1]], ids=["common", "strided"])
-def test_more_channels_than_memory_can_count(shape, arrange):
+def test_too_many_channels(shape, arrange):
     """Only an array without values can have so many."""
     x = arrange(np.empty(shape, np.float32))
     ones = np.broadcast_to(np.float32(1), shape[1:2])
@@ -704,7 +704,7 @@ class TestFrozen:
         return layer.freeze()
 
     @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
-    def test_arrays_stay_as_they_are(self, name):
+    def test_arrays_cannot_be_changed(self, name):
         """A read-only array that owns its memory can be made writeable, and any can be reshaped."""
         frozen = self.make()
         y = frozen(X)
@@ -722,7 +722,7 @@ class TestFrozen:
         assert bits(frozen(X)) == bits(y)
 
     @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
-    def test_no_array_that_it_gives_leads_to_its_numbers(self, name):
+    def test_returned_arrays_do_not_expose_memory(self, name):
         """This holds for such an array, for its base, and so on."""
         frozen, y = self.make(), self.make()(X)
         changes = (
@@ -742,17 +742,17 @@ class TestFrozen:
             assert getattr(frozen, name).shape == (4,)
             assert bits(frozen(X)) == bits(y)
 
-    def test_population_statistics_stay_as_they_are(self):
+    def test_population_statistics_cannot_be_changed(self):
         with pytest.raises(ValueError, match=r"(?i)writeable"):
             POPULATION.mean.flags.writeable = True
 
-    def test_a_second_start(self):
+    def test_second_init_refused(self):
         frozen = self.make()
         with pytest.raises(RuntimeError, match="immutable"):
             frozen.__init__(W, W, W)
 
     @pytest.mark.parametrize("way", range(3))
-    def test_a_second_start_within_the_first(self, way):
+    def test_init_inside_init_refused(self, way):
         """From an argument whose `__array__` calls it: the first call that completes counts."""
         frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)
 
@@ -768,7 +768,7 @@ class TestFrozen:
         assert frozen.mean.tolist() == W[:3].tolist()
         assert frozen(X[..., :3]).shape == (6, 4, 3)
 
-    def test_one_that_was_never_started(self):
+    def test_object_without_init(self):
         frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)
         assert repr(frozen) == "FrozenBatchNorm(never initialised)"
         for use in (

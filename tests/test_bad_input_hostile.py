@@ -236,7 +236,7 @@ def test_is_refused_by_name(call, name, what):
     assert watched({"self": layer}) == before_layer
 
 
-def test_memory_errors_of_others_stay_what_they_are():
+def test_foreign_memory_errors_pass_through():
     class Large:
         def __array__(self, *dtype, **copy):
             raise MemoryError
@@ -249,7 +249,7 @@ def test_memory_errors_of_others_stay_what_they_are():
             bnfast.batch_norm_forward(**options)
 
 
-def test_what_was_raised_is_the_cause():
+def test_foreign_exception_is_the_cause():
     with pytest.raises(TypeError, match="x is an unprintable Raises of type Raises") as caught:
         bnfast.moments(Raises(OSError))
     assert isinstance(caught.value.__cause__, OSError)
@@ -269,7 +269,7 @@ class Opinionated(np.ndarray):
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_a_subclass_is_the_array_that_it_is(strided):
+def test_subclass_used_as_plain_array(strided):
     def own(a):
         if strided:
             wide = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
@@ -295,7 +295,7 @@ def test_a_subclass_is_the_array_that_it_is(strided):
     assert np.array_equal(dresidual, dresidual_other)
 
 
-def test_a_row_of_layers_is_looked_at_as_it_comes():
+def test_layers_checked_in_order():
     """The first object that is not a layer ends the search, for any length."""
     endless = as_strided(np.ones(1), (2**50,), (0,))
     with pytest.raises(TypeError, match=r"layers\[0\] is of type float64; expected a BatchNorm"):

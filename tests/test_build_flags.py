@@ -95,7 +95,7 @@ def build(tmp_path, cflags):
     return tmp_path / "built"
 
 
-def test_flags_that_relax_arithmetic_change_nothing(tmp_path):
+def test_relaxed_arithmetic_flags_change_nothing(tmp_path):
     want = answers()
     assert want
     assert answers(build(tmp_path, HOSTILE)) == want

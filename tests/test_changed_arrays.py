@@ -441,15 +441,15 @@ def test_an_argument_changes_another(call):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_anything_changes_an_array_at_any_time(kind):
+def test_array_changed_at_any_time(kind):
     run_alone(attack_meanwhile, kind, 60)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tensor_whose_memory_is_gone(kind):
+def test_tensor_with_freed_memory(kind):
     run_alone(attack_tensor, kind)
 
 
 @pytest.mark.parametrize("kind", ["view", "subclass", "view of a subclass"])
-def test_a_statistic_whose_memory_is_gone(kind):
+def test_statistic_with_freed_memory(kind):
     run_alone(attack_statistics, kind)

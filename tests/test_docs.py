@@ -74,7 +74,7 @@ def test_examples(page):
         assert run(page, text) == ""
 
 
-def test_wrong_output_and_errors_are_noticed():
+def test_wrong_output_and_errors_are_reported():
     page = Path("page.md")
     assert "Expected:\n    3" in run(page, "```pycon\n>>> 1 + 1\n3\n```\n")
     assert "ZeroDivisionError" in run(page, "```pycon\n>>> 1 / 0\n```\n")
@@ -105,7 +105,7 @@ def test_docstring_examples(module, peer):
 @pytest.mark.parametrize(
     ("column", "name"), [(0, "PYTORCH"), (1, "KERAS"), (2, "ONNX"), (3, "FLAX")]
 )
-def test_the_table_of_conventions_is_that_of_the_package(column, name):
+def test_table_of_conventions(column, name):
     lines = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8").splitlines()
     rows = {}
     for line in lines:

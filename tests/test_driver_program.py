@@ -52,11 +52,11 @@ class TestValgrind:
     # OpenMP's own memory for its threads is not freed at the end.
     COMMAND = (*targets.VALGRIND, "--errors-for-leak-kinds=definite", "--fair-sched=yes")
 
-    def test_sees_no_error(self, native, hashes):
+    def test_finds_no_error(self, native, hashes):
         isa = [isa for isa in hashes if isa in targets.KNOWN_TO_VALGRIND][-1]
         assert program.run(*self.COMMAND, native, isa) == hashes[isa]
 
-    def test_sees_an_error_that_is_there(self, tmp_path):
+    def test_finds_an_error(self, tmp_path):
         jobs = broken("{ free(call->memory); }", "{ (void)call; }", tmp_path)
         found = program.build(tmp_path, jobs=jobs, name="run_calls")
         isa = [isa for isa in program.run(found).split() if isa in targets.KNOWN_TO_VALGRIND][-1]
@@ -91,11 +91,11 @@ class TestThreadSanitizer:
         }
         return program.run(*command, env=os.environ | environ)
 
-    def test_sees_no_race(self, hashes, tmp_path):
+    def test_finds_no_race(self, hashes, tmp_path):
         isa = [*hashes][-1]
         assert self.run(self.build(tmp_path), isa) == hashes[isa]
 
-    def test_sees_a_race_that_is_there(self, hashes, tmp_path):
+    def test_finds_a_race(self, hashes, tmp_path):
         """With all blocks of a call in one slot."""
         jobs = broken(
             "row = block * call->shape.channels;\n    call->kernels->moments",

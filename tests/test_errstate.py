@@ -152,7 +152,7 @@ def listed(result):
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("call", CALLS)
-def test_results_do_not_depend_on_it(call, dtype):
+def test_results_independent_of_errstate(call, dtype):
     want = arrays_of(call, dtype, "ignore")
     assert not all(np.isfinite(a).all() for a in want)
     for state in ("raise", "warn"):

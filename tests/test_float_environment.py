@@ -80,7 +80,7 @@ print(found == want, flushes)
 
 
 @needs_fenv
-def test_workers_keep_their_own():
+def test_openmp_threads_keep_their_environment():
     """The threads of the pool that OpenMP's other users share."""
     code = (
         CALLS

@@ -131,7 +131,7 @@ def test_another_user_of_the_runtime_ran_before_the_fork(other_user):
     assert parent[0] == 2
 
 
-def test_another_user_that_did_not_run_is_no_matter(other_user):
+def test_other_user_that_did_not_run_has_no_effect(other_user):
     child, parent = fork(f"{other_user}")
     assert child == parent
     assert parent[0] == 2
@@ -168,20 +168,20 @@ def import_in_child(before_fork, in_child=""):
     return [list(map(int, line.split())) for line in done.stdout.splitlines()]
 
 
-def test_a_child_that_imports_after_another_user_ran_in_its_parent(other_user):
+def test_child_imports_after_other_user_ran_in_parent(other_user):
     child, parent = import_in_child(f"assert {other_user}.run() == 2")
     assert child == [1, parent[1]]
     assert parent[0] == 2
 
 
-def test_a_child_that_imports_in_another_thread(other_user):
+def test_child_imports_in_another_thread(other_user):
     """The memory of that thread is not that of the thread that lost its pool."""
     there = "t = threading.Thread(target=__import__, args=('bnfast',)); t.start(); t.join()"
     child, parent = import_in_child(f"assert {other_user}.run() == 2", there)
     assert child == [1, parent[1]]
 
 
-def test_a_child_that_imports_after_nobody_ran_uses_its_threads():
+def test_child_imports_after_no_parallel_run_uses_threads():
     child, parent = import_in_child("")
     assert child == parent
     assert parent[0] == 2

@@ -175,7 +175,7 @@ def test_any_axis(axis, arrange):
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2, 1), (1, 2, 3), (2, 1), (1, 1, 2), (2, 3, 1, 1)])
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
-def test_the_least_of_everything(isa, dtype, shape):
+def test_smallest_sizes(isa, dtype, shape):
     check_forward(make_problem(shape, dtype))
 
 

@@ -345,7 +345,7 @@ class TestGoodCalls:
         assert_within(got[1], want, rounded(8 * U * terms, want, dtype))
 
     @given(problems(), st.data())
-    def test_nothing_in(self, problem, data):
+    def test_empty_inputs(self, problem, data):
         """Sizes of zero anywhere: the result is empty, and nothing changes."""
         p, _ = problem
         shape = list(p.x.shape)

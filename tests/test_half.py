@@ -85,7 +85,7 @@ class TestEveryValue:
         assert np.array_equal(got, want, equal_nan=True)
 
     @HALF
-    def test_plus_zero_makes_minus_zero_plus_zero(self, isa, dtype):
+    def test_adding_zero_to_minus_zero(self, isa, dtype):
         zeros = np.array([[0.0], [-0.0]], dtype)
         assert patterns(mapped(zeros)).ravel().tolist() == [0, 0x8000]
         assert patterns(mapped(zeros, shift=0.0)).ravel().tolist() == [0, 0]
@@ -159,7 +159,7 @@ class TestRounding:
         assert np.array_equal(got, np.broadcast_to(want, got.shape))
 
     @HALF
-    def test_of_any_float32_is_numpys(self, isa, dtype, rng):
+    def test_any_float32_rounds_as_numpy(self, isa, dtype, rng):
         """Of all exponents and signs, NaN and infinities included."""
         numbers = rng.integers(0, 2**32, 300_000, np.uint32).view(np.float32)
         numbers[:4] = [np.inf, -np.inf, np.nan, 65520]
@@ -172,7 +172,7 @@ class TestRounding:
         assert np.array_equal(patterns(y[:, ~nan]), patterns(want[:, ~nan]))
 
     @HALF
-    def test_past_the_largest_is_an_infinity(self, isa, dtype):
+    def test_values_past_largest_become_infinity(self, isa, dtype):
         largest = finfo(dtype).max
         x = np.array([[largest, -largest]], dtype)
         half_a_place = largest * unit(dtype) / 2
@@ -181,7 +181,7 @@ class TestRounding:
         assert np.array_equal(np.sign(mapped(x, scale=1.5)), np.sign(x))
 
     @HALF
-    def test_once(self, isa, dtype):
+    def test_result_rounded_once(self, isa, dtype):
         """The sum with the residual is rounded, not its terms: each alone would vanish."""
         ulp = 2 * unit(dtype)
         x, residual = (np.full((8, 3, 5), ulp / 4, dtype) for _ in range(2))
@@ -302,7 +302,7 @@ class TestParameters:
 class TestMemory:
     @pytest.mark.parametrize("order", ALL_ORDERS)
     @HALF
-    def test_results_lie_as_the_data_do(self, dtype, order):
+    def test_results_keep_memory_order(self, dtype, order):
         p = make_problem((4, 5, 3, 7), dtype, arrange=ALL_ORDERS[order], residual=True)
         y, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, **p.options)
         g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
@@ -376,7 +376,7 @@ class TestObjects:
         assert made.mean.dtype == made.m2.dtype == np.float64
 
 
-class TestWhatIsNoHalf:
+class TestNotHalf:
     EXPECTED = "expected float32, float64, float16 or bfloat16"
 
     @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ class TestWhatIsNoHalf:
                 bnfast.batch_norm_forward(x, **{name: given})
             assert not given.any()
 
-    def test_a_class_that_calls_itself_bfloat16(self, monkeypatch):
+    def test_class_named_bfloat16(self, monkeypatch):
         """By name, size and the module that it states, it is bfloat16."""
         from bnfast import _arrays
 
@@ -436,7 +436,7 @@ def run_python(code):
     return done.stdout.split()
 
 
-class TestTheOptionalDependency:
+class TestOptionalDependency:
     def test_is_not_imported(self):
         code = """
 import sys, bnfast, numpy as np

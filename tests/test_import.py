@@ -76,7 +76,7 @@ def test_types_are_shipped():
     assert (PACKAGE / "_core.pyi").exists()
 
 
-def test_needs_numpy_alone():
+def test_needs_only_numpy():
     done = in_a_new_process(THIRD_PARTY)
     assert done.returncode == 0, done.stderr
     # An extension of the package with a dot in its name, and names like "_core", are Cython's own.
@@ -84,12 +84,12 @@ def test_needs_numpy_alone():
     assert left == []
 
 
-def test_import_says_nothing():
+def test_import_prints_nothing():
     done = in_a_new_process("import bnfast")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_results_are_what_they_claim_to_be():
+def test_result_types():
     """A type checker uses the annotations; isinstance should agree."""
     x = np.ones((3, 2), np.float32)
     y, stats = bnfast.batch_norm_forward(x)

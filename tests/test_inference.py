@@ -190,7 +190,7 @@ def test_fold_returns_the_type_of_the_weight(half):
         np.testing.assert_array_equal(a, b)
 
 
-def test_fold_leaves_its_arguments_alone():
+def test_fold_does_not_change_arguments():
     weight, bias, bn = RNG.normal(size=(5, 7)), RNG.normal(size=5), batch_norm(5)
     before = weight.copy(), bias.copy(), bn.state_dict()
     folded = fold(weight, bias, bn.train())  # the mode does not matter
@@ -273,7 +273,7 @@ def test_fold_before_grouped_linear_of_the_other_layout(groups):
 
 
 @pytest.mark.parametrize("function", [fold, fold_before])
-def test_folding_refuses_what_it_cannot_do(function):
+def test_folding_refusals(function):
     weight, bias, bn = np.ones((3, 3)), np.ones(3), batch_norm(3)
     for bad, error, message in [
         ((np.ones((3, 3), int), bias, bn), TypeError, "weight has dtype int64; expected float32"),
@@ -347,7 +347,7 @@ def test_fold_before_names_bad_options(options, message):
 
 @pytest.mark.parametrize("function", [fold, fold_before])
 @pytest.mark.parametrize("weight", [None, "weight", [[1.0], [1.0, 2.0]], [["a"]]], ids=str)
-def test_folding_names_a_weight_that_is_no_array(function, weight):
+def test_folding_names_invalid_weight(function, weight):
     with pytest.raises(TypeError, match="weight"):
         function(weight, None, batch_norm(3))
 
@@ -371,7 +371,7 @@ def population(batches):
 
 @pytest.mark.parametrize("sizes", [(8,), (4, 4, 4), (5, 1, 9, 2)])
 @pytest.mark.parametrize("training", [True, False])
-def test_statistics_are_those_of_the_whole_set(sizes, training):
+def test_statistics_of_the_whole_set(sizes, training):
     batches = batches_of(sizes)
     layer = BatchNorm(3, momentum=0.5, ddof=0).train(training)
     recompute_statistics(layer, batches, [layer])
@@ -393,7 +393,7 @@ def test_order_does_not_matter():
     np.testing.assert_allclose(layer.running_var, forwards[1], rtol=1e-14)
 
 
-def test_statistics_are_written_in_place_and_forward_runs_once_a_batch():
+def test_statistics_written_in_place_and_one_forward_per_batch():
     batches, layer = batches_of((4, 4)), BatchNorm(3)
     mean, var = layer.running_mean, layer.running_var
     seen = []
@@ -531,7 +531,7 @@ def test_bad_arguments_are_named():
         recompute_statistics(layer, batches, [layer])
 
 
-def test_batches_that_are_none():
+def test_batches_not_iterable():
     assert_nothing_changes(TypeError, "batches is of type int", BatchNorm(3), 3, [BatchNorm(3)])
 
 
@@ -556,7 +556,7 @@ def test_statistics_that_cannot_be_written_are_named_first(name, value, error, m
     assert layer._observer is None
 
 
-def test_one_inside_another_is_refused():
+def test_nested_recomputation_refused():
     """The inner one would take the outer one's batches."""
     layer, other = BatchNorm(3).eval(), BatchNorm(3)
 

@@ -85,14 +85,14 @@ def objects(request, compiled):
         ("linux-i686", {"scalar"}, []),
     ],
 )
-def test_what_is_built_for_a_processor(platform, isas, tables):
+def test_sets_built_for_each_processor(platform, isas, tables):
     """dispatch.c must be told the same: a missing table is a link error, or is never used."""
     assert {name for name, _ in isa_libraries(platform)} == {f"bnfast_{isa}" for isa in isas}
     (driver,) = [facts for name, facts in libraries(platform) if name == "bnfast_driver"]
     assert [flag for flag in driver["cflags"] if flag.startswith("-DBNF_TABLES")] == tables
 
 
-def test_one_source_a_library(objects):
+def test_one_source_per_library(objects):
     assert len(objects) == 1
 
 

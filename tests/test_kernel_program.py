@@ -120,7 +120,7 @@ class TestOlderProcessors:
 
 @targets.needs_qemu
 class TestNEON:
-    def test_is_what_an_aarch64_build_runs(self, aarch64):
+    def test_aarch64_build_runs_neon(self, aarch64):
         assert program.run(*targets.qemu(), aarch64).split() == ["scalar", "neon"]
 
     # cortex-a57 has the first version of the architecture, without extensions.
@@ -146,11 +146,11 @@ class TestAVX512Emulated:
     pytestmark = targets.needs_simde
     NAME = "avx512 (emulated)"
 
-    def test_is_all_that_this_program_runs(self, emulating):
+    def test_program_has_only_avx512(self, emulating):
         assert program.run(emulating).splitlines() == [self.NAME]
 
     @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump on this machine")
-    def test_takes_no_instruction_of_avx512(self, emulating):
+    def test_contains_no_avx512_instruction(self, emulating):
         """None with a 512-bit or a mask register, nor a register past the sixteenth. Masked
         operations of AVX-512 are done lane by lane, not by AVX2's masked loads.
         """

@@ -87,7 +87,7 @@ class TestCopies:
 @pytest.mark.parametrize(
     "shape", [(2, 2, 2**29 + 3), (2**30 + 3, 2)], ids=["planar", "interleaved"]
 )
-def test_more_values_than_32_bits_count(shape):
+def test_more_than_2_to_the_32_values(shape):
     """Zeros that are only read cost no memory: the system maps one page of them
     again and again. Ones at both ends show whether everything was read.
     """

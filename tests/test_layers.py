@@ -240,7 +240,7 @@ class TestBackward:
         layer.zero_grad()
         assert layer.weight_grad.tolist() == layer.bias_grad.tolist() == [0] * 5
 
-    def test_answers_for_the_last_training_forward(self):
+    def test_belongs_to_last_training_forward(self):
         p, q = make_problem(SHAPE), make_problem(SHAPE, seed=1)
         layer = layer_of(p)
         layer(q.x)
@@ -299,7 +299,7 @@ class TestBackward:
         dx, dresidual = layer.backward(p.dy)
         assert (bits(dx), bits(dresidual)) == (bits(want[0]), bits(want[1]))
 
-    def test_refused_leaves_no_trace(self):
+    def test_refused_backward_changes_nothing(self):
         p = make_problem(SHAPE)
         layer = trained(p)
         before = state_bits(layer)
@@ -332,7 +332,7 @@ class TestMask:
         got = layer.backward(p.dy)
         assert [bits(a) for a in got] == [bits(a) for a in want]
 
-    def test_changed_residual_is_answered_for_as_it_is(self):
+    def test_changed_residual_is_used(self):
         """As with a changed x."""
         p = make_problem(SHAPE, activation="relu", residual=True)
         moved = p.replace(residual=p.residual + np.float32(3))
@@ -344,7 +344,7 @@ class TestMask:
         assert [bits(a) for a in got] == [bits(a) for a in want]
         assert bits(want[1]) != bits(trained_gradients(p)[1])
 
-    def test_nothing_is_kept_that_no_mask_needs(self):
+    def test_only_arrays_for_the_mask_are_kept(self):
         p = make_problem(SHAPE, residual=True)
         layer = layer_of(p)
         call(layer, p)
@@ -439,7 +439,7 @@ class TestStatistics:
         assert bits(layer(p.x)) != bits(bnfast.batch_norm_forward(p.x, p.weight, p.bias)[0])
 
     @pytest.mark.parametrize("momentum", [0.1, None])
-    def test_tracking_switched_on_where_there_is_nothing_to_move(self, momentum):
+    def test_tracking_switched_on_without_statistics(self, momentum):
         p = make_problem(SHAPE)
         layer = layer_of(p, track_running_stats=False, momentum=momentum)
         layer.track_running_stats = True
@@ -630,11 +630,11 @@ class TestStateDict:
         ],
         ids=str,
     )
-    def test_what_is_no_state(self, state, options, message):
+    def test_not_a_state(self, state, options, message):
         with pytest.raises(TypeError, match=message):
             BatchNorm(5).load_state_dict(state, **options)
 
-    def test_keys_that_are_no_names_are_passed_over(self):
+    def test_keys_that_are_not_names_are_ignored(self):
         state = trained(make_problem(SHAPE)).state_dict()
         layer = BatchNorm(5)
         layer.load_state_dict(state | {1: np.ones(3), ("weight",): 0})
@@ -642,7 +642,7 @@ class TestStateDict:
 
     @pytest.mark.parametrize("name", STATE[:4])
     @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
-    def test_targets_are_all_looked_at_first(self, name, junk):
+    def test_all_targets_checked_first(self, name, junk):
         """Otherwise the first ones would be loaded, and the last one not."""
         state = trained(make_problem(SHAPE)).state_dict()
         layer = BatchNorm(5)
@@ -652,14 +652,14 @@ class TestStateDict:
             layer.load_state_dict(state)
         assert state_bits(layer) == before
 
-    def test_a_counter_out_of_range_can_be_mended(self):
+    def test_counter_out_of_range_can_be_repaired(self):
         layer = BatchNorm(5)
         layer.num_batches_tracked[...] = -1
         layer.load_state_dict(trained(make_problem(SHAPE)).state_dict())
         assert int(layer.num_batches_tracked) == 1
 
     @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
-    def test_the_counter_is_looked_at_first(self, junk):
+    def test_counter_checked_first(self, junk):
         state = trained(make_problem(SHAPE)).state_dict()
         layer = BatchNorm(5)
         layer.num_batches_tracked = junk_like(layer.num_batches_tracked, junk)
@@ -698,7 +698,7 @@ def junk_like(a, kind):
     return made
 
 
-class TestJunkInPlaceOfAttributes:
+class TestInvalidAttributes:
     """Found before anything is written."""
 
     @pytest.mark.parametrize(
@@ -780,7 +780,7 @@ class TestJunkInPlaceOfAttributes:
                 use()
 
 
-class TestWhatIsNoArray:
+class TestNotAnArray:
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("x", [[[1.0, 2.0], [3.0]], None, "x", [["a", "b"]], 1.0], ids=repr)
     def test_is_named(self, x, training):
@@ -887,7 +887,7 @@ class TestFrozen:
             with pytest.raises(ValueError, match="read-only"):
                 getattr(frozen, name)[0] = 1
 
-    def test_is_apart_from_the_layer(self):
+    def test_is_independent_of_the_layer(self):
         p = make_problem(SHAPE)
         layer = trained(p)
         frozen = layer.freeze()
@@ -908,7 +908,7 @@ class TestFrozen:
         layer(p.x)
         assert bits(layer.freeze()(p.x)) == bits(layer.eval()(p.x))
 
-    def test_of_a_dead_channel(self):
+    def test_constant_channel(self):
         """A channel that never varied: only eps, and exactly the bias."""
         layer = BatchNorm(2, momentum=1.0)
         x = np.float32([[3.5, 1], [3.5, 2]])

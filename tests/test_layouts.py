@@ -53,7 +53,7 @@ class TestAnyOrderOfAnyRank:
             p = make_problem(SHAPES[rank], axis=1, arrange=with_memory_order(*order))
             assert peak(lambda p=p: bnfast.moments(p.x)) < LITTLE, order
 
-    def test_gives_what_a_plain_copy_gives(self, rank):
+    def test_same_result_as_plain_copy(self, rank):
         """To the bit in inference, where nothing is summed; the memory order included."""
         for order in some_orders(rank):
             for axis in range(-rank, rank):
@@ -73,7 +73,7 @@ class TestAnyOrderOfAnyRank:
 
 
 @pytest.mark.parametrize("name", ["x", "residual", "out"])
-def test_each_sliced_tensor_costs_one_copy_of_its_own(name):
+def test_each_sliced_tensor_costs_one_copy(name):
     p = make_problem(SHAPES[4], residual=True)
     tensors = {"x": p.x, "residual": p.residual, "out": np.empty_like(p.x)}
     tensors[name] = with_gaps(tensors[name])
@@ -81,7 +81,7 @@ def test_each_sliced_tensor_costs_one_copy_of_its_own(name):
     assert p.x.nbytes <= used < p.x.nbytes + LITTLE
 
 
-def test_tensors_of_one_call_may_lie_in_different_orders():
+def test_tensors_of_one_call_in_different_orders():
     p = make_problem(SHAPES[4], residual=True, activation="relu")
     want, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, **p.options)
     want_g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
@@ -129,7 +129,7 @@ MOST_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
     (0, 3), (4, 0, 1, 2), (0, 0),
 ], ids=lambda shape: f"{len(shape)} axes, {prod(shape)} values")  # fmt: skip
 @pytest.mark.parametrize("order", ["plain", "reversed", "rotated"])
-def test_strides_of_axes_that_have_one_index(shape, order):
+def test_strides_of_axes_of_length_one(shape, order):
     """Strides of axes with one index have no meaning, wherever the channel axis is."""
     axes = tuple(range(len(shape)))
     turned = {"plain": axes, "reversed": axes[::-1], "rotated": (*axes[1:], 0)}[order]
@@ -145,7 +145,7 @@ def test_strides_of_axes_that_have_one_index(shape, order):
                 assert bits(got) == bits(want)
 
 
-def test_strides_that_lead_nowhere_cost_no_copy():
+def test_meaningless_strides_cost_no_copy():
     for axes in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)):
         p = make_problem((1, 64, 1, 4096), residual=True, arrange=with_memory_order(*axes))
         x, residual, out = map(with_odd_strides, (p.x, p.residual, np.empty_like(p.x)))
@@ -199,7 +199,7 @@ def test_values_that_share_memory_are_read():
 
 
 @pytest.mark.parametrize("shape", [(2**40, 4), (2**59, 2), (2**61 - 1, 1), (2,) * 60], ids=len)
-def test_more_values_than_there_is_memory(shape):
+def test_more_values_than_memory(shape):
     x = as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))
     stats = bnfast.BatchStats.from_population(np.zeros(shape[1]), np.ones(shape[1]))
     for call in (
@@ -253,7 +253,7 @@ OWNERS = [OnlyDLPack, OnlyArray, OnlyInterface, memoryview, tensor]
 
 
 @pytest.mark.parametrize("own", OWNERS)
-class TestArraysOfOthers:
+class TestForeignArrays:
     def test_are_read_in_place(self, own):
         p = make_problem(SHAPES[4], residual=True)
         y, dx = np.empty_like(p.x), np.empty_like(p.x)
@@ -268,7 +268,7 @@ class TestArraysOfOthers:
         ):
             assert peak(call) < LITTLE
 
-    def test_give_arrays_of_numpys(self, own):
+    def test_results_are_numpy_arrays(self, own):
         p = make_problem((4, 5, 6), residual=True, activation="relu")
         x, dy, residual, weight, bias = map(own, (p.x, p.dy, p.residual, p.weight, p.bias))
         y, stats = bnfast.batch_norm_forward(

@@ -70,7 +70,7 @@ class TestNIST:
 
 
 @LAYOUTS
-def test_float64_is_swept_twice(isa, layout):
+def test_float64_is_read_twice(isa, layout):
     """The first of 16384 values differs from all others by d. Summed around it, their squares are
     16384 times the remaining M2, and each lane's 1024 additions of the same d^2 round in the
     same way: 1e-9 of the variance, 500 times the limit.
@@ -227,7 +227,7 @@ class TestConstantChannel:
             assert stats.var.tolist() == [0, 0, 0], value
             assert np.array_equal(y, np.broadcast_to(reference.to_shape(bias, x, 1), shape)), value
 
-    def test_has_no_moment_but_its_mean(self, isa, dtype, shape):
+    def test_m2_is_zero(self, isa, dtype, shape):
         for value in CONSTANTS[dtype]:
             got = bnfast.moments(np.full(shape, value, dtype))
             assert got.mean.tolist() == [float(dtype(value))] * 3
@@ -277,7 +277,7 @@ class TestSpecialValues:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values_of_few_channels_stay_in_theirs(isa, dtype):
+def test_special_values_stay_in_channel_with_few_channels(isa, dtype):
     """For any copy of the channel that their row is added to, and for the remaining rows."""
     p = make_problem((77, 3), dtype, activation="leaky_relu")
     clean = training_step(p)
@@ -346,14 +346,14 @@ class TestInferenceOfSpecialValues:
             y = bnfast.scale_shift(x, one, minus_zero, activation=activation)
             assert bits(y) == bits(x)
 
-    def test_negative_weights_turn_infinity(self, isa, dtype, shape):
+    def test_negative_weight_flips_infinity(self, isa, dtype, shape):
         x = np.full(shape, np.inf, dtype)
         y = bnfast.scale_shift(x, np.array([-1, 1], dtype), np.zeros(2, dtype))
         assert np.all(y[:, 0] == -np.inf)
         assert np.all(y[:, 1] == np.inf)
 
 
-def test_flags_of_the_floating_point_unit_survive():
+def test_floating_point_flags_unchanged():
     """The calling thread must not be left with flush-to-zero."""
     bnfast.batch_norm_forward(make_problem((64, 8, 40, 40)).x)
     assert np.float32(1e-40) * np.float32(0.5) != 0

@@ -152,21 +152,21 @@ def plain_c(tree, tmp_path_factory):
     return folder / "installed"
 
 
-class TestAProcessorWithoutKernelsOfItsOwn:
+class TestUnknownProcessor:
     """A processor without an instruction set in setup.py: only plain C is built, and works."""
 
     def run(self, folder, *arguments, **environ):
         environ = {"PYTHONPATH": str(folder), "BNFAST_ISA": "", **environ}
         return run(sys.executable, "-W", "error", *arguments, cwd=folder, **environ)
 
-    def test_says_so(self, plain_c):
+    def test_show_config_reports_plain_c(self, plain_c):
         done = self.run(plain_c, "-m", "bnfast")
         assert done.returncode == 0, done.stderr
         shown = {line[:16].strip(): line[16:] for line in done.stdout.splitlines()}
         assert shown["kernels"] == "scalar (plain C: no others were built for this processor)"
         assert shown["built"] == shown["runnable here"] == "scalar"
 
-    def test_names_what_it_has_where_another_is_pinned(self, plain_c):
+    def test_pinning_other_set_names_available_one(self, plain_c):
         done = self.run(plain_c, "-c", "import bnfast", BNFAST_ISA="avx2")
         assert done.returncode == 1
         message = done.stderr.strip().splitlines()[-1]

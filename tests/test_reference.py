@@ -62,14 +62,14 @@ def test_welford_agrees_with_the_definition(rng):
     assert m2 / count == pytest.approx(values.var(), rel=2 * bound)
 
 
-def test_population_is_that_of_all_values(rng):
+def test_population_of_all_values(rng):
     values = rng.standard_normal((12, 2, 3))
     mean, var = reference.population([values[:5], values[5:6], values[6:]])
     assert np.array_equal(mean, values.mean(axis=(0, 2)))
     assert np.allclose(var, values.var(axis=(0, 2), ddof=1), rtol=gamma(40), atol=0)
 
 
-def test_population_estimates_the_papers_way_from_equal_batches(rng):
+def test_population_as_paper_estimate(rng):
     """Algorithm 2's average of unbiased batch variances has the same expectation."""
     batches = rng.standard_normal((2000, 60, 1))
     _, var = reference.population(batches)

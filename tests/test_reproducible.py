@@ -122,10 +122,10 @@ def on_every(isas, p):
 class TestInstructionSets:
     """Eight lanes and sixteen sums for any register width: one order of additions."""
 
-    def test_with_a_fused_multiply_add_agree(self, dtype, shape):
+    def test_sets_with_fma_agree(self, dtype, shape):
         results = on_every(set(_core.isas()) - WITHOUT_FMA, make_problem(shape, dtype, **FUSED))
         assert all(result == results[0] for result in results)
 
-    def test_without_one_agree(self, dtype, shape):
+    def test_sets_without_fma_agree(self, dtype, shape):
         results = on_every(WITHOUT_FMA, make_problem(shape, dtype, **FUSED))
         assert all(result == results[0] for result in results)

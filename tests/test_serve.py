@@ -74,7 +74,7 @@ def images():
 
 
 @pytest.mark.parametrize("network", ["frozen", "folded"])
-def test_an_answer_does_not_depend_on_its_batch(port, images, network):
+def test_answer_independent_of_batch(port, images, network):
     whole = answer(port, network, images)
     assert whole.shape == (40, 10)
     for part in (images[:1], images[3:20], images[::-1], np.repeat(images[5:6], 33, axis=0)):
@@ -82,7 +82,7 @@ def test_an_answer_does_not_depend_on_its_batch(port, images, network):
         np.testing.assert_array_equal(answer(port, network, part), whole[rows])
 
 
-def test_the_networks_agree(port, images):
+def test_networks_agree(port, images):
     """Folding rounds other weights: by far less than the difference of two images."""
     frozen, folded = (answer(port, network, images) for network in ("frozen", "folded"))
     assert not np.array_equal(frozen, folded)
@@ -159,7 +159,7 @@ def rest(connection):
         ("Content-Length: 100\r\n", b"400"),  # and then the client is gone
     ],
 )
-def test_lengths_that_are_wrong(port, header, status):
+def test_wrong_content_lengths(port, header, status):
     got = raw(port, f"POST /frozen HTTP/1.0\r\n{header}\r\n{{".encode())
     assert got.split()[1] == status
 
@@ -178,7 +178,7 @@ def test_lengths_that_are_wrong(port, header, status):
         (b"GET / HTTP/1.0\r\na: " + b"b" * 70_000 + b"\r\n\r\n", b"431", "Line too long"),
     ],
 )
-def test_requests_that_are_no_http_get_json(port, sent, status, reason):
+def test_non_http_requests_get_json(port, sent, status, reason):
     head, _, body = raw(port, sent).partition(b"\r\n\r\n")
     assert head.split()[1] == status
     assert b"Content-Type: application/json" in head
@@ -207,7 +207,7 @@ def drip(port, head, byte):
 
 
 @pytest.mark.slow
-def test_clients_that_drip_are_told_to_stop():
+def test_slow_clients_time_out():
     """Even if they keep sending, the time for the headers and for a whole request is limited."""
     code = f"""
 import sys
@@ -275,7 +275,7 @@ def test_a_killed_worker_is_replaced():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_when_asked_to(number):
+def test_ends_on_signal(number):
     with service() as (process, port):
         workers = workers_of(port, 2)
         process.send_signal(number)
@@ -296,7 +296,7 @@ def test_workers_end_with_their_parent():
 
 
 @pytest.mark.slow
-def test_silent_clients_keep_nobody_waiting():
+def test_silent_clients_do_not_block_others():
     """Other clients do not wait, and the end waits no longer than the time to send."""
     with service() as (process, port):
         silent = [socket.create_connection((HOST, port), timeout=TIMEOUT) for _ in range(20)]

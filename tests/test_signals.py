@@ -165,7 +165,7 @@ def raised_at(n, error, call, *given):
 
 @pytest.mark.parametrize("call", [*FUNCTIONS.values(), *REFUSED.values()],
                          ids=[*FUNCTIONS, *REFUSED])  # fmt: skip
-def test_an_alarm_comes_out_as_it_is(call):
+def test_signal_exception_passes_through(call):
     for kind in RAISED:
         for n in range(1, places(call) + 1):
             alarm = kind("raised by a handler")
@@ -173,7 +173,7 @@ def test_an_alarm_comes_out_as_it_is(call):
 
 
 @pytest.mark.parametrize(("make", "call"), LAYERS.values(), ids=LAYERS)
-def test_a_layer_moves_whole_or_not_at_all(make, call):
+def test_layer_updates_completely_or_not_at_all(make, call):
     after = make()
     call(after)
     for kind in (TimeoutError, ValueError, Alarm):
@@ -184,7 +184,7 @@ def test_a_layer_moves_whole_or_not_at_all(make, call):
             assert state(made) in (before, state(after)), n
 
 
-def test_moments_take_in_a_batch_or_do_not():
+def test_moments_update_completely_or_not_at_all():
     after = bnfast.moments(X).update(X)
     for n in range(1, places(bnfast.moments(X).update, X) + 1):
         total, alarm = bnfast.moments(X), Alarm("raised by a handler")

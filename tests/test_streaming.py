@@ -54,7 +54,7 @@ def surrounded(a, offset):
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 class TestStreamed:
-    def test_is_what_these_shapes_are(self, dtype, shape):
+    def test_these_shapes_are_streamed(self, dtype, shape):
         """Only with the caches that `streams` declares, not with real ones."""
         outer, channels, inner = shape[0], shape[1], int(np.prod(shape[2:]))
         if channels == 1:
@@ -85,7 +85,7 @@ class TestStreamed:
         assert streams(bnfast.scale_shift, p.x, p.weight, p.bias, out=p.x) is p.x
         assert bits(p.x) == bits(want)
 
-    def test_touches_its_own_bytes_alone(self, isa, dtype, shape, streams):
+    def test_writes_only_its_own_bytes(self, isa, dtype, shape, streams):
         """From every alignment that an element can have; the bytes on either side stay."""
         p = make_problem(shape, dtype)
         stats = bnfast.moments(p.x)

@@ -48,7 +48,7 @@ def test_attributes_of_a_class_are_those_of_its_stub(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_cannot_be_set_is_a_property_in_the_stub(name):
+def test_read_only_attributes_are_properties_in_stub(name):
     """Otherwise mypy would let a caller set it."""
     stubbed = {
         node.name

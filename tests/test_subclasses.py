@@ -163,7 +163,7 @@ def believe(call):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_is_the_array_that_it_is(call):
+def test_subclass_used_as_plain_array(call):
     assert run_alone(believe, call) == ""
 
 
@@ -177,7 +177,7 @@ class Impostor:
 
 
 @pytest.mark.parametrize("name", ["out", "running_mean", "running_var"])
-def test_what_only_says_it_is_an_array_is_not_written_to(name):
+def test_fake_array_is_not_written(name):
     w = np.abs(P.weight)
     given = {"out": None, "running_mean": w, "running_var": w.copy(), name: Impostor()}
     with pytest.raises(TypeError, match=f"^{name} is .*Impostor; expected a NumPy array"):

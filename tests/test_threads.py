@@ -43,7 +43,7 @@ def in_thread(function, *args):
 # ---- setting a number
 
 
-def test_a_block_holds_inside_and_restores():
+def test_block_sets_and_restores():
     assert bnfast.get_num_threads() == 5
     with bnfast.num_threads(3):
         assert bnfast.get_num_threads() == 3
@@ -59,7 +59,7 @@ def test_a_block_restores_after_an_exception():
     assert bnfast.get_num_threads() == 5
 
 
-def test_a_block_does_not_reach_other_threads():
+def test_block_does_not_affect_other_threads():
     with bnfast.num_threads(3):
         assert in_thread(bnfast.get_num_threads) in (5, 3)  # 3 where threads inherit contexts
     assert in_thread(bnfast.get_num_threads) == 5
@@ -160,7 +160,7 @@ def test_environment(environ, expected):
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "2.5", "2,1", "1025", "9" * 5000, "\u0663"])
-def test_a_bad_own_variable_is_an_import_error(value):
+def test_bad_environment_variable_is_import_error(value):
     with pytest.raises(ImportError, match=rf"BNFAST_NUM_THREADS is '?{value[:50]}.*; expected"):
         _threads._from_environment({"BNFAST_NUM_THREADS": value})
 
@@ -385,7 +385,7 @@ def work():
 
 @pytest.mark.skipif(SANITIZED, reason="frames are larger under AddressSanitizer")
 @pytest.mark.parametrize("isa", _core.isas())
-def test_the_stack_that_is_said_to_suffice_does(isa):
+def test_documented_stack_size_suffices(isa):
     """Half of the stated stack: kernels keep 112 KiB of rounded parameters there."""
     code = EVERY_KERNEL + (
         "threading.stack_size(128 * 1024)\n"
@@ -396,7 +396,7 @@ def test_the_stack_that_is_said_to_suffice_does(isa):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no size to read")
-def test_where_a_thread_cannot_be_had_a_call_runs_on_fewer():
+def test_call_runs_on_fewer_threads_if_none_available():
     """libgomp would end the process. The address space is so full that no thread's stack fits."""
     code = """
 import os, resource, numpy as np, bnfast
@@ -421,7 +421,7 @@ print((out == want).all(), bnfast._core.pool_started())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no resident memory to read")
-def test_a_hundred_thousand_calls_grow_nothing():
+def test_no_memory_growth_in_many_calls():
     code = """
 import os, numpy as np, bnfast
 
@@ -458,7 +458,7 @@ print("done")
     assert run_python(code).stdout == "done\n"
 
 
-def test_an_interrupt_is_answered_between_calls():
+def test_interrupt_between_calls():
     code = """
 import os, signal, threading, numpy as np, bnfast
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
@@ -558,7 +558,7 @@ class TestOtherInterpreters:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 
-    def test_beside_one_that_does_nothing(self, kind):
+    def test_with_an_idle_interpreter(self, kind):
         """A process that has ever made one, as mod_wsgi does."""
         code = 'i = another(); there(i, "\\nimport json"); exec(COMPUTE); interpreters.destroy(i)'
         assert self.run(kind, code) == ["True True"]
@@ -599,7 +599,7 @@ print(bnfast.get_num_threads())
     assert done.stdout == f"1 openmp\n1\n1 {limited}\n2\n", done.stdout + done.stderr
 
 
-def test_openmp_s_own_number_is_no_limit_unless_somebody_lowered_it():
+def test_openmp_number_is_a_limit_only_if_lowered():
     code = "import bnfast; bnfast.set_num_threads(7); print(bnfast.get_num_threads())"
     assert run_python(code, OMP_NUM_THREADS="1").stdout == "7\n"
 
@@ -618,7 +618,7 @@ def test_openmp_s_own_number_is_no_limit_unless_somebody_lowered_it():
         (lambda n: bnfast.fold(np.ones((2, 2)), None, bnfast.BatchNorm(2), groups=n), "groups"),
     ],
 )
-def test_numbers_of_more_digits_than_python_prints_are_refused_by_name(call, name):
+def test_huge_numbers_refused_by_name(call, name):
     with pytest.raises((TypeError, ValueError), match=f"^{name} is .*expected"):
         call(10**5000)
 
@@ -655,7 +655,7 @@ def hammer(n, until, threads=None, shape=LARGE):
                 future.result(timeout=60)
 
 
-def test_nothing_is_at_work_between_calls():
+def test_no_threads_counted_between_calls():
     hammer(2, lambda calls, threads: calls == 2, threads=2)
     assert _core.at_work() == (0, 0)
 
@@ -680,7 +680,7 @@ def test_calls_at_the_same_time_share_the_threads(n, most):
 
 
 @needs_fork
-def test_a_child_forked_amid_calls_counts_none_of_them():
+def test_child_forked_during_calls_counts_no_calls():
     """Otherwise it would share its threads forever with calls that are in its parent."""
     code = """
 import os, threading
@@ -715,7 +715,7 @@ print(amid > 0, _core.at_work())
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no threads to count")
-def test_inside_a_region_of_openmp_no_other_one_is_started():
+def test_no_nested_openmp_region():
     """By OpenMP's own rule: a region within a region has one thread, unless requested otherwise."""
     code = """
 import ctypes, os
@@ -742,7 +742,7 @@ print(len(right), all(right), max(native) <= before)
     assert done.stdout == "3 True True\n", done.stdout + done.stderr
 
 
-def test_what_one_thread_may_use_is_no_matter_of_the_others():
+def test_thread_limit_affects_only_its_thread():
     """In a pool with one Python thread per core, each call may be told to use one thread."""
 
     def work(i):

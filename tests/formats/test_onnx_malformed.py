@@ -199,7 +199,7 @@ LEFT = [
 
 
 @pytest.mark.parametrize(("spoil", "reason"), LEFT, ids=[reason for _, reason in LEFT])
-def test_one_is_left(spoil, reason):
+def test_malformed_one_not_folded_other_is(spoil, reason):
     model = two()
     spoil(model)
     before = model.SerializeToString(deterministic=True)
@@ -213,7 +213,7 @@ def test_one_is_left(spoil, reason):
 
 
 @pytest.mark.parametrize(("i", "other"), [(1, "y"), (5, "d")])
-def test_a_batch_norm_that_makes_nothing(i, other):
+def test_batch_norm_without_output(i, other):
     """It has no output to be named after."""
     model = two()
     del model.graph.node[i].output[:]
@@ -223,14 +223,14 @@ def test_a_batch_norm_that_makes_nothing(i, other):
         assert set(read(model)) == {other}
 
 
-def test_other_nodes_that_make_nothing():
+def test_other_nodes_without_output():
     model = two()
     model.graph.node.append(helper.make_node("Relu", ["x"], []))
     model.graph.node.append(helper.make_node("Conv", [], []))
     assert reasons(model) == {"d": None, "y": None}
 
 
-def test_nodes_in_another_order():
+def test_unsorted_nodes():
     """Checkers refuse this, though the meaning of the graph is clear."""
     row = "c = Conv(x, w) d = BN(c, s, o, m, v) e = Mul(d, k) f = BN(e, s, o, m, v) r = Relu(f)"
     row += " g = BN(r, s, o, m, v) h = Add(g, k) i = BN(h, s, o, m, v) y = Conv(i, w)"
@@ -315,7 +315,7 @@ def test_refused(spoil, message):
 
 
 @pytest.mark.parametrize("kind", ["Identity", "Transpose"])
-def test_a_constant_that_is_passed_on_five_thousand_times(kind):
+def test_chain_of_five_thousand_identities(kind):
     model, shape = two(), (3, 3, 1, 1)
     replace(model, "w", om.normal(RNG, *shape))
     names = ["w", *(f"w_{i}" for i in range(5000))]
@@ -349,7 +349,7 @@ def work(monkeypatch):
 
 
 @pytest.mark.parametrize("layer", ["before", "after", "between"])
-def test_a_row_of_batch_norms_is_linear_work(layer, work):
+def test_row_of_batch_norms_takes_linear_work(layer, work):
     """One attempt for each, and one more after its neighbour was folded."""
     row = 300
     body = [] if layer == "after" else ["c = Conv(x, w)"]
@@ -380,7 +380,7 @@ ROWS = {
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("layer", ["Conv(x, w)", "Relu(x)"])
-def test_rows_of_other_nodes_are_linear_work(kind, layer, work):
+def test_rows_of_other_nodes_take_linear_work(kind, layer, work):
     row = 600
     body, value = [f"c = {layer}"], "c"
     for i in range(row):
@@ -415,7 +415,7 @@ def outcomes_of(model):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_spoiled_models(seed):
+def test_random_invalid_models(seed):
     """Only ValueError and TypeError are raised; models are not changed."""
     folded = 0
     for part in range(60):

@@ -73,7 +73,7 @@ def test_networks_from_pytorch(exported, name, exporter):
 
 
 @pytest.mark.slow
-def test_no_network_is_forgotten(exported):
+def test_all_networks_are_listed(exported):
     assert {path.name.split(".")[0] for path in exported.iterdir()} == set(NETWORKS)
 
 
@@ -94,7 +94,7 @@ LIGHT = {
 FOLDER = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 
 
-def test_no_light_model_is_forgotten():
+def test_all_light_models_are_listed():
     assert {path.stem.removeprefix("light_") for path in FOLDER.glob("*.onnx")} == set(LIGHT)
 
 

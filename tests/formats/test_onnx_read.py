@@ -119,7 +119,7 @@ def test_training_nodes_are_layers_in_training():
     assert not read(om.build(body.format(""), 15, **om.numbers(RNG, 3)))["y"].training
 
 
-def test_equal_names_are_told_apart():
+def test_equal_names_are_distinguished():
     model, _ = two()
     for node in model.graph.node:
         node.name = "bn"
@@ -155,7 +155,7 @@ def named(*nodes):
         ([("bn", "bn"), ("bn", "z")], ["bn", "z"]),
     ],
 )
-def test_names_are_told_apart_from_outputs(nodes, names):
+def test_names_are_distinguished_from_outputs(nodes, names):
     model = named(*nodes)
     assert list(read(model)) == names
     seen = []
@@ -163,7 +163,7 @@ def test_names_are_told_apart_from_outputs(nodes, names):
     assert [outcome.name for outcome in seen] == names
 
 
-def test_the_names_of_other_nodes_change_none():
+def test_names_of_other_nodes_have_no_effect():
     model = named(("y", "h"), ("b", "y"))
     model.graph.node.append(helper.make_node("Relu", ["y"], ["b"]))
     model.graph.node.append(helper.make_node("Relu", ["y"], ["z"], "h"))
@@ -175,7 +175,7 @@ def test_long_rows_of_clashing_names():
     assert list(read(named(*row, ("", "v0")))) == [*(f"v{i + 1}" for i in range(2000)), "v0"]
 
 
-def test_without_onnx_the_import_says_so():
+def test_import_error_without_onnx():
     code = "import sys; sys.modules['onnx'] = None; import bnfast; import bnfast.onnx"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -216,7 +216,7 @@ def node_tests():
     return {case.name: case for case in cases if "batchnorm" in case.name}
 
 
-def test_no_backend_test_is_forgotten(node_tests):
+def test_all_backend_tests_are_listed(node_tests):
     assert set(node_tests) == NODE_TESTS
 
 
@@ -332,7 +332,7 @@ def test_one_dimension_is_one_channel():
     assert mean.shape == var.shape == (1,)
 
 
-def test_one_value_a_channel_is_its_own_mean():
+def test_one_value_per_channel():
     x = om.normal(RNG, 1, 3)
     s, o, m, v = om.numbers(RNG, 3).values()
     y, mean, var = batch_normalization(x, s, o, m, v, training_mode=1)
@@ -353,7 +353,7 @@ def test_running_statistics_are_rounded_once():
     assert float(mean[0]) == 1 + 2.0**-7
 
 
-def test_the_state_of_numpy_s_errors_decides_nothing():
+def test_independent_of_numpy_errstate():
     x = np.array([[1e30, 1e-30, 0], [-1e30, -1e-30, 0]])
     half = np.array([6e4, 6e-8, 0], np.float16)
     arguments = (x, half, half, half, half, 1e-5, 1e-3)
@@ -365,7 +365,7 @@ def test_the_state_of_numpy_s_errors_decides_nothing():
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_an_empty_batch_changes_nothing():
+def test_empty_batch_changes_nothing():
     s, o, m, v = om.numbers(RNG, 3).values()
     x = np.zeros((0, 3, 2), np.float32)
     y, mean, var = batch_normalization(x, s, o, m, v, training_mode=1)
@@ -395,7 +395,7 @@ def test_bad_arguments():
                 batch_normalization(*arguments[:5], *(arguments[5:7] or (1e-5, 0.9)), mode)
 
 
-def test_a_read_layer_freezes():
+def test_read_layer_freezes():
     model, _ = two()
     x = om.normal(RNG, 2, 3, 4, 4)
     layer = read(model)["y"]

@@ -255,7 +255,7 @@ class ActivationsInterplay(nn.Module):
         return F.threshold(y, 0, 0) + F.relu(y - 1)
 
 
-def test_activation_behind_activation(fused):
+def test_activation_after_activation(fused):
     assert_same_steps(ActivationsInterplay().double(), images())
     assert set(fused()[0]) == {"batch norm + relu"}
 
@@ -393,7 +393,7 @@ class ReadsTwice(nn.Module):
         return z + z
 
 
-def test_what_is_read_again_is_not_overwritten():
+def test_values_read_again_are_not_overwritten():
     x = torch.randn(7, 5, dtype=torch.float64)
     assert_same_steps(ReadsTwice().double(), x, steps=1)
 
@@ -414,7 +414,7 @@ def test_some_gradients(frozen):
         assert_same([p.grad for p in ours.parameters()], [p.grad for p in model.parameters()])
 
 
-def test_residual_alone_wants_a_gradient():
+def test_only_residual_requires_grad():
     """Only the added tensor is differentiated."""
     norm = nn.BatchNorm2d(5, affine=False).double()
     other = copy.deepcopy(norm)

@@ -85,7 +85,7 @@ class Remembers(nn.Module):
         return y * self.factor if isinstance(y, torch.Tensor) else y
 
 
-def test_a_models_forward_stays_its_own(ran):
+def test_model_forward_not_replaced(ran):
     theirs = Remembers()
     ours = convert(copy.deepcopy(theirs), fuse=False)
     assert type(ours) is Remembers
@@ -121,12 +121,12 @@ def test_modules_added_after_converting_run(ran):
     ],
     ids=["None", "list", "class", "NumPy layer", "tensor"],
 )
-def test_what_is_no_module_is_refused(function, model, said):
+def test_not_a_module_refused(function, model, said):
     with pytest.raises(TypeError, match=f"^{said}; expected a torch.nn.Module$"):
         function(model)
 
 
-def test_what_is_left_is_reported(ran):
+def test_unconverted_layers_are_reported(ran):
     class Own(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x) + 1
@@ -209,11 +209,11 @@ def test_derived_classes_are_converted(ran):
     assert type(revert(layer)) is Derived
 
 
-def test_a_derived_class_with_a_pickle_of_its_own():
+def test_derived_class_with_own_pickling():
     assert type(pickle.loads(pickle.dumps(convert(Reduced(3))))) is Reduced
 
 
-def test_convolutions_take_our_layers_in(ran):
+def test_fuse_conv_bn_eval_takes_converted_layers(ran):
     model = convert(SmallResNet(), fuse=False)
     model(torch.randn(8, 3, 8, 8))
     model.eval()
@@ -225,7 +225,7 @@ def test_convolutions_take_our_layers_in(ran):
     assert by_direction(ran()) == {"inference": 1}
 
 
-def test_fx_keeps_our_layers_whole(ran):
+def test_fx_keeps_layers_as_leaves(ran):
     model = convert(SmallResNet()).eval()
     graph = torch.fx.symbolic_trace(model)
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
@@ -266,7 +266,7 @@ def test_a_backward_in_another_thread(training, ran):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_only_its_own_backward(training, ran):
+def test_backward_runs_where_forward_ran(training, ran):
     plain = nn.BatchNorm2d(3).train(training)
     ours = convert(copy.deepcopy(plain))
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
@@ -276,7 +276,7 @@ def test_only_its_own_backward(training, ran):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("way", ["copied", "kept"])
-def test_saved_tensors_that_were_moved(way, training, ran):
+def test_moved_saved_tensors(way, training, ran):
     """Copies have no mark: PyTorch's own backward reads them."""
     hooks = {"copied": torch.Tensor.clone, "kept": lambda t: t}
     plain = nn.BatchNorm2d(3).train(training)
@@ -292,7 +292,7 @@ def test_saved_tensors_that_were_moved(way, training, ran):
     assert by_direction(ran()) == {forward: 1} | ({} if way == "copied" else {"backward": 1})
 
 
-def test_a_mark_is_not_anothers(ran):
+def test_resized_saved_statistics(ran):
     """Our saved statistics, shortened or extended, are read by PyTorch's backward."""
     x = torch.randn(8, 4, requires_grad=True)
     with bnfast.torch.enabled():
@@ -305,7 +305,7 @@ def test_a_mark_is_not_anothers(ran):
     assert not ran()
 
 
-def test_a_longer_storage_is_no_mark(ran):
+def test_longer_storage_without_mark(ran):
     convert(nn.BatchNorm1d(4))
     x, mean, inv_std = torch.randn(8, 4), torch.zeros(100)[:4], torch.ones(100)[:4]
     backward = torch.ops.aten.native_batch_norm_backward

@@ -156,7 +156,7 @@ def test_errors_have_pytorchs_text(case, calls):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_memory_that_cannot_be_had_raises_what_pytorch_raises(training, calls):
+def test_out_of_memory_raises_as_pytorch(training, calls):
     x = torch.zeros(1, 1, dtype=torch.float64).expand(1 << 22, 1 << 22)
     mean, var = torch.zeros(2, 1, dtype=torch.float64).expand(2, 1 << 22).contiguous()
     args = (x, None, None, mean, var, training, 0.1, 1e-5)
@@ -192,7 +192,7 @@ def test_a_refused_backward_has_pytorchs_text(case, calls):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("arrange", [torch.clone, channels_last, lambda x: x[..., ::2]])
-def test_what_is_left_is_pytorchs_to_the_bit(arrange, affine, training, dtype):
+def test_calls_left_to_pytorch_have_its_bits(arrange, affine, training, dtype):
     """The results are those of operators with the same kernels. (Theirs are replaced here.)"""
     x = arrange(torch.randn(4, 3, 5, 6, dtype=torch.float64).to(dtype))
     dy = torch.randn_like(x)

@@ -47,7 +47,7 @@ def difference(a, b):
     return max((p.double() - q.double()).abs().max().item() for p, q in zip(a, b, strict=True))
 
 
-def test_a_backward_has_the_exact_statistics(batch):
+def test_backward_uses_exact_statistics(batch):
     x, dy, *saved = batch
     eps = torch.finfo(x.dtype).eps
     largest = max(t.abs().max().item() for t in of_exact(dy, x))
@@ -111,7 +111,7 @@ def test_copies_have_pytorchs_accuracy(batch, how):
 @pytest.mark.parametrize(
     "how", [overwritten, lambda t: t.mul_(1.5), lambda t: t.fill_(float("nan"))]
 )
-def test_overwritten_statistics_are_what_counts(batch, how, which):
+def test_overwritten_statistics_are_used(batch, how, which):
     x, dy, *saved = batch
     how(saved[which])
     want = of_visible(dy, x, *saved)
@@ -131,7 +131,7 @@ def test_nan_statistics_stay_in_their_channel(calls):
     assert not dx[:, ::2].isnan().any()
 
 
-def test_checkpoints_and_hooks_keep_them(calls):
+def test_checkpoints_and_hooks_keep_exact_statistics(calls):
     x = (torch.randn(64, 5, 4, 4) + MEAN).requires_grad_()
     dy = torch.randn(x.shape)
 
@@ -150,7 +150,7 @@ def test_checkpoints_and_hooks_keep_them(calls):
 
 
 @pytest.mark.parametrize("forward_here", [True, False])
-def test_backward_on_the_other_side_than_the_forward(forward_here):
+def test_backward_on_other_kernels_than_forward(forward_here):
     x = torch.randn(16, 5, 4, 4, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(x.shape, dtype=x.dtype)
     bnfast.torch.disable()
@@ -188,7 +188,7 @@ def raised(change):
     ],
     ids=["x freed", "weight freed", "x changed", "weight changed"],
 )
-def test_what_was_changed_raises_what_pytorch_raises(change, calls):
+def test_changed_input_raises_as_pytorch(change, calls):
     ours = raised(change)
     bnfast.torch.disable()
     theirs = raised(change)
@@ -196,14 +196,14 @@ def test_what_was_changed_raises_what_pytorch_raises(change, calls):
     assert ours == theirs
 
 
-def test_a_forward_of_freed_memory_raises_what_pytorch_raises(calls):
+def test_forward_of_freed_memory_raises_as_pytorch(calls):
     x = torch.randn(8, 3, 4)
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="its data is not allocated yet"):
         F.batch_norm(x, None, None, training=True)
 
 
-def test_results_are_memory_of_pytorchs(calls):
+def test_results_are_in_pytorch_memory(calls):
     y, save_mean, _ = forward(torch.randn(8, 3, 4))
     assert y._base is None
     assert save_mean._base is None

@@ -52,7 +52,7 @@ def frozen_of(model):
 # ---- What is folded
 
 
-def test_a_resnet_and_all_that_stays():
+def test_resnet_folds_completely():
     model = trained(SmallResNet()).train()
     model.note, model.stem[0].note = ["mine"], "its"
     seen = []
@@ -276,7 +276,7 @@ def test_folded(name):
     assert not got.left
 
 
-def test_both_ways_of_a_question_are_right():
+def test_both_branches_are_correct():
     model = trained(Asks()).double()
     frozen = freeze(model)
     x = torch.randn(2, 3, 8, 7).double()
@@ -711,7 +711,7 @@ def test_freezing_again_and_compiled_models():
     assert len(report(compiled).folded) == 1
 
 
-def test_a_forward_that_remembers_is_run_on_nobody():
+def test_forward_with_side_effects_is_not_run():
     class Remembers(Pair):
         def __init__(self):
             super().__init__()
@@ -730,7 +730,7 @@ def test_a_forward_that_remembers_is_run_on_nobody():
     assert report(frozen).folded == {"bn": "conv"}
 
 
-def test_only_what_is_noticed_is_left():
+def test_only_noticed_batch_norms_not_folded():
     got = report(frozen_of(nn.Sequential(Pair(), LooksAtTheClass(), Pair())))
     assert got.folded == {"0.bn": "0.conv", "2.bn": "2.conv"}
     assert list(got.left) == ["1.bn"]
@@ -779,7 +779,7 @@ def test_examples_that_cannot_be_compared():
 
 
 @pytest.mark.parametrize("model", [None, nn.Conv2d, torch.jit.script(nn.ReLU())])
-def test_what_is_no_model_is_refused(model):
+def test_not_a_model_refused(model):
     with pytest.raises(TypeError, match="model is "):
         freeze(model)
 
@@ -788,7 +788,7 @@ def test_names_are_public():
     assert {"freeze", "FrozenReport"} <= set(bnfast.torch.__all__)
 
 
-def test_a_python_whose_code_nobody_can_read(monkeypatch):
+def test_unknown_bytecode(monkeypatch):
     """If Python's bytecode is not known, such a forward may use everything in it."""
     model = Closed(Pair()).eval()
     assert not report(freeze(model)).left

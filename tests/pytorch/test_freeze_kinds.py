@@ -81,13 +81,13 @@ def test_other_libraries_batch_norms(name):
     assert apart(model, frozen, torch.randn(1, 3, 5, 9).double()) < 1e-12
 
 
-def test_an_activation_does_not_move_behind_the_next_layer():
+def test_activation_not_moved_after_next_layer():
     model = trained(nn.Sequential(BatchNormAct2d(3, act=nn.ReLU()), nn.Conv2d(3, 4, 1)))
     frozen = freeze(model, example=torch.randn(2, 3, 4, 4))
     assert report(frozen).left == {"0": "it has an activation or dropout behind it"}
 
 
-def test_a_class_of_that_name_from_elsewhere_is_not_known():
+def test_same_class_name_from_other_library_unknown():
     class FrozenBatchNorm2d(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,7 +177,7 @@ def test_saved_models_load_without_bnfast(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-def test_copies_and_pickles_know_what_was_done():
+def test_copies_and_pickles_keep_report():
     frozen = freeze(trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
     saved = io.BytesIO()
     torch.save(frozen, saved)
@@ -196,7 +196,7 @@ class Own(nn.Sequential):
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, Own])
-def test_what_is_left_is_fused(kind):
+def test_remaining_batch_norms_are_fused(kind):
     """By the backend, which pickles and copies do not have, and torch.export does not use."""
 
     def fused():

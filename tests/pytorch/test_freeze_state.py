@@ -119,7 +119,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_more_happens_is_left(name):
+def test_forwards_with_side_effects_not_folded(name):
     model = trained(CASES[name]())
     frozen = freeze(model)
     assert len(report(frozen).left) == 1

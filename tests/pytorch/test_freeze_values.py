@@ -56,7 +56,7 @@ def random_input(rng, dims, channels):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_batch_norm_behind_any_convolution(seed):
+def test_batch_norm_after_any_convolution(seed):
     rng = random.Random(seed)
     dims, transposed = rng.choice([1, 2, 3]), rng.random() < 0.5
     conv = random_convolution(rng, dims, transposed)
@@ -71,7 +71,7 @@ def test_a_batch_norm_behind_any_convolution(seed):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_batch_norm_before_any_convolution(seed):
+def test_batch_norm_before_any_convolution(seed):
     rng = random.Random(seed)
     dims, transposed = rng.choice([1, 2, 3]), rng.random() < 0.3
     conv = random_convolution(rng, dims, transposed)
@@ -104,7 +104,7 @@ def test_linear_layers(bias):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_linear_layer_of_three_axes_is_not_wrong_in_silence(before):
+def test_linear_layer_with_three_axes_changes_shape(before):
     """There the batch norm works on the middle axis, and the linear layer on the last."""
     row = [nn.BatchNorm1d(4), nn.Linear(4, 4)] if before else [nn.Linear(4, 4), nn.BatchNorm1d(4)]
     model = trained(nn.Sequential(*row))
@@ -165,7 +165,7 @@ def test_half_weights_beside_float32_statistics():
     assert frozen[0].bias.dtype is torch.float16
 
 
-def test_what_is_beyond_the_type_is_left():
+def test_overflowing_weights_not_folded():
     model = trained(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).half()
     model[1].running_var.zero_()
     nn.init.constant_(model[1].weight, 60000)
@@ -241,7 +241,7 @@ def test_a_mobilenet():
         assert apart(model, frozen, torch.randn(shape).double()) < 1e-12
 
 
-def test_a_densenet_keeps_what_comes_before_an_activation():
+def test_densenet_keeps_batch_norms_before_activations():
     model = trained(DenseNet()).double()
     frozen = freeze(model, example=torch.randn(1, 3, 5, 5).double())
     got = report(frozen)
@@ -290,7 +290,7 @@ class Fused(nn.Module):
         return self.bn(self.conv(x), residual=x, activation="relu")
 
 
-def test_a_layer_called_with_more_is_left_as_it_is():
+def test_layer_called_with_more_arguments_unchanged():
     model = trained(Fused())
     frozen = freeze(model, example=torch.randn(2, 3, 8, 8))
     assert report(frozen).left == {"bn": "it is called with more than its input"}

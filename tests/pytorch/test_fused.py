@@ -86,7 +86,7 @@ def test_opcheck(dtype, training, residual, activation, arrange):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
-def test_only_what_is_needed_comes_back(needs):
+def test_unneeded_gradients_are_none(needs):
     x, weight, bias, mean, var, *_ = arguments(dense, False, True, "relu")
     y, *saved = FORWARD(x, weight, bias, mean, var, True, 0.1, 1e-3, x, "relu", 0.0)
     found = BACKWARD(y, x, weight, bias, None, None, *saved, True, 1e-3, y, "relu", 0.0, needs)
@@ -105,7 +105,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_say_why_and_write_nothing(name):
+def test_errors_give_reason_and_write_nothing(name):
     changes, why = REFUSED[name]
     given = list(arguments(dense, True, True, "relu", torch.float32))
     for place, value in changes.items():

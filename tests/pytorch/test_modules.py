@@ -48,7 +48,7 @@ def layer_of(p, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", TENSORS)
-def test_values_and_gradients_are_the_papers(kind, dtype, activation, residual, training, ran):
+def test_values_and_gradients_as_reference(kind, dtype, activation, residual, training, ran):
     """The limits are `tolerance`'s, for the same kernels over arrays. PyTorch adds one rounding: of
     weight and bias gradients, from float64 to their type.
     """
@@ -93,7 +93,7 @@ def exact_gradients(p, s, training):
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_running_statistics_are_the_papers(dtype, momentum, ran):
+def test_running_statistics_as_reference(dtype, momentum, ran):
     layer = CLASSES[4][1](5, momentum=momentum, dtype=getattr(torch, dtype))
     for batch in range(3):
         p = make_problem((4, 5, 3, 6), DTYPES[dtype], seed=batch)
@@ -125,7 +125,7 @@ def samples(info, dtype, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["of the same name", "SyncBatchNorm"])
 @pytest.mark.parametrize("info", NORMS, ids=lambda info: info.name)
-def test_pytorchs_own_inputs(info, name, dtype, training, ran):
+def test_pytorch_module_inputs(info, name, dtype, training, ran):
     """Two programs compute one formula, so use assert_close's tolerances of PyTorch's tests.
 
     `SyncBatchNorm` is a plain layer here, without a process group.
@@ -157,7 +157,7 @@ def test_pytorchs_own_inputs(info, name, dtype, training, ran):
 
 
 @pytest.mark.parametrize("info", NORMS, ids=lambda info: info.name)
-def test_pytorchs_own_errors(info):
+def test_pytorch_module_errors(info):
     if info.module_error_inputs_func is None:
         pytest.skip("this PyTorch has none")
     found = info.module_error_inputs_func(
@@ -200,7 +200,7 @@ def test_a_refused_batch_is_not_counted():
 # ---- Modules compared with PyTorch's
 
 
-def test_state_moves_both_ways_and_layers_pickle(ran):
+def test_state_dict_both_ways_and_pickling(ran):
     theirs, ours = nn.BatchNorm2d(3), bnfast.torch.BatchNorm2d(3)
     theirs(torch.randn(4, 3, 2, 2))
     ours.load_state_dict(theirs.state_dict())
@@ -286,7 +286,7 @@ def test_forward_mode():
     check_alike(bnfast.torch.BatchNorm2d(3), derivative)
 
 
-def test_other_types_and_places():
+def test_other_types_and_devices():
     x = torch.randn(4, 3, 2, 2)
     layer = bnfast.torch.BatchNorm2d(3)
     check_alike(layer, lambda layer: layer(torch._neg_view(x)))
@@ -302,7 +302,7 @@ def test_other_types_and_places():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_activations_of_what_no_single_operator_takes(training, activation, ran):
+def test_activations_without_fused_operator(training, activation, ran):
     x, residual = torch.randn(2, 4, 3, 2, 2)
     layer = bnfast.torch.BatchNorm2d(3).train(training)
     want = copy.deepcopy(layer)(-x, residual, activation)

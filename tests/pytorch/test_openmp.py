@@ -82,7 +82,7 @@ def test_a_converted_step_adds_no_threads(imports):
 
 
 @ORDERS
-def test_nor_with_a_copy_of_the_runtime_under_its_plain_name(imports, tmp_path):
+def test_bundled_runtime_adds_no_threads(imports, tmp_path):
     """As in wheels, which carry one that is found before the system's."""
     system = counted("bnfast torch", 1)["runtimes"]
     shutil.copy(system[0], tmp_path / "libgomp.so.1")
@@ -95,7 +95,7 @@ def test_nor_with_a_copy_of_the_runtime_under_its_plain_name(imports, tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_as_many_threads_as_pytorch_says(threads):
+def test_thread_count_of_pytorch(threads):
     found = counted("torch", threads, convolution=False)
     assert found["pool"] == (threads > 1)
     assert found["converted"] == found["plain"] == found["before"] + threads - 1

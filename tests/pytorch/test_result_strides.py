@@ -69,7 +69,7 @@ def test_of_reordered_inputs(name, training):
 
 
 @TRAINING
-def test_a_result_can_be_viewed_as_pytorchs(training):
+def test_result_can_be_viewed_as_pytorch_result(training):
     theirs = torch.nn.BatchNorm1d(6).train(training)
     x = lying_as(0, 2, 1)
     want = theirs(x).view(4, -1)

@@ -85,7 +85,7 @@ def check_step(theirs, ours, ran, training=True, on_bnfast=True):
 
 
 @TRAINING
-def test_functional_call_uses_what_it_is_given(training, ran):
+def test_functional_call_uses_given_tensors(training, ran):
     layers = pair(training=training)
     given = {"weight": torch.full((3,), 5.0), "running_mean": torch.ones(3)}
     states = [{name: t.clone() for name, t in given.items()} for _ in layers]
@@ -206,7 +206,7 @@ def test_every_momentum(momentum, ran):
 
 @TRAINING
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
-def test_half_of_the_statistics(missing, training, ran):
+def test_one_of_two_running_statistics(missing, training, ran):
     layers = pair(training=training)
     for layer in layers:
         setattr(layer, missing, None)
@@ -214,7 +214,7 @@ def test_half_of_the_statistics(missing, training, ran):
 
 
 @pytest.mark.parametrize("given", [None, 3, [1.0], np.ones((4, 3, 5, 5))], ids=repr)
-def test_no_tensor(given, ran):
+def test_not_a_tensor(given, ran):
     check_alike(*pair(), given, ran, False)
 
 
@@ -324,7 +324,7 @@ def test_tensors_of_inference_mode(layer_from, x_from, call_in, training, ran):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_count_as_pytorchs(reentrant, ran):
+def test_checkpoints_count_as_pytorch(reentrant, ran):
     """Twice for each batch, also if the recomputation ends as soon as all is saved again."""
     theirs, ours = pair()
     gradients = []

@@ -40,7 +40,7 @@ def trained(model):
     return losses
 
 
-def test_a_resnet_trains_alike():
+def test_resnet_trains_as_pytorch():
     """Equal except for rounding, which twenty steps at a rate this low do not amplify: 1e-4 of the
     loss is a hundred times the differences that were seen, and a wrong gradient is off by far
     more.
