@@ -279,7 +279,7 @@ def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
     try:
         work(listening, networks)
         status = 0
-    except BaseException:  # noqa: BLE001 - nothing may go on in what was the parent's program
+    except BaseException:  # noqa: BLE001 - a child must never run on in the parent's program
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stderr.flush()

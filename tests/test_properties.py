@@ -86,7 +86,8 @@ def test_affine_invariance(p, a, b):
 def test_scale_invariance_of_section_3_3(seed, batch, units, a):
     """BN((aW)u) = BN(Wu), dBN((aW)u)/du = dBN(Wu)/du and
     dBN((aW)u)/d(aW) = 1/a dBN(Wu)/dW. A power of two makes them exact, with
-    an eps that vanishes beside any variance here (the paper leaves it out)."""
+    an eps that is negligible for any variance here (the paper omits it).
+    """
     rng = np.random.default_rng(seed)
     u, weights = rng.standard_normal((batch, 7)), rng.standard_normal((7, units))
     dy = rng.standard_normal((batch, units))

@@ -48,7 +48,7 @@ def attempt(call, *args, **options):
     """Return what a call returns, or what it raised."""
     try:
         return call(*args, **options)
-    except Exception as error:  # noqa: BLE001  # which one is what the tests look at
+    except Exception as error:  # noqa: BLE001  # the tests compare it
         return Raised(type(error).__name__, str(error))
 
 

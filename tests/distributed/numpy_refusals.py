@@ -33,7 +33,7 @@ def tried(call, *args, **options):
     """Return what a call returns, or any exception that it raised."""
     try:
         return call(*args, **options)
-    except BaseException as error:  # noqa: BLE001  # which one is what the tests look at
+    except BaseException as error:  # noqa: BLE001  # the tests compare it
         return Raised(type(error).__name__, str(error))
 
 

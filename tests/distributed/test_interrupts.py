@@ -70,7 +70,7 @@ def together(calls, tracer=None):
             sys.settrace(tracer)  # only for this thread
         try:
             found[rank] = calls[rank]()
-        except BaseException as error:  # noqa: BLE001  # which one is what the tests look at
+        except BaseException as error:  # noqa: BLE001  # the tests compare it
             found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(calls))]

@@ -41,7 +41,9 @@ def test_first_and_second_derivatives(training, activation, residual, ran):
 
 
 def test_third_derivatives(ran):
-    """In evaluation: PyTorch's own of a training forward are wrong, with and without bnfast."""
+    """In evaluation: PyTorch's own third derivatives in training are wrong, with and without
+    bnfast.
+    """
     layer, (x, weight, bias, _) = layer_and_inputs(False, False)
 
     def second(x, weight, bias):
