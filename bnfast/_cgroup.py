@@ -1,4 +1,4 @@
-"""Where the cgroups of this process are, versions 1 and 2: their limits are its machine."""
+"""Find the cgroups of this process, versions 1 and 2. Their limits apply to it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ def folders(controller: str, root: str = "/") -> list[str]:
     Parameters
     ----------
     controller : str
-        What is to be limited, by its name in version 1: ``"cpu"``, ``"memory"``.
+        The resource, by its name in version 1: ``"cpu"``, ``"memory"``.
     root : str
-        Where ``proc`` and ``sys`` are; a test's fake tree.
+        The folder that contains ``proc`` and ``sys``; tests use a fake one.
 
     Returns
     -------
     list of str
-        Not all of them need exist.
+        Some of them may not exist.
     """
     mounted = os.path.join(root, "sys/fs/cgroup")
     found = []
@@ -35,11 +35,11 @@ def folders(controller: str, root: str = "/") -> list[str]:
 
 
 def read(folder: str, name: str) -> str:
-    """Return a file's text, empty where it cannot be read."""
+    """Return the text of a file; empty if it cannot be read."""
     try:
         with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as file:
             return file.read()
-    except TimeoutError:  # a signal handler's, which is an OSError too
+    except TimeoutError:  # raised by a signal handler, and an OSError, too
         raise
     except OSError:
         return ""
@@ -48,8 +48,8 @@ def read(folder: str, name: str) -> str:
 def _groups_around(base: str, path: str) -> list[str]:
     """Return the folders of the group `path` and of all groups around it, under `base`.
 
-    A container often sees its own group mounted as `base` and a `path` that only exists outside;
-    the last folder, `base` itself, is the right one then, and the others are not there.
+    In a container `base` is often the container's own group, while `path` exists only outside. Then
+    only the last folder, `base` itself, exists, and it is the right one.
     """
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
     return [os.path.join(base, *parts[:depth]) for depth in range(len(parts), -1, -1)]

@@ -142,7 +142,7 @@ def _openmp_runtimes(maps: str = "/proc/self/maps") -> list[str]:
     try:
         with open(maps, encoding="utf-8", errors="replace") as file:
             paths = {line.rstrip("\n").partition("/")[2] for line in file}
-    except TimeoutError:  # a signal handler's, which is an OSError too
+    except TimeoutError:  # raised by a signal handler, and an OSError, too
         raise
     except OSError:
         return []

@@ -1,6 +1,6 @@
-"""How much memory may wait for the next results: what the environment says or the machine has.
+"""How much memory may be kept for the next results: from the environment or the machine.
 
-The pool itself is `src/pages.c`; `_core` asks here once, at its first large result.
+The pool itself is `src/pages.c`. `_core` calls this module once, at its first large result.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from . import _cgroup, _options
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# A loop over one shape needs one output's worth; nobody should have to ask where more than
-# this part of their memory is.
+# A loop over one shape needs the memory of one output. Keeping more than this part of a machine's
+# memory would surprise users.
 PART_OF_MEMORY = 16
 MOST = 2**30
 
 
 def bound() -> tuple[int, str]:
-    """Return the most bytes that may wait, and where that number comes from."""
+    """Return the most bytes that may be kept, and where that number comes from."""
     return _asked or _from_machine()
 
 
@@ -50,7 +50,7 @@ def _from_machine(root: str = "/") -> tuple[int, str]:
 
 
 def _cgroup_limits(root: str) -> list[int]:
-    """Return the limits of the groups around this process; those that set none say "max"."""
+    """Return the memory limits of the groups around this process; groups without one say "max"."""
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
     folders = _cgroup.folders("memory", root)
     said = [_cgroup.read(folder, name).strip() for folder in folders for name in names]
@@ -62,5 +62,5 @@ def _address_space() -> list[int]:
     return [] if soft == resource.RLIM_INFINITY else [soft]
 
 
-# Read at import, where a mistake in it can be reported.
+# Read at import, where an error in it can be reported.
 _asked = _from_environment(os.environ)

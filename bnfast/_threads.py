@@ -1,11 +1,12 @@
-"""How many threads a call may use: who asked for what, and what the machine grants.
+"""How many threads a call may use: the numbers asked for, and the limits of the machine.
 
-The number is, in this order: one in a child forked after threads had started (`src/threads.c`);
-what `num_threads` or `set_num_threads` asked for in this thread; what `set_num_threads` asked for
-in the main thread; `BNFAST_NUM_THREADS`; `OMP_NUM_THREADS`; the cores this process may use by its
-affinity and its cgroup's quota; and no more than somebody lowered OpenMP's own number to in this
-thread, as threadpoolctl and `torch.set_num_threads` do. It is a ceiling: small work runs on fewer,
-and results are the same to the bit for any number.
+The number is the first of these that applies: one, in a child forked after threads had started
+(`src/threads.c`); the number given to `num_threads` or `set_num_threads` in this thread; the number
+given to `set_num_threads` in the main thread; `BNFAST_NUM_THREADS`; `OMP_NUM_THREADS`; the cores
+this process may use by its affinity and its cgroup's quota. It is never more than OpenMP's own
+number in this thread if that was lowered, as threadpoolctl and `torch.set_num_threads` do. The
+number is a maximum: small work runs on fewer threads, and results are the same to the bit for any
+number.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ if TYPE_CHECKING:
 
 __all__ = ["num_threads", "set_num_threads"]
 
-# A number that is a typing slip must not make thousands of threads.
+# The limit protects against typing errors that would start thousands of threads.
 MAX_THREADS = 1024
 
-# Free-threaded Python 3.14 lets new threads inherit context variables, and then they inherit this.
+# In free-threaded Python 3.14 new threads may inherit context variables, and then also this one.
 _asked_here: ContextVar[int | None] = ContextVar("bnfast_num_threads", default=None)
 
 
 def set_num_threads(n: SupportsIndex) -> None:
     """Set how many threads bnfast may use, from now on, in the calling thread.
 
-    In the main thread this is also the process's default: what threads use that have not asked
-    for a number themselves.
+    In the main thread this is also the default of the process, for threads that have not set a
+    number themselves.
 
     Parameters
     ----------
     n : int
-        From 1 to 1024. More than the cores this process may use is allowed, and slower.
+        From 1 to 1024. More than the cores this process may use is allowed, but slower.
 
     Raises
     ------
@@ -55,16 +56,16 @@ def set_num_threads(n: SupportsIndex) -> None:
 
     Notes
     -----
-    A process forked after its parent had started OpenMP's threads, for bnfast or for anybody else,
-    stays on one, whatever is set here: they do not survive a fork, and waiting for them would never
-    end.
+    A process forked after its parent had started OpenMP's threads (for bnfast or for another
+    library) uses one thread, whatever is set here. Threads do not survive a fork, and waiting for
+    them would never end.
 
-    Where the system grants no more threads, as under a tight ``ulimit -u``, a container's limit of
-    processes or a full address space, calls run on those that there are.
+    If the system allows no more threads (a low ``ulimit -u``, a container's limit of processes, a
+    full address space), calls run on the threads that exist.
 
-    A call needs 128 KiB of stack at most, in the calling thread and in each of OpenMP's. Where
-    stacks are made smaller than the system's default (`threading.stack_size`, ``OMP_STACKSIZE``),
-    leave them at least 256 KiB.
+    A call needs at most 128 KiB of stack, in the calling thread and in each of OpenMP's. If you
+    make stacks smaller than the system's default (`threading.stack_size`, ``OMP_STACKSIZE``), keep
+    them at 256 KiB or more.
     """
     global _default, _default_source
     n = _checked(n)
@@ -78,7 +79,7 @@ def set_num_threads(n: SupportsIndex) -> None:
 def num_threads(n: SupportsIndex) -> _Asking:
     """Set how many threads bnfast may use inside a ``with`` block, in the calling thread.
 
-    Blocks nest, and blocks in different threads do not disturb one another.
+    Blocks may be nested, and blocks in different threads do not affect one another.
 
     Parameters
     ----------
@@ -88,8 +89,8 @@ def num_threads(n: SupportsIndex) -> _Asking:
     Returns
     -------
     context manager
-        Restores the former number on the way out. It also decorates a function, but none whose
-        body runs after its call has returned (``async def``, a generator); in a generator, a
+        Restores the former number at the end. It also decorates a function, but not one whose
+        body runs after its call has returned (``async def``, a generator). In a generator, a
         block must not contain a ``yield``.
 
     Raises
@@ -119,7 +120,7 @@ def granted(lost: bool, lowered: int) -> tuple[int, str]:
 
 
 class _Asking:
-    """The number of threads in a block, or while a function runs: what `num_threads` returns."""
+    """What `num_threads` returns: sets the number in a block, or while a function runs."""
 
     def __init__(self, n: int) -> None:
         self._n = n
@@ -136,7 +137,7 @@ class _Asking:
             _asked_here.reset(token)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Decorate a function, whose calls may then run at the same time."""
+        """Decorate a function. Several calls of it may run at the same time."""
         _check_runs_when_called(function)
 
         @wraps(function)
@@ -148,10 +149,10 @@ class _Asking:
 
 
 def _check_runs_when_called(function: Any) -> None:
-    """Refuse what runs once its call has returned, where the number would not hold any more.
+    """Refuse functions whose body runs after their call has returned, when the number is reset.
 
-    A generator's body runs in turns with whoever iterates, in one context: what it asked for would
-    hold for both.
+    A generator's body and the code that iterates over it share one context and run in turns. A
+    number set in the body would apply to both.
     """
     import inspect
 
@@ -183,11 +184,11 @@ def _checked(n: SupportsIndex) -> int:
 
 
 def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
-    """Return the number the environment asks for, and which variable did.
+    """Return the number in the environment, and the name of its variable.
 
-    A bad `BNFAST_NUM_THREADS` is an error, since nobody but us would report it. A bad
-    `OMP_NUM_THREADS` is passed over, as OpenMP runtimes do; its list form, one number a nesting
-    level, counts by its first.
+    A bad `BNFAST_NUM_THREADS` is an error, since only bnfast can report it. A bad
+    `OMP_NUM_THREADS` is ignored, as OpenMP runtimes do. If it is a list, one number per nesting
+    level, the first number counts.
     """
     own = environ.get("BNFAST_NUM_THREADS", "").strip()
     if own:
@@ -216,18 +217,18 @@ def _from_machine(root: str = "/") -> tuple[int, str]:
 
 
 def cgroup_cores(root: str = "/") -> int | None:
-    """Return the cores that the cgroup quotas of this process amount to, rounded up.
+    """Return the number of cores that the process's cgroup quotas allow, rounded up.
 
     Parameters
     ----------
     root : str
-        Where ``proc`` and ``sys`` are; a test's fake tree.
+        The folder that contains ``proc`` and ``sys``; tests use a fake one.
 
     Returns
     -------
     int or None
         The smallest quota of the process's cgroup and the groups around it, cgroup version 1 or
-        2; None where there is none.
+        2; None if there is no quota.
     """
     quotas = [_quota(group) for group in _cgroup.folders("cpu", root)]
     limits = [quota for quota in quotas if quota is not None]
@@ -235,7 +236,7 @@ def cgroup_cores(root: str = "/") -> int | None:
 
 
 def _quota(group: str) -> int | None:
-    """Return the cores one cgroup folder grants, None where it sets no limit."""
+    """Return the number of cores that one cgroup folder allows, None if it sets no limit."""
     fields = _cgroup.read(group, "cpu.max").split()
     if not fields:
         fields = [
@@ -247,8 +248,8 @@ def _quota(group: str) -> int | None:
     return max(1, -(-quota // period)) if period else None
 
 
-# The environment is read at import, where a mistake in it can be reported; the machine is asked
-# at the first call that needs to know, which keeps the import short.
+# The environment is read at import, where an error in it can be reported. The machine is asked at
+# the first call that needs the number, which keeps the import short.
 _default, _default_source = _from_environment(os.environ) or (0, "")
 
 

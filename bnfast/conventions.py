@@ -1,14 +1,14 @@
-"""What other frameworks' batch normalization defaults to, as keyword arguments.
+"""The batch normalization defaults of other frameworks, as keyword arguments.
 
-Each mapping holds ``eps``, ``momentum``, ``ddof`` and ``axis`` and goes to a layer as it is, or
+Each mapping holds ``eps``, ``momentum``, ``ddof`` and ``axis``. Pass it to a layer as it is, or
 with one entry changed::
 
     BatchNorm(64, **conventions.KERAS)
     BatchNorm(64, **{**conventions.KERAS, "axis": 1})
 
-``momentum`` is bnfast's (and PyTorch's): the weight of the *new* batch. Keras, ONNX, Flax and
-TensorFlow name the weight of the *old* average so, and their 0.99 is 0.01 here. ``ddof`` decides
-what the running variance is fed: the batch's over ``m - ddof``.
+``momentum`` is bnfast's (and PyTorch's): the weight of the *new* batch. In Keras, ONNX, Flax and
+TensorFlow, momentum is the weight of the *old* average; their 0.99 is 0.01 here. ``ddof`` decides
+which batch variance updates the running variance: the one over ``m - ddof``.
 
 ==========  =======  ========  ====  ====  =====================================================
 framework   eps      momentum  ddof  axis  source
@@ -24,9 +24,9 @@ TENSORFLOW  1e-3     0.01      1     -1    ``tf.keras`` 2 ``BatchNormalization``
 ==========  =======  ========  ====  ====  =====================================================
 
 TensorFlow computes images with the kernel ``FusedBatchNorm``, which multiplies the variance that
-it reports by ``m / (m - 1)`` (Bessel's correction), and everything else, such as dense ``(N, C)``
-data, without: ``{**TENSORFLOW, "ddof": 0}`` there. Keras 3 never applies the correction, whatever
-its backend.
+it reports by ``m / (m - 1)`` (Bessel's correction). It computes everything else, such as dense
+``(N, C)`` data, without the correction: use ``{**TENSORFLOW, "ddof": 0}`` there. Keras 3 never
+applies the correction, on any backend.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["FLAX", "KERAS", "ONNX", "PYTORCH", "TENSORFLOW", "Convention"]
 
 
 class Convention(TypedDict):
-    """The keywords that frameworks disagree on."""
+    """The keywords whose defaults differ between frameworks."""
 
     eps: float
     momentum: float
@@ -48,7 +48,8 @@ class Convention(TypedDict):
 
 def _convention(*, eps: float, momentum: float, ddof: int, axis: int) -> Convention:
     values = {"eps": eps, "momentum": momentum, "ddof": ddof, "axis": axis}
-    # Read-only, so that no caller changes the defaults of another; typed as what `**` needs.
+    # Read-only, so that no caller can change another's defaults. The type is the one that `**`
+    # needs.
     return cast("Convention", MappingProxyType(values))
 
 

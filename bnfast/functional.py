@@ -274,7 +274,7 @@ def batch_norm_forward(
     if moments is not None:
         if not isinstance(moments, Moments):
             raise TypeError(f"moments is {_errors.kind(moments)}; expected Moments")
-        if moments.mean is None or moments.m2 is None:
+        if any(part is None for part in (moments.mean, moments.m2)):
             raise TypeError("moments have no mean or no m2; expected one value per channel each")
         given = moments.count, moments.mean, moments.m2
     y, (count, mean, var, inv_std) = _core.forward(

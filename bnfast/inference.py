@@ -1,8 +1,8 @@
-"""A trained network made ready: batch norms folded into their neighbours, exact statistics.
+"""Prepare a trained network: fold batch norms into their neighbours, recompute statistics.
 
-In inference a batch norm is the affine map ``y = (x - mean) * scale + shift`` of each channel, and
-a linear or convolution layer beside it can do its work (section 3.1 of Ioffe and Szegedy, 2015).
-All arithmetic is in float64 and rounded once, to the type of the weight given, halves too.
+In inference a batch norm is the affine map ``y = (x - mean) * scale + shift`` per channel. A linear
+or convolution layer beside it can do this map (section 3.1 of Ioffe and Szegedy, 2015). All
+arithmetic is in float64 and rounded once, to the type of the given weight, half types included.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["fold", "fold_before", "recompute_statistics"]
 
 Array: TypeAlias = "NDArray[np.floating[Any]]"
 Wide: TypeAlias = "NDArray[np.float64]"
-Channels: TypeAlias = "NDArray[np.float64]"  # one value a channel
+Channels: TypeAlias = "NDArray[np.float64]"  # one value per channel
 Batch = TypeVar("Batch")
 
 
@@ -42,29 +42,28 @@ def fold(
 ) -> tuple[Array, Array]:
     """Merge a batch norm that *follows* a linear or convolution layer into it.
 
-    ``bn(layer(x))`` in inference is ``folded(x)``, for any padding, stride and dilation.
+    ``bn(layer(x))`` in inference equals ``folded(x)``, for any padding, stride and dilation.
 
     Parameters
     ----------
     weight : array_like of float32, float64, float16 or bfloat16
-        The layer's weight: ``(out, in)`` or ``(out, in / groups, ...)``, with ``out_axis=1``
+        The layer's weight: ``(out, in)`` or ``(out, in / groups, ...)``; with ``out_axis=1``
         the ``(in, out / groups, ...)`` of a transposed convolution. With its own `out_axis` and
         ``groups=1`` any other layout, such as Keras' ``(height, width, in, out)`` (-1).
     bias : array_like of shape (out,), or None
         The layer's bias.
     bn : BatchNorm or FrozenBatchNorm
-        Over ``out`` channels, with running statistics and without an activation. Its mode does
-        not matter.
+        With ``out`` channels, running statistics and no activation. Its mode does not matter.
     out_axis : int
         The axis of `weight` that holds the output channels.
     groups : int
-        The groups of the convolution. They matter for a transposed one (``out_axis=1``) alone.
+        The groups of the convolution. They matter only for a transposed one (``out_axis=1``).
 
     Returns
     -------
     weight, bias : ndarray
-        New arrays of the dtype of `weight`, whatever that of `bias`: computed in float64 and
-        rounded once, to nearest even. What is beyond that type becomes infinite.
+        New arrays of the dtype of `weight`, for any dtype of `bias`. They are computed in float64
+        and rounded once, to nearest even. Values outside the range of that type become infinite.
 
     Raises
     ------
@@ -72,15 +71,27 @@ def fold(
         If `bn` is another object or an array is of another dtype; PyTorch's modules and
         parameters are folded by `bnfast.torch.freeze`.
     ValueError
-        If shapes do not fit, or `bn` has an activation, which does not fold.
+        If shapes do not fit, or `bn` has an activation, which cannot be folded.
     RuntimeError
         If `bn` has no running statistics.
 
     Notes
     -----
-    With inputs far from zero the folded layer adds up large terms that cancel, as the unfolded
-    layer does before its batch norm: the error is that of the weights' own rounding, not
-    bnfast's accuracy guarantee for normalization.
+    With inputs far from zero the folded layer adds large terms that cancel, as the unfolded layer
+    does before its batch norm. The error is then that of rounding the weights; bnfast's accuracy
+    guarantee for normalization does not apply.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> rng = np.random.default_rng(0)
+    >>> x, weight = rng.normal(size=(8, 4)), rng.normal(size=(3, 4))
+    >>> bn = bnfast.BatchNorm(3, dtype=np.float64)
+    >>> y = bn(x @ weight.T)  # a training call updates the running statistics
+    >>> folded, bias = bnfast.fold(weight, None, bn)
+    >>> np.allclose(x @ folded.T + bias, bn.eval()(x @ weight.T))
+    True
     """
     _refuse_pytorch(weight=weight, bias=bias, bn=bn)
     weight, dtype = _checked_weight(weight)
@@ -105,10 +116,10 @@ def fold_before(
 ) -> tuple[Array, Array]:
     """Merge a batch norm that *precedes* a linear or convolution layer into it.
 
-    ``layer(bn(x))`` in inference is ``folded(x)`` where every output sees the whole kernel.
-    Zero padding breaks that: the layer pads ``bn(x)`` with zeros, but the folded one pads ``x``
-    with zeros, which the batch norm would have moved to ``shift - mean * scale``. At the border
-    the two differ, unless that is zero in every channel.
+    ``layer(bn(x))`` in inference equals ``folded(x)`` where every output uses the whole kernel.
+    Zero padding breaks that. The layer pads ``bn(x)`` with zeros, but the folded layer pads ``x``
+    with zeros, which the batch norm would have mapped to ``shift - mean * scale``. At the border
+    the two differ, unless that value is zero in every channel.
 
     Parameters
     ----------
@@ -118,8 +129,7 @@ def fold_before(
     bias : array_like of shape (out,), or None
         The layer's bias.
     bn : BatchNorm or FrozenBatchNorm
-        Over ``in`` channels, with running statistics and without an activation. Its mode does not
-        matter.
+        With ``in`` channels, running statistics and no activation. Its mode does not matter.
     in_axis : {1, 0}
         The axis of `weight` that holds the input channels.
     groups : int
@@ -131,8 +141,8 @@ def fold_before(
     Returns
     -------
     weight, bias : ndarray
-        New arrays of the dtype of `weight`, whatever that of `bias`: computed in float64 and
-        rounded once, to nearest even. What is beyond that type becomes infinite.
+        New arrays of the dtype of `weight`, for any dtype of `bias`. They are computed in float64
+        and rounded once, to nearest even. Values outside the range of that type become infinite.
 
     Raises
     ------
@@ -140,11 +150,23 @@ def fold_before(
         If `bn` is another object or an array is of another dtype; PyTorch's modules and
         parameters are folded by `bnfast.torch.freeze`.
     ValueError
-        If shapes do not fit; if `bn` has an activation; if ``padded=True``, or the layer is a
-        transposed convolution, whose outputs see differing parts of its kernel, and `bn` does not
+        If shapes do not fit, or if `bn` has an activation. If ``padded=True``, or the layer is a
+        transposed convolution (whose outputs use different parts of the kernel), and `bn` does not
         map zero to zero exactly in all channels.
     RuntimeError
         If `bn` has no running statistics.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> rng = np.random.default_rng(0)
+    >>> x, weight = rng.normal(size=(8, 4)), rng.normal(size=(3, 4))
+    >>> bn = bnfast.BatchNorm(4, dtype=np.float64)
+    >>> y = bn(x)  # a training call updates the running statistics
+    >>> folded, bias = bnfast.fold_before(weight, None, bn)
+    >>> np.allclose(x @ folded.T + bias, bn.eval()(x) @ weight.T)
+    True
     """
     _refuse_pytorch(weight=weight, bias=bias, bn=bn)
     weight, dtype = _checked_weight(weight)
@@ -176,40 +198,50 @@ def recompute_statistics(
     """Give batch norm layers the exact mean and variance of a whole data set.
 
     Algorithm 2 (steps 8 to 11) of Ioffe and Szegedy (2015), with the batches' moments merged by
-    the formula of Chan, Golub and LeVeque: the result is that of all batches as one, whatever
-    their sizes and order. Averaging the batches' variances, as the paper's text does, loses the
-    spread between their means.
+    the formula of Chan, Golub and LeVeque. The result is that of all batches as one, for any sizes
+    and order. Averaging the batches' variances, as the paper's text does, loses the spread between
+    their means.
 
     Parameters
     ----------
     forward : callable
-        Runs the network: called as ``forward(batch)`` once for every batch, its result ignored.
-        Meanwhile the `layers` normalize by the batch, as in training, and leave their running
-        statistics and counters alone. Parameters must stay as they are.
+        Runs the network: called as ``forward(batch)`` once for every batch; its result is ignored.
+        During the call the `layers` normalize by the batch, as in training, and do not change their
+        running statistics and counters. It must not change parameters.
     batches : iterable
-        What `forward` takes. Each must give a layer more than one value a channel.
+        The arguments for `forward`. Each must give a layer more than one value per channel.
     layers : iterable of BatchNorm
-        Those to update. A layer that `forward` calls several times gets the moments of all its
-        inputs merged. Without any layer nothing is run.
+        The layers to update. A layer that `forward` calls several times gets the moments of all its
+        inputs merged. Without layers nothing is run.
     progress : bool or callable
         True counts batches on stderr; a callable is called with the number of batches done.
 
     Raises
     ------
     TypeError
-        If `forward` or `progress` cannot be called, or one of the `layers` is no `BatchNorm`.
+        If `forward` or `progress` cannot be called, or one of the `layers` is not a `BatchNorm`.
     RuntimeError
         If a layer has no running statistics to update, or `forward` never called it with values.
     ValueError
-        If there is no batch, or a layer saw fewer than two values a channel.
+        If there is no batch, or a layer saw fewer than two values per channel.
 
     Notes
     -----
-    ``running_mean`` and ``running_var`` are written in place, after the last batch. Whatever is
-    raised before, by `forward` too, leaves all of them as they were. The layers' modes are
-    restored in any case; ``num_batches_tracked`` does not change.
+    ``running_mean`` and ``running_var`` are written in place, after the last batch. If anything
+    raises before that, `forward` included, they all stay unchanged. The layers' modes are always
+    restored; ``num_batches_tracked`` does not change.
 
-    The variance is the unbiased one (over ``count - 1``), whatever the layer's ``ddof``.
+    The variance is the unbiased one (over ``count - 1``), for any ``ddof`` of the layer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> data = np.arange(12.0).reshape(6, 2)
+    >>> layer = bnfast.BatchNorm(2, dtype=np.float64)
+    >>> bnfast.recompute_statistics(layer, [data[:4], data[4:]], [layer])
+    >>> layer.running_mean, layer.running_var
+    (array([5., 6.]), array([14., 14.]))
     """
     if not callable(forward):
         raise TypeError(f"forward is {_errors.shown(forward)}; expected a callable taking a batch")
@@ -260,7 +292,7 @@ def _refuse_pytorch(**given: Any) -> None:
 
 
 def _checked_weight(values: ArrayLike) -> tuple[Wide, np.dtype[Any]]:
-    """Return a weight of at least two axes in float64, and the type it had."""
+    """Return a weight of at least two axes in float64, and its original type."""
     array = _checked_floats("weight", values)
     if array.ndim < 2:
         raise ValueError(f"weight has shape {array.shape}; expected at least two axes, out and in")
@@ -274,11 +306,11 @@ def _checked_floats(name: str, values: ArrayLike) -> Array:
 
 
 def rounded(values: Wide, dtype: np.dtype[Any]) -> Array:
-    """Round to nearest even, once; what is beyond the type becomes infinite.
+    """Round to nearest even, once; values outside the type's range become infinite.
 
-    `ml_dtypes` makes a bfloat16 of a float64 by way of float32, which would be twice. Rounded to
-    odd on the way there (toward zero, with a last bit that tells whether anything was lost), no
-    number lies on the middle between two bfloat16 unless it did before.
+    `ml_dtypes` converts float64 to bfloat16 by way of float32, which would round twice. Here the
+    float32 step rounds to odd: toward zero, with the last bit set if anything was lost. Then no
+    number falls on the midpoint of two bfloat16 values unless it was there before.
     """
     with np.errstate(all="ignore"):
         if not _arrays.is_bfloat16(dtype):
@@ -321,7 +353,7 @@ def _checked_groups(groups: SupportsIndex, weight: Wide) -> int:
 
 
 def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Channels, Channels, Channels]:
-    """Return the mean, scale and shift of `bn`, if it is nothing more than these."""
+    """Return the mean, scale and shift of `bn`; raise if it has an activation."""
     if not isinstance(bn, (BatchNorm, FrozenBatchNorm)):
         raise TypeError(
             f"bn is of type {type(bn).__name__}; expected a BatchNorm or a FrozenBatchNorm"
@@ -340,10 +372,10 @@ def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Channels, Channels
 
 
 def _along(values: Channels, weight: Wide, axis: int, groups: int, role: str) -> Channels:
-    """Lay one value a channel out so that it multiplies `weight` along `axis`.
+    """Reshape one value per channel so that it multiplies `weight` along `axis`.
 
-    In PyTorch's layouts axis 0 has all channels of its side and axis 1 those of one group of the
-    other side, the groups following one another along axis 0.
+    In PyTorch's layouts axis 0 has all channels of its side. Axis 1 has the channels of one group
+    of the other side; the groups follow one another along axis 0.
     """
     repeats = groups if axis == 1 else 1
     channels = weight.shape[axis] * repeats
@@ -359,7 +391,7 @@ def _along(values: Channels, weight: Wide, axis: int, groups: int, role: str) ->
 
 
 def _summed(through: Wide, axis: int, groups: int) -> Channels:
-    """Add up what each output of a layer gets from all its inputs, which are along `axis`."""
+    """Sum, for each output of a layer, the terms of all its inputs, which are along `axis`."""
     if axis == 1:
         return np.asarray(through.sum(axis=tuple(range(1, through.ndim))))
     rows, *others = through.shape
@@ -368,7 +400,7 @@ def _summed(through: Wide, axis: int, groups: int) -> Channels:
 
 
 def _refuse_uneven(at_zero: Channels, *, padded: bool, transposed: bool) -> None:
-    """Refuse where some outputs would see only a part of what the batch norm makes of zero."""
+    """Raise if some outputs would see only a part of the batch norm's output for zero."""
     if not (padded or transposed) or not at_zero.any():
         return
     reason = (
@@ -389,7 +421,7 @@ def _refuse_uneven(at_zero: Channels, *, padded: bool, transposed: bool) -> None
 
 
 def _checked_layers(layers: Iterable[BatchNorm]) -> Sequence[BatchNorm]:
-    """Return the distinct layers, each one with running statistics that can be written."""
+    """Return the distinct layers, after checking that their running statistics can be written."""
     try:
         row = iter(layers)
     except TypeError:
@@ -418,7 +450,7 @@ def _checked_layers(layers: Iterable[BatchNorm]) -> Sequence[BatchNorm]:
 
 @contextmanager
 def _observing(layers: Sequence[BatchNorm]) -> Iterator[list[Moments]]:
-    """Let the layers normalize by their batches, and gather the moments of their inputs."""
+    """Let the layers normalize by their batches, and collect the moments of their inputs."""
     totals = [Moments.empty(layer.num_features) for layer in layers]
 
     def observe(i: int, moments: Moments) -> None:
@@ -448,7 +480,7 @@ def _write_statistics(layers: Sequence[BatchNorm], totals: Sequence[Moments]) ->
             )
     exact = [values for moments in totals for values in (moments.mean, moments.var(ddof=1))]
     running = [a for layer in layers for a in (layer.running_mean, layer.running_var)]
-    with np.errstate(all="ignore"):  # a float32 layer holds what float32 can
+    with np.errstate(all="ignore"):  # values outside the range of float32 become infinite
         for target, values in zip(running, exact, strict=True):
             if target is not None:
                 target[...] = values
@@ -458,7 +490,7 @@ def _write_statistics(layers: Sequence[BatchNorm], totals: Sequence[Moments]) ->
 def _reporting(
     progress: bool | Callable[[int], object], batches: Iterable[object]
 ) -> Iterator[Callable[[int], object]]:
-    """Yield what to call with the number of batches done."""
+    """Yield a function to call with the number of batches done."""
     if callable(progress):
         yield progress
     elif not isinstance(progress, bool):

@@ -1,7 +1,7 @@
-"""`Moments`: count, mean and M2 per channel, which merge.
+"""`Moments`: count, mean and M2 per channel, which can be merged.
 
-The running state of Welford's method is a monoid: batches, threads, processes and machines all
-combine by the same formula (Chan, Golub and LeVeque, 1979), and the order of merging changes the
+The running state of Welford's method is a monoid: batches, threads, processes and machines are all
+combined by the same formula (Chan, Golub and LeVeque, 1979). The order of merging changes the
 result by rounding only.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Moments:
-    """How many values each channel has had, their mean, and the sum of squares about it.
+    """The number of values per channel, their mean, and the sum of squared deviations from it.
 
     Parameters
     ----------
@@ -42,6 +42,15 @@ class Moments:
     ------
     TypeError, ValueError
         If an argument has another type or shape.
+
+    Examples
+    --------
+    >>> import bnfast
+    >>> first = bnfast.Moments(2, mean=[1.0], m2=[0.5])
+    >>> second = bnfast.Moments(2, mean=[3.0], m2=[0.5])
+    >>> both = first + second
+    >>> both.count, both.mean, both.var()
+    (4, array([2.]), array([1.25]))
     """
 
     __slots__ = ("count", "m2", "mean")
@@ -72,12 +81,12 @@ class Moments:
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
-        """Merge any number of moments, neighbours first, so that rounding grows with the log.
+        """Merge any number of moments in pairs, so that rounding grows with the logarithm.
 
         Raises
         ------
         ValueError
-            If there are none: how many channels would they have?
+            If there are none: the number of channels is then unknown.
         """
         row = [_moments_of(f"parts[{i}]", part) for i, part in enumerate(_listed(parts))]
         if not row:
@@ -99,7 +108,7 @@ class Moments:
             return self._made(kept.count, kept.mean.copy(), kept.m2.copy())
         count = self.count + other.count
         share = other.count / count
-        with np.errstate(all="ignore"):  # an infinite channel stays its own
+        with np.errstate(all="ignore"):  # an infinite channel does not affect others
             delta = other.mean - self.mean
             mean = self.mean + delta * share
             m2 = self.m2 + (other.m2 + delta * delta * (self.count * share))
@@ -107,18 +116,18 @@ class Moments:
 
     @classmethod
     def _made(cls, count: int, mean: Vector, m2: Vector) -> Moments:
-        """Return moments of arrays that nobody else has, unchecked."""
+        """Return moments of arrays that have no other user, without checks."""
         made = cls.__new__(cls)
         made.count, made.mean, made.m2 = count, mean, m2
         return made
 
     def update(self, x: ArrayLike, axis: int = 1) -> Moments:
-        """Take in the values of `x`, in place, and return self.
+        """Add the values of `x` to these moments, in place, and return self.
 
         Parameters
         ----------
         x : array_like
-            Rank 2 or more; every axis but `axis` is reduced.
+            Rank 2 or more; every axis except `axis` is reduced.
         axis : int
             The channel axis.
         """
@@ -140,7 +149,7 @@ class Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
 
     def __radd__(self, other: object) -> Moments:
-        # sum() starts from the integer 0.
+        # sum() starts with the integer 0.
         return self.merge(self.empty(len(self.mean))) if other == 0 else NotImplemented
 
     def __eq__(self, other: object) -> bool:
@@ -181,8 +190,17 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
 
     Notes
     -----
-    The mini-batch mean and variance of the paper's Algorithm 1, by blocks: each is summed in
-    float64 around one of its own values, and blocks are merged as Welford's states are.
+    This is the mini-batch mean and variance of the paper's Algorithm 1, computed in blocks. Each
+    block is summed in float64 around one of its own values, and blocks are merged as Welford's
+    states are.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> x = np.array([[1.0, 2.0], [3.0, 2.0]])
+    >>> bnfast.moments(x)
+    Moments(count=2, mean=array([2., 2.]), m2=array([2., 0.]))
     """
     return Moments._made(*_core.moments(x, axis))
 
@@ -200,7 +218,7 @@ def _listed(parts: Any) -> list[Any]:
         raise TypeError(
             f"parts is of type {type(parts).__name__}; expected an iterable of Moments"
         ) from None
-    return list(row)  # whose own errors are the caller's
+    return list(row)  # its errors are passed on
 
 
 def _vector(name: str, value: ArrayLike) -> Vector:
@@ -209,5 +227,5 @@ def _vector(name: str, value: ArrayLike) -> Vector:
         raise TypeError(f"{name} has dtype {vector.dtype}; expected numbers that float64 holds")
     if vector.ndim != 1:
         raise ValueError(f"{name} has shape {vector.shape}; expected (channels,)")
-    with np.errstate(all="ignore"):  # a long double may be beyond float64
+    with np.errstate(all="ignore"):  # a long double may exceed float64
         return vector.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Sphinx' settings: `make docs`, which takes every warning for an error."""
+"""Sphinx' settings: `make docs`, which treats every warning as an error."""
 
 import importlib
 import sys
@@ -32,14 +32,14 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]
 
 exclude_patterns = ["_build"]
-default_role = "py:obj"  # a link where there is something to link to, else code
+default_role = "py:obj"  # a link if there is a target, else code
 nitpicky = False
 
 autosummary_generate = True
-autodoc_typehints = "none"  # the docstrings say shapes and dtypes
+autodoc_typehints = "none"  # the docstrings give shapes and dtypes
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-numpydoc_show_class_members = False  # autodoc's :members: does
+numpydoc_show_class_members = False  # autodoc's :members: does that
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -53,9 +53,9 @@ html_show_sourcelink = False
 html_show_copyright = False
 html_math_renderer = "mathml"
 
-# ---- pages that depend on what is here
+# ---- pages that depend on what is installed
 
-# Modules with peers of their own have a page where they can be imported.
+# Modules that need other packages have a page if they can be imported.
 OPTIONAL = ("torch", "distributed", "onnx")
 
 
@@ -91,7 +91,7 @@ def include_report(_app, docname, source):
 
 
 def formula(translator, node):
-    """Write a formula as MathML, which browsers draw by themselves: no script, no network."""
+    """Write a formula as MathML, which browsers draw themselves: no script, no network."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
     translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
     raise nodes.SkipNode

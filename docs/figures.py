@@ -30,7 +30,7 @@ def traffic():
 
     NumPy is counted operation by operation: an elementwise one reads and writes an array, a sum
     reads one. `x.var` is a sum, a difference, a square and a sum; the rest of the forward is
-    (x - mean) * scale + bias. Of a backward the passes are: sum of dy; sum of dy times the
+    (x - mean) * scale + bias. The passes of a backward are: sum of dy; sum of dy times the
     normalised x; the gradient.
     """
     rows = [
@@ -57,7 +57,7 @@ def traffic():
 
 
 def groups():
-    """A group of channels of an NCHW array: one run an image, and small enough for the cache."""
+    """A group of channels of an NCHW array: one run per image, and small enough for the cache."""
     figure, axis = plt.subplots(figsize=(7.2, 3.0))
     images, channels, first, last = 4, 12, 3, 6
     for n in range(images):
@@ -83,7 +83,7 @@ def groups():
 
 
 def digits():
-    """What is left of a variance as the mean moves away, computed here in three ways."""
+    """The correct digits of a variance as the mean moves away, computed here in three ways."""
     import bnfast
 
     rng = np.random.default_rng(0)

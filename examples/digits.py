@@ -17,7 +17,7 @@ Integers = NDArray[np.integer[Any]]
 
 
 class Data(NamedTuple):
-    """Images as rows of values from 0 to 1, and the digit each one shows."""
+    """Images as rows of values from 0 to 1, and the digit of each."""
 
     name: str
     train: Floats
@@ -79,7 +79,7 @@ def load_mnist(directory: Path) -> Data:
 
 
 def load_digits() -> Data:
-    """Split scikit-learn's bundled digits, always the same way: 450 are the test."""
+    """Split scikit-learn's bundled digits, always in the same way: 450 are for the test."""
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
@@ -92,5 +92,5 @@ def load_digits() -> Data:
 
 @functools.cache
 def load_data(mnist: Path | None) -> Data:
-    """Load the images once a process."""
+    """Load the images once per process."""
     return load_mnist(mnist) if mnist else load_digits()

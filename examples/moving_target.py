@@ -1,9 +1,9 @@
 """Why the gradient has to go through the mean: the counterexample of the paper's section 2.
 
-A layer adds a learned bias b to its input u, and what it gives, x = u + b, is
-normalized by its batch.  No b changes the output: the mean takes it away again.
-A gradient that takes the mean for a constant does not know, and moves b by the
-same amount each step, without end, while output and loss stand still.
+A layer adds a learned bias b to its input u. The result, x = u + b, is normalized by
+its batch. No b changes the output, because the mean removes it again. A gradient that
+treats the mean as a constant does not know this. It moves b by the same amount in each
+step, forever, while output and loss do not change.
 
     python examples/moving_target.py           # demo-output/moving_target.png
 """
@@ -68,7 +68,7 @@ def draw(ways: dict[str, dict[str, np.ndarray]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print and draw both descents; the exit status says whether they did as the paper says."""
+    """Print and draw both descents; the exit status says whether they behave as in the paper."""
     parser = argparse.ArgumentParser(description="The counterexample of the paper's section 2.")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), metavar="DIR")
     parser.add_argument("--no-figures", action="store_true")

@@ -1,15 +1,15 @@
-"""Normalise features that do not fit into the memory allowed: exact, in two passes over a file.
+"""Normalise features that are larger than the allowed memory: exactly, in two passes over a file.
 
-An .npy file of 400 MB is given 100 MB: beyond what the interpreter and its libraries have at the
-start, the operating system refuses this process every further byte. Its population mean and
-variance are computed block by block on Dask (`dask_moments`), then a second file with every
-feature at mean 0 and variance 1 is written the same way (`dask_normalize`).
+An .npy file of 400 MB is processed with 100 MB of memory. Beyond the memory of the interpreter and
+its libraries, the operating system refuses any more bytes to this process. The population mean and
+variance are computed block by block on Dask (`dask_moments`). Then a second file with mean 0 and
+variance 1 for every feature is written in the same way (`dask_normalize`).
 
     python examples/out_of_core.py
     python examples/out_of_core.py --megabytes 4000 --allowed 100
     python examples/out_of_core.py --processes 2       # on a cluster of processes, each limited
 
-Needs Dask (``pip install "bnfast[distributed]"``) and Linux, whose /proc says how much was used.
+Needs Dask (``pip install "bnfast[distributed]"``) and Linux, whose /proc shows the memory used.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def write_features(path, rows, block):
 
 
 def status(field):
-    """Bytes that /proc says this process has of something."""
+    """Return one of this process' numbers in /proc, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -84,19 +84,19 @@ def status(field):
 
 
 def limit_memory(allowed):
-    """Let this process have `allowed` bytes more than now; return what it has in memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    """Allow this process `allowed` more bytes than it has now; return what it has in memory."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + allowed, resource.RLIM_INFINITY))
     return status("VmRSS")
 
 
 def peak_memory():
-    """The most that this process had in memory since the limit."""
+    """The most memory that this process had since the limit was set."""
     return status("VmHWM")
 
 
 def refused(path):
-    """Whether the whole file is too much."""
+    """Whether the whole file is too large for the memory."""
     try:
         np.load(path)
     except MemoryError:
@@ -124,9 +124,9 @@ def with_progress(lazy):
 
 @contextmanager
 def threads(allowed):
-    """Compute on this process' threads: how, and how much memory that took."""
+    """Compute on this process' threads; return how, and how much memory it took."""
     warm_up = da.zeros((8, FEATURES), chunks=(1, FEATURES), dtype=np.float32)
-    dask.compute(dask_moments(warm_up))  # threads and libraries are there before the limit
+    dask.compute(dask_moments(warm_up))  # start threads and load libraries before the limit
     before = limit_memory(allowed)
     yield with_progress, lambda: [peak_memory() - before]
 
@@ -169,7 +169,7 @@ def main():
     parser.add_argument("--directory", help="where the files go; a temporary one by default")
     args = parser.parse_args()
 
-    # A block is read, copied on its way and normalised, on every core: 16 of them have to fit.
+    # On every core a block is read, copied and normalised: 16 blocks have to fit.
     block = args.allowed * MB // 16 // (FEATURES * 4)
     rows = args.megabytes * MB // (FEATURES * 4)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:

@@ -3,8 +3,8 @@
 Ioffe and Szegedy, *Batch Normalization: Accelerating Deep Network Training by
 Reducing Internal Covariate Shift* (2015, arXiv:1502.03167).  A network of three
 hidden layers of 100 sigmoid units learns handwritten digits by plain stochastic
-gradient descent in batches of 60, once as it is and once with its sigmoids'
-inputs normalized.  Everything is NumPy but the `bnfast.BatchNorm` layers.
+gradient descent in batches of 60, once unchanged and once with its sigmoids'
+inputs normalized.  Everything is NumPy except the `bnfast.BatchNorm` layers.
 
     python examples/paper.py                   # scikit-learn's 1,797 digits: one minute
     python examples/paper.py --mnist DIR       # MNIST's four IDX files: ten minutes
@@ -12,11 +12,11 @@ inputs normalized.  Everything is NumPy but the `bnfast.BatchNorm` layers.
 
 Three things are not in the paper and had to be chosen: the weights' standard
 deviation (0.1, one over the root of a layer's 100 inputs), the learning rate
-(each network has its own best of a grid, printed whole) and what "best" means
-(the test accuracy averaged over the whole run: it rewards speed and accuracy
-alike, and is less noisy than either).  The choice of weights matters: larger ones
-(`--std 0.3`) help the plain network much and the normalized one not at all, and
-the median ratio of steps is then 0.34 instead of 0.06.
+(each network has its own best of a grid, which is printed) and the meaning of
+"best" (the test accuracy averaged over the whole run: it rewards both speed and
+accuracy, and is less noisy than either).  The choice of weights matters. Larger
+ones (`--std 0.3`) help the plain network much and the normalized one not at all,
+and the median ratio of steps is then 0.34 instead of 0.06.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Network:
     ----------
     sizes : inputs, units of each hidden layer, classes
     normalized : whether each sigmoid's input is batch normalized
-    rng : where the initial weights come from, the same for either network
+    rng : the source of the initial weights, the same for either network
     std : the standard deviation of the initial weights
     dtype : of weights, activations and gradients
     """
@@ -91,7 +91,7 @@ class Network:
         self.norms: list[Any] = []
         if normalized:
             self.norms = [bnfast.BatchNorm(n, dtype=dtype) for n in sizes[1:-1]]
-            # Section 3.2: the mean's subtraction cancels a bias, and beta takes its place.
+            # Section 3.2: subtracting the mean cancels a bias; beta replaces it.
             self.biases[:-1] = [None] * len(self.norms)
         self.weight_grads = [np.zeros_like(w) for w in self.weights]
         self.bias_grads = [None if b is None else np.zeros_like(b) for b in self.biases]
@@ -102,7 +102,7 @@ class Network:
             norm.train(mode)
 
     def linear(self, layer: int, x: Floats) -> Floats:
-        """W x + b, or W x where batch normalization follows."""
+        """W x + b, or W x if batch normalization follows."""
         u = self.product(x, self.weights[layer].T)
         return u if self.biases[layer] is None else u + self.biases[layer]
 
@@ -137,7 +137,7 @@ class Network:
         return -float(log_softmax[rows, labels].mean())
 
     def parameters(self) -> Iterator[tuple[Floats, Floats]]:
-        """Every parameter with its gradient; of a BatchNorm, gamma and beta."""
+        """Yield every parameter with its gradient; for a BatchNorm, gamma and beta."""
         for norm in self.norms:
             yield norm.weight, norm.weight_grad
             yield norm.bias, norm.bias_grad
@@ -176,7 +176,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: everything that decides its result."""
+    """One training run: everything that decides its result."""
 
     normalized: bool
     rate: float
@@ -188,12 +188,12 @@ class Run:
 
     @property
     def every(self) -> int:
-        """Steps from one test to the next."""
+        """Steps between two tests."""
         return max(10, self.steps // 500)
 
 
 class Outcome(NamedTuple):
-    """A run's test accuracies; if watched, its percentiles and network too."""
+    """A run's test accuracies; if watched, also its percentiles and network."""
 
     accuracy: Floats
     percentiles: Floats | None
@@ -201,12 +201,12 @@ class Outcome(NamedTuple):
 
 
 def accuracy_of(logits: Floats, labels: Integers) -> float:
-    """The part of the images whose largest logit is the right one."""
+    """The fraction of the images whose largest logit is the right one."""
     return float((logits.argmax(axis=1) == labels).mean())
 
 
 def random_batches(count: int, rng: np.random.Generator) -> Iterator[Integers]:
-    """Yield batches of indices without end, in a new order each epoch."""
+    """Yield batches of indices forever, in a new order in each epoch."""
     while True:
         order = rng.permutation(count)
         for start in range(0, count - BATCH + 1, BATCH):
@@ -240,8 +240,9 @@ def one_thread_each() -> None:
 
 
 def workers() -> ProcessPoolExecutor:
-    """A process for each core, as trainings do not depend on each other."""
-    # Read by a worker's BLAS when it starts: a thread pool in each would fight for the cores.
+    """A pool with one process per core: training runs do not depend on each other."""
+    # A worker's BLAS reads these when it starts. Thread pools in all workers would compete for
+    # cores.
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     spawn = multiprocessing.get_context("spawn")
@@ -321,7 +322,7 @@ def typical_unit(percentiles: Floats) -> int:
 
 
 def slices(x: Floats, size: int) -> Iterable[Floats]:
-    """The rows of x in consecutive batches, the last one as it comes."""
+    """The rows of x in consecutive batches; the last one may be smaller."""
     return (x[start : start + size] for start in range(0, len(x), size))
 
 
@@ -333,7 +334,7 @@ def with_population_statistics(network: Network, data: Data) -> Network:
 
 
 def distance(moments: tuple[Floats, Floats], truth: tuple[Floats, Floats]) -> Floats:
-    """How far means are off, in standard deviations, and variances, in parts of themselves."""
+    """The error of means, in standard deviations, and of variances, relative to the variance."""
     (mean, var), (true_mean, true_var) = moments, truth
     return np.array(
         [np.max(abs(mean - true_mean) / np.sqrt(true_var)), np.max(abs(var / true_var - 1))]
@@ -341,10 +342,10 @@ def distance(moments: tuple[Floats, Floats], truth: tuple[Floats, Floats]) -> Fl
 
 
 def compare_statistics(moving: Network, exact: Network, data: Data) -> dict[str, Any]:
-    """The moving averages against the population, and the population against two passes."""
+    """Compare the moving averages with the population, and the population with two passes."""
     averages = [(norm.running_mean, norm.running_var) for norm in moving.norms]
     population = [(norm.running_mean, norm.running_var) for norm in exact.norms]
-    # Of the first layer only: the inputs of the others depend on batches.
+    # Only for the first layer: the inputs of the others depend on batches.
     sums = (data.train @ exact.weights[0].T).astype(np.float64)
     two_passes = sums.mean(axis=0), sums.var(axis=0, ddof=1)
     return {
@@ -358,7 +359,7 @@ def compare_statistics(moving: Network, exact: Network, data: Data) -> dict[str,
 
 
 def change(answers: Iterable[Floats], together: Floats) -> dict[str, float]:
-    """How many rows of the answers differ in any bit from those given together, and how far."""
+    """How many rows of the answers differ in any bit from those computed together, and how much."""
     apart = np.concatenate(list(answers))
     rows = zip(apart, together, strict=True)
     return {
@@ -369,7 +370,7 @@ def change(answers: Iterable[Floats], together: Floats) -> dict[str, float]:
 
 
 def changes(answer: Callable[[Floats], Floats], images: Floats) -> dict[str, float]:
-    """The worse of images one by one and in sevens, against all of them at once."""
+    """The worse of images one by one and in sevens, compared with all of them at once."""
     together = answer(images)
     return max(
         (change(map(answer, slices(images, size)), together) for size in (1, 7)),
@@ -378,7 +379,7 @@ def changes(answer: Callable[[Floats], Floats], images: Floats) -> dict[str, flo
 
 
 def row_by_row(x: Floats, weight: Floats) -> Floats:
-    """The matrix product as one product a row, so that no row can see its batch."""
+    """The matrix product as one product per row, so that no row depends on its batch."""
     return np.stack([row @ weight for row in x])
 
 
@@ -411,7 +412,7 @@ def images_per_second(network: Network, images: Floats, seconds: float = 0.3) ->
 
 
 def inference(network: Network, plain: Network, mnist: Path | None) -> dict[str, Any]:
-    """What becomes of the trained network: statistics, batches, folding, speed."""
+    """Examine the trained network: statistics, batches, folding, speed."""
     data = load_data(mnist)
     network.train(False)
     exact = with_population_statistics(network, data)
@@ -430,11 +431,11 @@ def inference(network: Network, plain: Network, mnist: Path | None) -> dict[str,
     }
 
 
-# ------------------------------------------------------------------ the whole
+# ------------------------------------------------------------------ everything
 
 
 def verdicts(results: dict[str, Any]) -> dict[str, bool]:
-    """What has to be true for the experiment to have shown anything."""
+    """The conditions under which the experiment has shown something."""
     best, rates = results["best"], [row["rate"] for row in results["grid"]]
     return {
         "the median ratio of steps is below 0.5": results["median_ratio"] < 0.5,
@@ -460,7 +461,7 @@ def best_rates(grid: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def experiment(options: argparse.Namespace) -> dict[str, Any]:
-    """Train the grid, compare the best, look at inference; all that is to be reported."""
+    """Train the grid, compare the best, examine inference; return all results."""
     data = load_data(options.mnist)
     runs = [
         Run(normalized, rate, seed, options.steps, options.std, options.mnist)
@@ -526,7 +527,7 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; whatever is missing ends here, before anything is trained."""
+    """Read the command line; anything missing ends the program before training starts."""
     parser = argparse.ArgumentParser(
         description="Section 4.1 of the batch normalization paper, with bnfast."
     )
@@ -579,7 +580,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the experiment, report it, and say by the exit status whether it succeeded."""
+    """Run the experiment and report it; the exit status says whether it succeeded."""
     options = parse(arguments)
     start = time.perf_counter()
     results = experiment(options)

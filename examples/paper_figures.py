@@ -44,7 +44,7 @@ def seeds(results: dict[str, Any]) -> str:
 
 
 def accuracy(results: dict[str, Any]) -> Figure:
-    """Test accuracy against steps: the whole climb, and its last part close up."""
+    """Test accuracy against steps: the whole curve, and a close view of its last part."""
     figure, (whole, close) = plt.subplots(1, 2, figsize=(11, 5.2))
     steps = results["every"] * np.arange(1, 1 + len(results["best"]["plain"]["curves"][0]))
     for name, color in COLORS.items():
@@ -109,13 +109,13 @@ def percentiles(results: dict[str, Any]) -> Figure:
 
 
 def learning_rates(results: dict[str, Any]) -> Figure:
-    """The grid: how well and how soon each network learns at each rate."""
+    """The grid: how accurate and how fast each network is at each rate."""
     figure, (well, soon) = plt.subplots(1, 2, figsize=(11, 5.2))
     for name, color in COLORS.items():
         rows = [row for row in results["grid"] if row["network"] == name]
         best = results["best"][name]
         for axes, key, scale in ((well, "mean", 100), (soon, "milestone", 1)):
-            # Not a number where some seed never got there, so that no point is drawn.
+            # Not a number if some seed never reached the target, so that no point is drawn.
             points = {r["rate"]: scale * r[key] if np.isfinite(r[key]) else np.nan for r in rows}
             axes.plot(list(points), list(points.values()), "o-", color=color, label=LABELS[name])
             axes.plot(

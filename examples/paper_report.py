@@ -22,18 +22,18 @@ def report(results: dict[str, Any]) -> None:
 
 
 def _count(steps: float) -> str:
-    """A number of steps, or a dash where it was never reached."""
+    """A number of steps, or a dash if the target was never reached."""
     return f"{steps:,.0f}" if math.isfinite(steps) else "-"
 
 
 def _change(change: dict[str, float]) -> str:
-    """How many answers changed, and how far if any did."""
+    """How many answers changed, and how much if any did."""
     largest = f", by up to {change['largest']:.1e}" if change["changed"] else ""
     return f"{change['changed']} of {change['rows']:,}{largest}"
 
 
 def _print_grid(results: dict[str, Any]) -> None:
-    """The whole grid, each network's best rate marked."""
+    """The whole grid, with each network's best rate marked."""
     print(f"\nTest accuracy (%) at each learning rate, mean of {results['seeds']} seed(s)")
     print("* best rate of the network: the highest accuracy averaged over the run")
     milestone = f"steps to {results['milestone']:.0%}"
@@ -47,7 +47,7 @@ def _print_grid(results: dict[str, Any]) -> None:
 
 
 def _print_speedup(results: dict[str, Any]) -> None:
-    """The steps to the plain network's best accuracy, the paper's beside them."""
+    """The steps to the plain network's best accuracy, and the paper's beside them."""
     line = "  {:30}{:>10}{:>10}{:>12}{:>8}".format
     print("\nSteps to the plain network's best test accuracy, each network at its best rate")
     print(line("", "its best", "plain", "normalized", "ratio"))
@@ -69,7 +69,7 @@ def _print_speedup(results: dict[str, Any]) -> None:
 
 
 def _print_inference(results: dict[str, Any]) -> None:
-    """What `inference` found."""
+    """The results of `inference`."""
     found = results["inference"]
     line = "  {:48}{}".format
     part = found["statistics"]

@@ -1,8 +1,8 @@
-"""A residual block with fused calls, forward and backward, checked against the plain steps.
+"""A residual block with fused calls, forward and backward, compared with separate steps.
 
 y = relu(BN(V relu(BN(W x))) + x), with W and V convolutions of 1 x 1.  The fused
-call normalizes, adds the residual and rectifies in one pass over memory; the
-unfused does one thing at a time.  Both have to agree, in every gradient too.
+call normalizes, adds the residual and applies relu in one pass over memory. The
+unfused version does one step at a time.  Both must agree, also in every gradient.
 
     python examples/residual_block.py
 """
@@ -20,7 +20,7 @@ SHAPE = (16, 64, 28, 28)
 
 
 class Parameters(NamedTuple):
-    """Of a block: two convolutions, and gamma and beta for each."""
+    """The parameters of a block: two convolutions, and gamma and beta for each."""
 
     conv1: np.ndarray
     gamma1: np.ndarray
@@ -31,7 +31,7 @@ class Parameters(NamedTuple):
 
 
 def convolve(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """1 x 1: a matrix product over the channels at every place."""
+    """1 x 1: a matrix product over the channels at every position."""
     return (weight @ x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
@@ -44,7 +44,7 @@ def convolve_backward(
 
 
 def fused(p: Parameters, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
-    """The block in two calls forward and two backward, besides the convolutions."""
+    """The block in two calls forward and two backward, in addition to the convolutions."""
     h1 = convolve(p.conv1, x)
     z1, stats1 = bnfast.batch_norm_forward(h1, p.gamma1, p.beta1, activation="relu")
     h2 = convolve(p.conv2, z1)
@@ -61,7 +61,7 @@ def fused(p: Parameters, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]
 
 
 def unfused(p: Parameters, x: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
-    """The block one step at a time: normalize, add, rectify, and back."""
+    """The block one step at a time: normalize, add, relu, and back."""
     h1 = convolve(p.conv1, x)
     n1, stats1 = bnfast.batch_norm_forward(h1, p.gamma1, p.beta1)
     z1 = np.maximum(n1, 0)
@@ -83,7 +83,7 @@ def main() -> int:
     """Compare output and gradients of both; the exit status says whether they agree."""
     rng = np.random.default_rng(0)
     channels = SHAPE[1]
-    # float64: in float32 a sum next to zero may round to either side of the rectifier's kink.
+    # float64: in float32 a sum close to zero may round to either side of relu's kink.
     convolutions = rng.normal(0, channels**-0.5, (2, channels, channels))
     gammas = rng.uniform(0.5, 1.5, (2, channels))
     betas = rng.normal(size=(2, channels))
@@ -98,7 +98,7 @@ def main() -> int:
         errors[name] = float(np.max(abs(one[name] - value)) / np.max(abs(value)))
         title = "output" if name == "y" else f"gradient of {name}"
         print(f"  {title:22}{value.shape!s:20}{errors[name]:.1e}")
-    # Sums of 12,544 values a channel, in two orders: some tens of float64's 1e-16.
+    # Sums of 12,544 values per channel, in two orders: some tens of float64's 1e-16.
     return 0 if max(errors.values()) < 1e-12 else 1
 
 

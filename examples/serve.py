@@ -1,8 +1,8 @@
 """An inference service of forked processes: one network, its batch norms frozen or folded.
 
-The paper's network (`paper.py`) learns scikit-learn's digits for some seconds; then
-processes forked from the trained one answer, each connection in a thread of its own.
-The standard library's HTTP server is for a demonstration, not for the open internet.
+The paper's network (`paper.py`) learns scikit-learn's digits for some seconds. Then
+processes forked from the trained one answer, each connection in its own thread. The
+standard library's HTTP server is for demonstrations, not for the open internet.
 
     python examples/serve.py --port 8000             # until SIGTERM or Ctrl-C
     curl -d '{"images": [[0, 0, ...]]}' localhost:8000/folded
@@ -10,14 +10,14 @@ The standard library's HTTP server is for a demonstration, not for the open inte
 
     POST /frozen or /folded   {"images": n rows of 64 numbers from 0 to 1}
     ->                        {"digits": [n], "logits": [[10], ...], "worker": process id}
-    what is wrong with it ->  {"error": a sentence}
+    for a bad request ->      {"error": a sentence}
 
-A request may take ten seconds to arrive, however its client keeps sending.
+A request may take ten seconds to arrive, even if its client keeps sending.
 
-An image's answer is the same, to the bit, in whatever batch it comes: the load test
-compares.  bnfast's layers see to that themselves, as do the sigmoids; a product of
-matrices does not, since BLAS adds up in an order that depends on how many rows there
-are.  Hence the products here go row by row.
+An image's answer is the same, to the bit, in any batch: the load test compares.
+bnfast's layers ensure that, and so do the sigmoids. A product of matrices does not,
+since the order of BLAS' additions depends on the number of rows.  So the products here
+go row by row.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ PIXELS = 64
 MOST_IMAGES = 256
 MOST_BYTES = 1 << 20
 MOST_DISCARDED = 1 << 24
-SECONDS_FOR_HEADERS = 5.0  # what a client may take to send these, however busily it sends
-SECONDS_TO_SEND = 10.0  # the same for all of a request, and again for taking its answer
-SECONDS_TO_STOP = 25.0  # what is left of the workers then is killed: longer than an answer takes
+SECONDS_FOR_HEADERS = 5.0  # for a client to send the headers, even if it keeps sending
+SECONDS_TO_SEND = 10.0  # the same for a whole request, and again for reading its answer
+SECONDS_TO_STOP = 25.0  # then remaining workers are killed; longer than an answer takes
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 
 
@@ -64,7 +64,7 @@ SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 
 
 def row_by_row(x: Floats, weight: Floats) -> Floats:
-    """x @ weight, every row by itself, so that no row depends on its neighbours."""
+    """x @ weight, each row alone, so that no row depends on the others."""
     return np.stack([row @ weight for row in x])
 
 
@@ -81,7 +81,7 @@ def trained_networks(steps: int) -> dict[str, Network]:
 
 
 def infer(network: Network, images: Floats) -> Floats:
-    """Return the logits, in any thread: of a copy, as a forward keeps what a backward needs."""
+    """Return the logits, in any thread. Uses a copy, since a forward keeps data for a backward."""
     return copy.copy(network).forward(images)
 
 
@@ -89,7 +89,7 @@ def infer(network: Network, images: Floats) -> Floats:
 
 
 class BadRequest(Exception):
-    """What a client did wrong: a status from 400 to 499 and a sentence."""
+    """A client's mistake: a status from 400 to 499 and a sentence."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -120,7 +120,7 @@ def parse(body: bytes) -> Floats:
 
 
 class TimedReader(io.RawIOBase):
-    """Reads from a connection until a time is up, which no byte that arrives puts off."""
+    """Reads from a connection until a deadline, which arriving bytes do not extend."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -128,7 +128,7 @@ class TimedReader(io.RawIOBase):
         self.allow("the headers", SECONDS_FOR_HEADERS)
 
     def allow(self, what: str, seconds: float) -> None:
-        """Set what is read next, and when it must be here, counted from the start."""
+        """Name what is read next, and set its deadline, counted from the start."""
         self.what, self.seconds = what, seconds
 
     def readable(self) -> bool:
@@ -144,11 +144,11 @@ class TimedReader(io.RawIOBase):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request, in JSON whatever is wrong with it."""
+    """Answers one request, always in JSON, also for errors."""
 
     server: Server
-    requestline = request_version = command = ""  # until there is a first line
-    default_request_version = "HTTP/1.0"  # of a bad line: 0.9 would have no status
+    requestline = request_version = command = ""  # until the first line was read
+    default_request_version = "HTTP/1.0"  # for a bad line: 0.9 would have no status
 
     def setup(self) -> None:
         super().setup()
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(error.status, {"error": str(error)})
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Word what the base class refuses as everything else is."""
+        """Give errors of the base class the same form as all others."""
         self.answer(code, {"error": message or HTTPStatus(code).phrase})
 
     def do_GET(self) -> None:
@@ -202,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def discard(self, count: int) -> None:
-        """Read what a client is still sending: closed upon, it would never see its answer."""
+        """Read what a client is still sending: if we closed now, it would never see its answer."""
         with suppress(BadRequest):
             while count > 0 and (got := len(self.rfile.read(min(count, 1 << 16)))):
                 count -= got
@@ -221,16 +221,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-        """Keep stderr for what goes wrong."""
+        """Use stderr for errors only."""
 
 
 # --------------------------------------------------- workers and their parent
 
 
 class Server(ThreadingHTTPServer):
-    """One worker's server on the socket that all workers accept from."""
+    """One worker's server, on the socket that all workers accept from."""
 
-    daemon_threads = False  # closing waits for answers under way
+    daemon_threads = False  # closing waits for running answers
     block_on_close = True
 
     def __init__(self, listening: socket.socket, networks: dict[str, Network]) -> None:
@@ -241,25 +241,26 @@ class Server(ThreadingHTTPServer):
         self.parent = os.getppid()
 
     def service_actions(self) -> None:
-        """Stop if the parent is gone, so that nothing holds the port for ever."""
+        """Stop if the parent is gone, so that the port does not stay in use forever."""
         if os.getppid() != self.parent:
             self.stop()
 
     def stop(self, *_: object) -> None:
-        # From another thread: the loop that is to end may be what called this.
+        # From another thread: this may be called by the loop that is to end.
         threading.Thread(target=self.shutdown, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Pass over clients that went away or fell silent; say the rest on stderr."""
+        """Ignore clients that went away or fell silent; report other errors on stderr."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
 def work(listening: socket.socket, networks: dict[str, Network]) -> None:
-    """Answer until SIGTERM, then finish what is under way."""
+    """Answer until SIGTERM, then finish the running requests."""
     server = Server(listening, networks)
     signal.signal(signal.SIGTERM, server.stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent passes it on
+    # Ctrl-C reaches all processes; the parent passes it on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     with server:
@@ -267,7 +268,7 @@ def work(listening: socket.socket, networks: dict[str, Network]) -> None:
 
 
 def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
-    # Python 3.12 and later warn where threads run at a fork. BLAS starts its own again, and
+    # Python 3.12 and later warn if threads run at a fork. BLAS starts its own again, and
     # bnfast stays on one thread in a child forked after a parallel call.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -278,7 +279,7 @@ def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
     try:
         work(listening, networks)
         status = 0
-    except BaseException:  # noqa: BLE001 - nothing may go on in what was the parent's program
+    except BaseException:  # noqa: BLE001 - a child must never run on in the parent's program
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stderr.flush()
@@ -287,11 +288,11 @@ def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
 
 def serve(listening: socket.socket, networks: dict[str, Network], workers: int) -> int:
     """Keep `workers` processes answering until SIGTERM or SIGINT; return 0 if all then ended."""
-    # Losers of the race for a connection must not wait in accept: they could not stop then.
+    # A worker that loses the race for a connection must not wait in accept: it could not stop.
     listening.setblocking(False)
-    # Blocked and taken one by one, so that none is lost between a look and a wait.
+    # Blocked, and taken one by one, so that none is lost between a check and a wait.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # a signal whose default is to be ignored
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored by default, so it needs a handler
     running: set[int] = set()
     while True:
         while len(running) < workers:
@@ -300,7 +301,7 @@ def serve(listening: socket.socket, networks: dict[str, Network], workers: int) 
             break
         for pid in reaped(running):
             print(f"worker {pid} is gone; starting another", file=sys.stderr, flush=True)
-            time.sleep(0.1)  # a worker that cannot start shall not be started all the time
+            time.sleep(0.1)  # do not restart a failing worker all the time
     listening.close()
     return int(stop(running) > 0)
 
@@ -320,7 +321,7 @@ def stop(running: set[int]) -> int:
 
 
 def reaped(running: set[int]) -> list[int]:
-    """Take those that ended out of `running` and return them."""
+    """Remove the processes that ended from `running` and return them."""
     ended = [pid for pid in running if os.waitpid(pid, os.WNOHANG)[0]]
     running.difference_update(ended)
     return ended
@@ -335,7 +336,7 @@ def listen(port: int) -> socket.socket:
 
 @contextmanager
 def running_service(networks: dict[str, Network], workers: int) -> Iterator[int]:
-    """Serve in a process of its own, on a free port; give the port."""
+    """Serve in a separate process, on a free port; yield the port."""
     listening = listen(0)
     port = listening.getsockname()[1]
     with warnings.catch_warnings():

@@ -1,9 +1,10 @@
-"""A small ResNet on scikit-learn's digits in PyTorch, its batch norms on bnfast, then folded.
+"""A small ResNet on scikit-learn's digits in PyTorch, trained on bnfast, then folded.
 
     python examples/torch_resnet.py [--epochs 15]
 
-Trains it, converts it with one line and trains a copy on bnfast from the same start, compares the
-two, and folds each batch norm of the trained network into the convolution before it.
+It is trained and converted with one line. A copy is trained on bnfast from the same start, and the
+two are compared. Then each batch norm of the trained network is folded into the convolution before
+it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def images(flat: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, x: Tensor, labels: Tensor, epochs: int) -> list[float]:
-    """The loss of each step; the batches are the same for every model."""
+    """Return the loss of each step; the batches are the same for every model."""
     order = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     losses = []
@@ -74,7 +75,7 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy of an evaluated model without batch norms: each is in the convolution before it."""
+    """Return a copy of a model with its batch norms folded into the convolutions before them."""
     model = copy.deepcopy(model).eval()
     for parent in model.modules():
         names = list(dict(parent.named_children()))

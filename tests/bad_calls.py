@@ -29,10 +29,10 @@ def zero_stride(shape):
 
 
 class Call:
-    """A call of one function with good arguments, of which some are replaced.
+    """A call of one function with good arguments, some of which are replaced.
 
     Arrays that the call may write are poisoned or known, and are compared
-    afterwards with what they held.
+    afterwards with their former contents.
     """
 
     def __init__(self, function, *given, **named):

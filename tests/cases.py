@@ -1,4 +1,4 @@
-"""The problems that the tests pose, and the orders their arrays lie in memory."""
+"""The problems that the tests use, and the memory orders of their arrays."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ try:
 except ImportError:
     bfloat16 = None
 
-# Sanitizers have larger frames and keep freed memory: what both are cannot be measured there.
+# Sanitizers use larger stack frames and keep freed memory, so neither can be measured with them.
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 DTYPES = (np.float32, np.float64)
 HALVES = (
@@ -34,14 +34,14 @@ FROM_OUTPUT = tuple(
     a for a in ACTIVATIONS if a not in _core.ACTIVATIONS or _core.ACTIVATIONS[a].from_output
 )
 NAMES = ("x", "weight", "bias", "residual")
-# Instruction sets that round a product before they add to it: plain C does where the compiler's
+# Instruction sets that round a product before adding to it: plain C does if the compiler's
 # baseline has no fused multiply-add, and x86-64's has none.
 WITHOUT_FMA = {"scalar", "sse2"} if platform.machine().lower() in ("x86_64", "amd64") else set()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """All that one forward and one backward take."""
+    """The arguments of one forward and one backward."""
 
     x: np.ndarray
     dy: np.ndarray
@@ -54,7 +54,7 @@ class Problem:
 
     @property
     def options(self):
-        """The keywords that forward, backward and inference share."""
+        """The keywords that forward, backward and inference have in common."""
         return {"axis": self.axis, "activation": self.activation, "residual": self.residual}
 
     @property
@@ -80,7 +80,7 @@ class Problem:
 
 
 def computed_in(dtype):
-    """The type that data of this one are computed in, and that their parameters have."""
+    """The type that data of this type are computed in, which is also that of their parameters."""
     return np.dtype(dtype if np.dtype(dtype).itemsize > 2 else np.float32)
 
 
@@ -94,7 +94,7 @@ def make_problem(
     arrange=np.ascontiguousarray,
     seed=0,
 ):
-    """Values of both signs, weights too; pre-activations on both sides of 0 and 6."""
+    """Values of both signs, also weights; pre-activations on both sides of 0 and 6."""
     rng = np.random.default_rng([seed, *shape])
     channels = shape[axis]
 
@@ -115,7 +115,7 @@ def make_problem(
 
 
 def forward(p, **more):
-    """bnfast's training forward of a problem, into a poisoned `out`."""
+    """Run bnfast's training forward of a problem, into a poisoned `out`."""
     out = poisoned_like(p.x)
     y, stats = bnfast.batch_norm_forward(
         p.x, p.weight, p.bias, eps=p.eps, out=out, **p.options, **more
@@ -125,33 +125,33 @@ def forward(p, **more):
 
 
 def backward(p, stats, **more):
-    """bnfast's backward of a problem, into a poisoned `out` unless one is given."""
+    """Run bnfast's backward of a problem, into a poisoned `out` unless one is given."""
     more.setdefault("out", poisoned_like(p.x))
     return bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options, **more)
 
 
 def poisoned_like(a):
-    """An array whose every unwritten element shows."""
+    """An array in which every element that is not written can be seen."""
     return np.full_like(a, np.nan)
 
 
 def read_only(a):
-    """A copy that cannot be written to."""
+    """A read-only copy."""
     a = a.copy()
     a.flags.writeable = False
     return a
 
 
 def bits(a):
-    """The bytes of an array in axis order: equality of floats, NaN and -0 included."""
+    """The bytes of an array in axis order: compares floats exactly, NaN and -0 included."""
     return np.asarray(a).tobytes()
 
 
-# --- Memory orders; each keeps values and shape ----------------------------------
+# --- Memory orders; all keep values and shape --------------------------------------
 
 
 def with_memory_order(*order):
-    """Axes lie in memory in this order: (0, 2, 3, 1) is channels-last."""
+    """Axes are in memory in this order: (0, 2, 3, 1) is channels-last."""
 
     def arrange(a):
         return np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
@@ -160,7 +160,7 @@ def with_memory_order(*order):
 
 
 def with_gaps(a):
-    """Every second element of the last axis of something larger."""
+    """Every second element of the last axis of a larger array."""
     wide = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
     view = wide[..., ::2]
     view[...] = a
@@ -173,7 +173,7 @@ def backwards(a):
 
 
 def at_offset(nbytes):
-    """The first element lies `nbytes` past a multiple of 64."""
+    """The first element is `nbytes` past a multiple of 64."""
 
     def arrange(a):
         store = np.zeros(a.nbytes + 128, np.uint8)
@@ -185,7 +185,7 @@ def at_offset(nbytes):
     return arrange
 
 
-# Of (N, C, H, W) with axis=1; the layout is what the kernels should see.
+# Of (N, C, H, W) with axis=1. The layout is the one that the kernels should see.
 CONTIGUOUS_ORDERS = {
     "nchw": (np.ascontiguousarray, "planar"),
     "channels_last": (with_memory_order(0, 2, 3, 1), "interleaved"),
@@ -202,11 +202,11 @@ COPIED_ORDERS = {
 ALL_ORDERS = {name: arrange for name, (arrange, _) in CONTIGUOUS_ORDERS.items()} | COPIED_ORDERS
 
 # Around every vector width (4, 8, 16 elements), their unrolled multiples and
-# the powers of two where tiles are likely to end.
+# the powers of two where tiles probably end.
 INNER_SIZES = (*range(1, 41), 63, 64, 65, 127, 128, 129, 4095, 4096, 4097, 16383, 16384, 16385)
 CHANNEL_COUNTS = (*range(1, 41), 63, 64, 65, 511, 512, 513)
 OUTER_SIZES = (*range(1, 10), 31, 32, 33, 255, 257, 4099)
-# Around where sums are cut into blocks: some 2^14 values of a planar channel,
+# Around the sizes where sums are cut into blocks: some 2^14 values of a planar channel,
 # some 2^15 values of interleaved rows.
 BLOCK_EDGES = (
     *((rows, 512) for rows in (63, 64, 65, 129)),
@@ -218,7 +218,7 @@ BLOCK_EDGES = (
     (3, 1, 20_001),
     (129, 513),
 )
-# Around where rows of few channels are taken several at a time, and eight times as many.
+# Around the sizes where several rows of few channels are taken at once, and eight times as many.
 FEW_CHANNELS = tuple(
     (rows, channels)
     for channels in (2, 3, 5, 6, 8, 11, 12, 15, 16, 17)
@@ -236,7 +236,7 @@ SIZES = (
 
 
 def peak(function):
-    """Bytes that a call allocates at its worst moment; NumPy reports its own."""
+    """The most bytes that a call has allocated at one time; NumPy reports its own."""
     tracemalloc.start()
     try:
         function()
@@ -246,7 +246,7 @@ def peak(function):
 
 
 def by_direction(counts):
-    """Of what the counters of dispatches give: {direction: times}."""
+    """Sum the counters of dispatches: {direction: times}."""
     found = {}
     for (direction, *_), times in counts.items():
         found[direction] = found.get(direction, 0) + times

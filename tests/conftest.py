@@ -48,8 +48,8 @@ def is_smoke(item):
     return all(parameters.get(name, value) == value for name, value in one.items())
 
 
-# Timing never decides a test, hence no deadline; the same examples every time
-# unless somebody asks for the long search.
+# A test must not depend on timing, so there is no deadline. Examples are the same every time
+# unless the long search is requested.
 hypothesis.settings.register_profile("ci", max_examples=30, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -57,7 +57,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(params=_core.isas())
 def isa(request):
-    """Runs the test on each instruction set that this processor has."""
+    """Run the test on each instruction set of this processor."""
     active = _core.isa()
     _core.set_isa(request.param)
     assert _core.isa() == request.param
@@ -72,7 +72,7 @@ def rng():
 
 @pytest.fixture
 def dispatches():
-    """A function that tells which kernels ran since the last call of it."""
+    """A function that returns which kernels ran since its last call."""
     _core.reset_dispatches()
 
     def since_last():

@@ -25,7 +25,7 @@ def state_bits(layer):
 
 
 def trained(p, **options):
-    """A layer after one training step, so that no attribute has its first value."""
+    """A layer after one training step, so that no attribute has its initial value."""
     layer = layer_of(p, **options)
     call(layer, p)
     layer.backward(p.dy)

@@ -1,8 +1,8 @@
-"""How many tests each kernel has: the plugin behind `pytest --matrix FILE`.
+"""Count the tests of each kernel: the plugin for `pytest --matrix FILE`.
 
-A cell is what the dispatch counters tell apart: direction, type, layout, instruction set, variant.
-A test counts once in each cell that it ran, whatever number of calls it made; only tests that
-passed count. Cases of the C program (tests/kernels) have no counters, and are counted by `count`.
+A cell is what the dispatch counters distinguish: direction, type, layout, instruction set, variant.
+A test counts once in each cell that it ran, for any number of calls. Only tests that passed count.
+Cases of the C program (tests/kernels) have no counters, and are counted by `count`.
 """
 
 import shlex
@@ -26,12 +26,12 @@ KERNELS = {
     "backward": VARIANTS,
     "inference": VARIANTS,
 }
-# By where it ran: Counters of (type, layout, variant).
+# By the place where it ran: Counters of (type, layout, variant).
 programs = {}
 
 
 def count(cases, where):
-    """Cases of the C program that were right on an instruction set, such as "neon (qemu)"."""
+    """Count cases of the C program that passed on an instruction set, such as "neon (qemu)"."""
     programs[where] = Counter(
         (
             case.problem.x.dtype.name,
@@ -48,7 +48,7 @@ def variant_of(problem):
 
 
 class Matrix:
-    """Counts the dispatches of each test, those between a test's own resets too."""
+    """Counts the dispatches of each test, including those between a test's own resets."""
 
     def __init__(self, path):
         self.path = path
@@ -57,7 +57,7 @@ class Matrix:
         self.seen = Counter()
         self.reset = _core.reset_dispatches
 
-        @wraps(self.reset)  # test_stubs.py looks at what the module has
+        @wraps(self.reset)  # test_stubs.py compares the module's names
         def reset_dispatches():
             self.harvest()
 
@@ -71,7 +71,7 @@ class Matrix:
     def pytest_runtest_call(self, item):
         self.reset()
         self.seen.clear()
-        result = yield  # a test that fails raises here
+        result = yield  # a failing test raises here
         self.harvest()
         self.cells.update(self.seen.keys())
         self.calls.update(self.seen)
@@ -104,7 +104,7 @@ class Matrix:
 
 
 def by_cells(found):
-    """What was counted alike, once: (cells, places)."""
+    """Merge equal counts: (cells, places)."""
     places = {}
     for where, cells in found.items():
         places.setdefault(frozenset(cells.items()), []).append(where)

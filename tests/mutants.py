@@ -1,8 +1,8 @@
-"""Breaks each formula in turn and asks the tests: `python tests/mutants.py [number or word ...]`.
+"""Breaks each formula in turn and runs the tests: `python tests/mutants.py [number or word ...]`.
 
-A test suite is worth what it notices. Every entry of MUTANTS is one small mistake; it is made in a
-copy of the sources, built for the best instruction set of this machine, and given to the tests of
-the functions. Each must be caught; the exit status says whether all were.
+A test suite must notice mistakes. Every entry of MUTANTS is one small mistake. It is made in a copy
+of the sources, built for the best instruction set of this machine, and the tests of the functions
+are run on it. Each must be caught; the exit status says whether all were.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ TESTS = [
     )
 ]
 
-# file, what stands there (once), what it becomes
+# file, text in it (once), replacement
 MUTANTS = [
     # the statistics
     ("src/moments.inc.h", "*sum = add(*sum, d);", "*sum = d;"),
@@ -61,7 +61,7 @@ MUTANTS = [
     ("src/moments.h", "1 / sqrt(var[c] + eps)", "1 / sqrt(var[c])"),
     ("src/moments.h", "scale[c] = weight[c] * inv_std[c];", "scale[c] = inv_std[c];"),
     ("src/moments.h", "sum[a * shape.channels + c] +=", "sum[a * shape.channels + c] ="),
-    # the map
+    # the affine map
     ("src/kernels.inc.h", "sub(sub(x, a.high), a.low)", "sub(x, a.high)"),
     ("src/kernels.inc.h", "(P)(mean[c] - (double)to->high[i])", "0"),
     ("src/apply.inc.h", "fmadd(d, a.scale, a.shift)", "mul(d, a.scale)"),
@@ -112,7 +112,7 @@ MUTANTS = [
         "z = z;",
     ),
     ("src/kernels.inc.h", "if (sizeof(T) == sizeof(P))", "if (true)"),
-    # through constants, as an eval-mode layer's statistics are
+    # through constants, as for an eval-mode layer's statistics
     ("src/driver.c", "!alone && call->count != 0", "!alone"),
     ("src/driver.c", "call->ones[c] = 1.0;", "call->ones[c] = call->weight[c];"),
     ("bnfast/functional.py", "1 / np.sqrt(variances + ", "np.sqrt(variances + "),
@@ -131,7 +131,7 @@ MUTANTS = [
         "least(BLOCK_VALUES / shape.inner, shape.outer)",
         "shape.outer",
     ),
-    # what drives them
+    # the driver
     ("src/driver.c", "(1 - momentum) * old + momentum * batch[c]", "momentum * batch[c]"),
     ("src/driver.c", "bnf_variance(call->m2[c], call->count, ddof)", "call->var[c]"),
     (
@@ -152,7 +152,7 @@ MUTANTS = [
         "bnf_float_env found = 0;",
     ),
     ("src/float_env.h", "0x1f80u", "0x9fc0u"),
-    # Moments and what is made of layers
+    # Moments, and functions of layers
     ("bnfast/moments.py", "self.count * share", "share"),
     ("bnfast/moments.py", "share = other.count / count", "share = 0.5"),
     ("bnfast/moments.py", "self.m2 + (other.m2 + ", "self.m2 + ("),
@@ -180,7 +180,7 @@ MUTANTS = [
 ]
 if ISA in ("avx2", "avx512"):
     MUTANTS += [
-        # the roundings of halves, and what NaN does
+        # the roundings of halves, and NaN
         ("src/simd_m256.h", "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
         (f"src/simd_{ISA}.h", "_mm256_set1_epi32(0x7fff)", "_mm256_set1_epi32(0x8000)"),
         (f"src/simd_{ISA}.h", "_mm256_set1_epi32(0x7fff), odd", "_mm256_set1_epi32(0), odd"),
@@ -230,7 +230,7 @@ def built(folder):
 
 
 def tests_of(file):
-    """The tests that are to notice a mistake in a file."""
+    """The tests that should notice a mistake in a file."""
     if not file.startswith("bnfast/torch"):
         return TESTS
     names = ("fused", "convert", "exceptions", "modules", "enable_values", "enable_saved")

@@ -1,4 +1,4 @@
-"""Pythons of their own, for what would take the tests' process along."""
+"""Run Python in separate processes, for code that would crash or change the tests' process."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 
 def run_python(code, *, timeout=60, **environ):
-    """Run `code` in a Python of its own, which finds the tests, killed after `timeout` seconds."""
+    """Run `code` in a separate Python that finds the tests; kill it after `timeout` seconds."""
     folders = [folder for folder in (os.environ.get("PYTHONPATH"), str(HERE)) if folder]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environ}
     return subprocess.run(
@@ -27,7 +27,7 @@ def run_python(code, *, timeout=60, **environ):
 
 
 def run_alone(function, *given):
-    """Call a function of a test's module in a Python of its own; return what that printed."""
+    """Call a function of a test's module in a separate Python; return its output."""
     code = f"import {function.__module__} as tests; tests.{function.__name__}(*{given!r})"
     done = run_python(code)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,15 +1,15 @@
-"""Batch normalization as its paper writes it, in plain NumPy.
+"""Batch normalization as in its paper, in plain NumPy.
 
 S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
 Training by Reducing Internal Covariate Shift", arXiv:1502.03167 (2015).
 
-Every line below is one line of the paper; nothing is fused, reused or
-rearranged, and speed does not matter. Arithmetic is float64, or longdouble
-where longdouble arrays come in (that is how the tests get an oracle better
-than float64 data). A "channel" is one index along `axis`: for a dense layer
-the paper's activation x^(k) of Algorithm 1, for a convolution the feature map
-of section 3.2, whose values at all positions and in all examples are
-normalized together; `m` is how many values that makes.
+Every line below is one line of the paper. Nothing is fused, reused or rearranged,
+and speed does not matter. Arithmetic is float64, or longdouble for longdouble
+arrays (so the tests have an oracle that is better than float64 data). A "channel"
+is one index along `axis`. For a dense layer it is the paper's activation x^(k) of
+Algorithm 1; for a convolution it is the feature map of section 3.2, whose values at
+all positions and in all examples are normalized together. `m` is the number of
+these values.
 """
 
 from typing import NamedTuple
@@ -24,23 +24,23 @@ class Gradients(NamedTuple):
     residual: np.ndarray
 
 
-# --- What a channel is -----------------------------------------------------
+# --- Channels ---------------------------------------------------------------
 
 
 def real(a):
-    """`a` in float64, or in longdouble if that is what it is."""
+    """`a` in float64, or in longdouble if it is longdouble."""
     a = np.asarray(a)
     return a.astype(np.promote_types(a.dtype, np.float64))
 
 
 def over_channel(sum_or_mean, x, axis):
-    """Sum or mean over everything but the channels: one number a channel."""
+    """Sum or mean over everything except the channels: one number per channel."""
     others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
     return sum_or_mean(x, axis=others)
 
 
 def to_shape(per_channel, x, axis):
-    """One number a channel, shaped so that it broadcasts against x."""
+    """One number per channel, shaped so that it broadcasts against x."""
     shape = [1] * x.ndim
     shape[axis] = -1
     return real(per_channel).reshape(shape)
@@ -71,7 +71,7 @@ def population(batches, axis=1):
 
     Algorithm 2, line 10, has E[x] = E_B[mu_B] and
     Var[x] = m/(m-1) E_B[sigma^2_B]: estimates from equal batches. Here it is
-    the thing that they estimate: all batches are one set of values.
+    the value that they estimate: all batches are one set of values.
     """
     values = np.concatenate([np.moveaxis(real(x), axis, 1) for x in batches])
     m = values_per_channel(values, 1)
@@ -124,7 +124,7 @@ def forward(x, gamma, beta, eps, axis=1, residual=None, activation=None):
 
 
 def inference(x, mean, variance, gamma, beta, eps, axis=1, residual=None, activation=None):
-    """Algorithm 2, line 11: the same map with statistics that are constants."""
+    """Algorithm 2, line 11: the same map with constant statistics."""
     z = before_activation(x, mean, variance, gamma, beta, eps, axis, residual)
     return activate(z, activation)
 
@@ -162,7 +162,7 @@ def backward(dy, x, gamma, beta, eps, axis=1, residual=None, activation=None):
 def inference_backward(
     dy, x, mean, variance, gamma, beta, eps, axis=1, residual=None, activation=None
 ):
-    """The gradient where mean and variance are constants (Algorithm 2)."""
+    """The gradient if mean and variance are constants (Algorithm 2)."""
     z = before_activation(x, mean, variance, gamma, beta, eps, axis, residual)
     x_hat = normalized(x, mean, variance, eps, axis)
     dl_dy = real(dy) * activation_slope(z, activation)
@@ -179,7 +179,7 @@ def inference_backward(
 
 
 def name_and_slope(activation):
-    """("leaky_relu", slope) is spelled out, "leaky_relu" has the usual 0.01."""
+    """("leaky_relu", slope) gives the slope; "leaky_relu" has the usual 0.01."""
     return activation if isinstance(activation, tuple) else (activation, 0.01)
 
 

@@ -1,5 +1,6 @@
-"""What bad input gets: an exception that names the argument, what it was and
-what was expected, before anything is written."""
+"""Bad input: an exception that names the argument, its value and what was
+expected, before anything is written.
+"""
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ import bnfast
 
 
 @each(*ALL)
-def test_good_arguments_are_good(call):
-    """Or else the refusals below would prove nothing."""
+def test_good_arguments_accepted(call):
+    """Otherwise the refusals below would prove nothing."""
     arguments = {k: copied(v) for k, v in call.named.items()}
     positional = [arguments.pop(name) for name in call.given]
     call.function(*positional, **arguments)
@@ -100,7 +101,7 @@ class TestRunningStatistics:
     def test_one_alone(self, call, name):
         call.refuses(ValueError, ("running_mean", "running_var"), **{name: None})
 
-    def test_neither_in_inference(self):
+    def test_none_in_inference(self):
         inference.refuses(
             ValueError, ("running_mean", "running_var"), running_mean=None, running_var=None
         )
@@ -111,7 +112,7 @@ class TestRunningStatistics:
 
     @pytest.mark.parametrize("name", RUNNING)
     @pytest.mark.parametrize("value", [[0.0] * 4, (0.0,) * 4], ids=["list", "tuple"])
-    def test_cannot_be_updated_in_a_list(self, name, value):
+    def test_list_cannot_be_updated(self, name, value):
         """A converted copy would take the update and be lost."""
         training.refuses((TypeError, ValueError), (name,), **{name: value})
 
@@ -234,7 +235,7 @@ class TestOut:
         call.refuses((TypeError, ValueError), ("out", "masked"), out=np.ma.masked_array(X, X > 1))
 
     @each(*FORWARDS, backward)
-    def test_written_over_itself(self, call):
+    def test_out_overlaps_itself(self, call):
         call.refuses(ValueError, ("out", "share memory"), out=zero_stride(X.shape))
 
     @each(*FORWARDS, backward)
@@ -250,17 +251,17 @@ class TestOut:
             call.refuses(ValueError, ("out", "overlaps", name), **{name: one, "out": other})
 
     @each(*FORWARDS, backward)
-    def test_x_the_other_way_round(self, call):
+    def test_reversed_x(self, call):
         """The same memory, but not the same elements in the same places."""
         x = X.copy()
         call.refuses(ValueError, ("out", "overlaps", "x"), x=x, out=x[::-1])
 
     @pytest.mark.parametrize(("call", "name"), PER_CHANNEL, ids=repr)
-    def test_over_a_parameter(self, call, name):
+    def test_out_overlaps_parameter(self, call, name):
         out = np.ones(X.shape, np.float32)
         call.refuses(ValueError, ("overlaps", name), **{name: out[0, 0, :4], "out": out})
 
-    def test_over_the_residual_in_the_backward(self):
+    def test_out_overlaps_residual_in_backward(self):
         r = R.copy()
         backward.refuses(ValueError, ("out", "overlaps", "residual"), residual=r, out=r)
 
@@ -268,7 +269,7 @@ class TestOut:
 class TestTooFewValues:
     @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)], ids=str)
     @pytest.mark.parametrize("call", [forward, training], ids=repr)
-    def test_one_a_channel(self, call, shape):
+    def test_one_value_per_channel_in_training(self, call, shape):
         x = np.ones(shape, np.float32)
         call.refuses(
             ValueError,
@@ -278,7 +279,7 @@ class TestTooFewValues:
             out=poisoned_like(x),
         )
 
-    def test_one_a_channel_is_enough_for_inference(self):
+    def test_one_value_per_channel_in_inference(self):
         x = np.ones((1, 4), np.float32)
         y = bnfast.batch_norm(x, W, B**2, eps=0.5)
         assert y.shape == (1, 4)

@@ -26,7 +26,7 @@ class TestBackward:
         backward.refuses(ValueError, ("stats", 3, 4), stats=other)
 
     def test_stats_of_another_batch(self):
-        """m divides the sums: that of another batch gives silent garbage."""
+        """m divides the sums: another batch's m would silently give wrong gradients."""
         other = bnfast.batch_norm_forward(X[:5], W, B)[1]
         backward.refuses(ValueError, ("stats", 25, 30), stats=other)
 
@@ -60,7 +60,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("name", ["mean", "inv_std"])
     def test_missing_statistics(self, name):
-        """For which the core would take 0 and 1."""
+        """The core would take 0 and 1 for None."""
         backward.refuses(TypeError, (f"stats.{name}", "None"), stats=STATS._replace(**{name: None}))
 
     @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""Objects that raise, or answer with nonsense, whatever they are asked: as every argument there is.
+"""Objects that raise, or give nonsense, when they are used: for every argument.
 
-What is refused is refused by the argument's name, and everything else is as it was; what an object
-raised itself is the cause of it. Iterators and callables of the caller's are another matter: what
-they raise is passed on.
+An error names the argument, and everything else stays unchanged. What the object itself raised is
+the cause. The caller's iterators and callables are different: what they raise is passed on.
 """
 
 import inspect
@@ -20,7 +19,7 @@ STATS = bnfast.batch_norm_forward(X)[1]
 
 
 class Raises:
-    """Raises this from whatever it is asked."""
+    """Raises this exception whenever it is used."""
 
     def __init__(self, error):
         object.__setattr__(self, "error", error)
@@ -39,7 +38,7 @@ class Raises:
 
 
 class OnDevice:
-    """Says where it is, and gives what it was made with."""
+    """States its device, and gives the capsule that it was made with."""
 
     def __init__(self, device, capsule=None):
         self.device, self.capsule = device, capsule
@@ -59,7 +58,7 @@ class Interface:
 
 
 class Answers:
-    """Says this when asked for a number, a truth or an array."""
+    """Gives this answer when asked for a number, a truth value or an array."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -125,11 +124,11 @@ TRUTHS = {"training", "affine", "track_running_stats", "update_stats", "mode", "
 CHOICES = {"activation", "stats", "sums", "moments", "bn", "dtype", "prefix", "state", "forward",
            "progress", "other"}  # fmt: skip
 TARGETS = {"out", "running_mean", "running_var"}
-# Truths and numbers that are no nonsense.
+# Truth values and numbers that are valid.
 GOOD = {
     "training": {"an array of complex", "a complex", "an array of text", "a duration",
                  "an endless integer"},
-    "axis": {"an endless integer"},  # of a layer, until it meets an array
+    "axis": {"an endless integer"},  # for a layer, until it gets an array
     "channels": set(),
 }  # fmt: skip
 
@@ -141,7 +140,7 @@ def trained():
 
 
 def calls():
-    """{name: (function, good arguments)}, made anew for each use."""
+    """{name: (function, good arguments)}, made new for each use."""
     w = np.ones(4, np.float32)
     good = {
         "x": X.copy(), "dy": X + 1, "residual": X * 2, "y": None, "out": np.full_like(X, 7),
@@ -188,7 +187,7 @@ def calls():
 
 def nonsense_for(name):
     if name in TRUTHS:
-        # Of anything Python makes a truth, unless it raises.
+        # Python converts any object to a truth value, unless it raises.
         return {k: make for k, make in NOBODY.items() if k.startswith("raises")} | {
             "an array without truth": NOBODY["an array without truth"],
             "answers text": NOBODY["answers text"],
@@ -211,7 +210,7 @@ def cases():
 
 
 def watched(given):
-    """The bytes of all arrays that are given, those within layers too."""
+    """The bytes of all given arrays, including those in layers."""
     found = {}
     for name, value in given.items():
         if type(value) is np.ndarray:
@@ -237,7 +236,7 @@ def test_is_refused_by_name(call, name, what):
     assert watched({"self": layer}) == before_layer
 
 
-def test_memory_errors_of_others_stay_what_they_are():
+def test_foreign_memory_errors_pass_through():
     class Large:
         def __array__(self, *dtype, **copy):
             raise MemoryError
@@ -250,7 +249,7 @@ def test_memory_errors_of_others_stay_what_they_are():
             bnfast.batch_norm_forward(**options)
 
 
-def test_what_was_raised_is_the_cause():
+def test_foreign_exception_is_the_cause():
     with pytest.raises(TypeError, match="x is an unprintable Raises of type Raises") as caught:
         bnfast.moments(Raises(OSError))
     assert isinstance(caught.value.__cause__, OSError)
@@ -260,7 +259,7 @@ def test_what_was_raised_is_the_cause():
 
 
 class Opinionated(np.ndarray):
-    """A subclass that refuses NumPy's functions, and to be written to or turned."""
+    """A subclass that refuses NumPy's functions, and refuses to be written or transposed."""
 
     def refuse(self, *args, **options):
         raise RuntimeError("not with me")
@@ -270,7 +269,7 @@ class Opinionated(np.ndarray):
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_a_subclass_is_the_array_that_it_is(strided):
+def test_subclass_used_as_plain_array(strided):
     def own(a):
         if strided:
             wide = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
@@ -296,8 +295,8 @@ def test_a_subclass_is_the_array_that_it_is(strided):
     assert np.array_equal(dresidual, dresidual_other)
 
 
-def test_a_row_of_layers_is_looked_at_as_it_comes():
-    """The first that is none ends the search, however long the row."""
+def test_layers_checked_in_order():
+    """The first object that is not a layer ends the search, for any length."""
     endless = as_strided(np.ones(1), (2**50,), (0,))
     with pytest.raises(TypeError, match=r"layers\[0\] is of type float64; expected a BatchNorm"):
         bnfast.recompute_statistics(print, [X], endless)

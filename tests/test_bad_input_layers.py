@@ -13,7 +13,7 @@ import bnfast
 
 
 class TestLayers:
-    """A refused call leaves every statistic, counter and output as it was."""
+    """A refused call changes no statistic, counter or output."""
 
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),
@@ -78,8 +78,8 @@ class TestFrozen:
         return layer.freeze()
 
     @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
-    def test_arrays_stay_as_they_are(self, name):
-        """A read-only array that owns its memory can be made writeable, and any be reshaped."""
+    def test_arrays_cannot_be_changed(self, name):
+        """A read-only array that owns its memory can be made writeable, and any can be reshaped."""
         frozen = self.make()
         y = frozen(X)
         held = getattr(frozen, name)
@@ -96,8 +96,8 @@ class TestFrozen:
         assert bits(frozen(X)) == bits(y)
 
     @pytest.mark.parametrize("name", ["mean", "scale", "shift"])
-    def test_no_array_that_it_gives_leads_to_its_numbers(self, name):
-        """Whatever is done to such an array, to what it is a view of, and so on."""
+    def test_returned_arrays_do_not_expose_memory(self, name):
+        """This holds for such an array, for its base, and so on."""
         frozen, y = self.make(), self.make()(X)
         changes = (
             lambda a: setattr(a, "dtype", np.uint8),
@@ -116,18 +116,18 @@ class TestFrozen:
             assert getattr(frozen, name).shape == (4,)
             assert bits(frozen(X)) == bits(y)
 
-    def test_population_statistics_stay_as_they_are(self):
+    def test_population_statistics_cannot_be_changed(self):
         with pytest.raises(ValueError, match=r"(?i)writeable"):
             POPULATION.mean.flags.writeable = True
 
-    def test_a_second_start(self):
+    def test_second_init_refused(self):
         frozen = self.make()
         with pytest.raises(RuntimeError, match="immutable"):
             frozen.__init__(W, W, W)
 
     @pytest.mark.parametrize("way", range(3))
-    def test_a_second_start_within_the_first(self, way):
-        """From an argument that is asked for its array: the first to be done with them counts."""
+    def test_init_inside_init_refused(self, way):
+        """From an argument whose `__array__` calls it: the first call that completes counts."""
         frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)
 
         class Starting:
@@ -142,7 +142,7 @@ class TestFrozen:
         assert frozen.mean.tolist() == W[:3].tolist()
         assert frozen(X[..., :3]).shape == (6, 4, 3)
 
-    def test_one_that_was_never_started(self):
+    def test_object_without_init(self):
         frozen = bnfast.FrozenBatchNorm.__new__(bnfast.FrozenBatchNorm)
         assert repr(frozen) == "FrozenBatchNorm(never initialised)"
         for use in (

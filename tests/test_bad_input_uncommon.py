@@ -28,7 +28,7 @@ from bnfast import _arrays
 
 
 class TestOptionsThatAreArrays:
-    """Where Python's own message would name no argument."""
+    """Cases where Python's own message would not name the argument."""
 
     @each(forward, training, inference, normalize)
     @pytest.mark.parametrize("value", [np.array([1e-5]), np.array([1e-5, 1e-5])], ids=["1", "2"])
@@ -64,7 +64,7 @@ class TestOptionsThatAreArrays:
         call.function(x, **arguments, eps=np.array(1e-5), axis=np.array(1))
 
 
-class TestTensorsOfOthers:
+class TestForeignTensors:
     def test_a_tensor_on_another_device(self):
         class Elsewhere:
             def __dlpack__(self, **options):
@@ -79,7 +79,7 @@ class TestTensorsOfOthers:
             call.refuses(TypeError, ("residual", "device", "CPU"), residual=Elsewhere())
 
     @each(*ALL)
-    def test_one_that_cannot_say_what_it_is(self, call):
+    def test_array_that_raises(self, call):
         class Broken:
             def __array__(self, *dtype, **copy):
                 raise ValueError("no data")
@@ -114,8 +114,8 @@ class TestTensorsOfOthers:
         with pytest.raises(TypeError, match="out is an unprintable Tall of type Tall"):
             bnfast.batch_norm_forward(np.ones((2, 3)), out=Tall())
 
-    def test_long_double_by_the_name_of_double(self):
-        """As where the two are of one width: its type is another, and no kernel's."""
+    def test_long_double_named_double(self):
+        """As on systems where both have the same width: its type differs, and no kernel has it."""
         dtype = SimpleNamespace(name="float64", char="g", kind="f", type=np.longdouble)
         with pytest.raises(TypeError, match=mentions("x", "expected", "float64")):
             _arrays.check_type("x", SimpleNamespace(dtype=dtype))
@@ -124,8 +124,8 @@ class TestTensorsOfOthers:
 
 
 @each(*ALL)
-def test_a_conversion_that_did_not_help_is_a_defect_and_no_loop(call, monkeypatch):
-    """As it would be asked for again, and again."""
+def test_failed_conversion_raises_instead_of_looping(call, monkeypatch):
+    """Without a check it would be converted again and again."""
 
     class Unconverted(_arrays.Canonical):
         def __init__(self, x, axis, **others):
@@ -136,8 +136,8 @@ def test_a_conversion_that_did_not_help_is_a_defect_and_no_loop(call, monkeypatc
     call.refuses(RuntimeError, ("Canonical", "defect"), x=X[::-1])
 
 
-class TestUncommonPaths:
-    """What must be seen through the copy that other memory orders are converted to."""
+class TestUnusualArrays:
+    """Overlaps that must be found although unusual memory orders are converted to a copy."""
 
     @pytest.mark.parametrize("name", RUNNING)
     @pytest.mark.parametrize("tensor", ["x", "residual", "out"])
@@ -164,8 +164,8 @@ class TestUncommonPaths:
         )
 
     @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
-    def test_running_statistics_inside_another_s_array(self, x):
-        """Seen through the protocol that it is read by."""
+    def test_running_statistics_inside_foreign_array(self, x):
+        """The overlap is found through the protocol that the array is read by."""
         store = np.ones(5, np.float32)
         for name in ("weight", "bias"):
             training.refuses(
@@ -180,7 +180,7 @@ class TestUncommonPaths:
 
     @pytest.mark.parametrize("x", [X, X[::-1]], ids=["common", "strided"])
     def test_running_statistics_without_strides(self, x):
-        """Every channel would be moved, and all in one place."""
+        """All channels would be updated in one place."""
         for name in RUNNING:
             training.refuses(
                 ValueError, (name, "stride 0", "share memory"), x=x, **{name: zero_stride((4,))}
@@ -188,7 +188,7 @@ class TestUncommonPaths:
 
     @pytest.mark.parametrize(("call", "name"), PER_CHANNEL, ids=repr)
     def test_parameter_inside_a_strided_out(self, call, name):
-        """It is written at the end, from a copy: the parameter would be read in time and lost."""
+        """It is written at the end, from a copy: the parameter would be read in time, then lost."""
         store = np.ones((6, 4, 10), np.float32)
         call.refuses(
             ValueError,
@@ -208,7 +208,7 @@ class TestUncommonPaths:
         )
 
     def test_statistics_of_one_alone(self):
-        """running_mean None and running_var given is refused, in layers as well."""
+        """running_mean None with a running_var is refused, in layers as well."""
         for given in (None, X[::-1]):
             layer = bnfast.BatchNorm(4)
             layer.running_mean = None
@@ -218,7 +218,7 @@ class TestUncommonPaths:
             assert layer.num_batches_tracked == 0
 
     @pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)], ids=str)
-    def test_one_value_a_channel(self, shape):
+    def test_one_value_per_channel(self, shape):
         x = np.ones((*shape[:-1], 2 * shape[-1]), np.float32)[..., ::2]
         for call in (forward, training):
             call.refuses(
@@ -239,8 +239,8 @@ class TestUncommonPaths:
 
 @pytest.mark.parametrize("shape", [(0, 2**58), (0, 2**61 - 1), (0, 2**40, 3)], ids=str)
 @pytest.mark.parametrize("arrange", [lambda x: x, lambda x: x[::-1]], ids=["common", "strided"])
-def test_more_channels_than_memory_can_count(shape, arrange):
-    """Only an array of no values can have them."""
+def test_too_many_channels(shape, arrange):
+    """Only an array without values can have so many."""
     x = arrange(np.empty(shape, np.float32))
     ones = np.broadcast_to(np.float32(1), shape[1:2])
     for call in (

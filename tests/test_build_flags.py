@@ -1,4 +1,4 @@
-"""CFLAGS that are undone: arithmetic that is not IEEE 754's, another set's instructions."""
+"""CFLAGS that are undone: arithmetic other than IEEE 754's, another set's instructions."""
 
 import os
 import shutil
@@ -22,8 +22,8 @@ HOSTILE = (
     "-fsingle-precision-constant -ffp-contract=fast -march=native"
 )
 
-# What each set makes of data with NaN, infinities, denormals and signed zeros, and what a build
-# that takes NaN for impossible would accept.
+# The results of each set for data with NaN, infinities, denormals and signed zeros, and input that
+# a build that assumes there is no NaN would accept.
 ANSWERS = """
 import hashlib
 import numpy as np
@@ -78,7 +78,7 @@ def answers(folder=None):
 
 
 def build(tmp_path, cflags):
-    """An extension of this tree under these CFLAGS, and a folder to import it from."""
+    """Build an extension of this tree with these CFLAGS; return a folder to import it from."""
     copy = tmp_path / "copy"
     ignored = shutil.ignore_patterns("*.so", "build", "_core.c", "__pycache__")
     for name in ("bnfast", "src"):
@@ -95,7 +95,7 @@ def build(tmp_path, cflags):
     return tmp_path / "built"
 
 
-def test_flags_that_relax_arithmetic_change_nothing(tmp_path):
+def test_relaxed_arithmetic_flags_change_nothing(tmp_path):
     want = answers()
     assert want
     assert answers(build(tmp_path, HOSTILE)) == want

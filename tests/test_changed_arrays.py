@@ -1,9 +1,9 @@
 """Arrays that change while a call reads its arguments.
 
-Options and arrays may be objects whose `__float__`, `__index__` or `__array__` is anybody's code,
-and finalizers and signal handlers run anywhere in Python. Whatever such code does to the arrays of
-the call, they are looked at after it: the call answers for them as they are then, or is refused.
-All of it runs in Pythons of their own, since a mistake here is a crash.
+Options and arrays may be objects whose `__float__`, `__index__` or `__array__` runs any code, and
+finalizers and signal handlers run anywhere in Python. Such code may change the arrays of the call.
+The call checks them after it: it uses them as they are then, or is refused. All tests run in
+separate Pythons, since a mistake here is a crash.
 """
 
 import gc
@@ -20,14 +20,14 @@ from processes import run_alone
 
 import bnfast
 
-# More than a kilobyte each: NumPy keeps smaller blocks, where what was freed could be read on.
+# More than a kilobyte each: NumPy keeps smaller blocks, in which freed data could still be read.
 P = make_problem((6, 300, 5), residual=True)
 STATS = bnfast.batch_norm_forward(P.x)[1]
 WRITTEN = ("out", "running_mean", "running_var", "counter")
 REFUSALS = (TypeError, ValueError, RuntimeError)
 
 
-# --- What is done to an array
+# --- Changes of an array
 
 
 def smaller(a):
@@ -88,7 +88,7 @@ CHANGES = (smaller, empty, longer, moved, in_bytes, in_halves, of_integers, swap
            one_place, read_only, other_memory)  # fmt: skip
 
 
-# --- Calls of arrays and options, all of them by name
+# --- Calls with arrays and options, all given by name
 
 
 class Sub(np.ndarray):
@@ -201,7 +201,7 @@ CALLS = {
 
 
 class Asked:
-    """Runs this once, when asked what it is: the first time, or a later one."""
+    """Runs this action once, when it is asked for its value: the first time, or a later one."""
 
     def __init__(self, value, action, times=1):
         self.value, self.action, self.times = value, action, times
@@ -216,20 +216,20 @@ class Asked:
 
 
 def may_be_any_object(name):
-    """Whether an argument is read through its methods; what is written to has to be an array."""
+    """Whether an argument is read through its methods. Written arguments must be arrays."""
     return name not in WRITTEN
 
 
-# --- What must come of it
+# --- Expected results
 
 
 def digest(a):
-    """An array's bits, short enough for an assertion's message."""
+    """A hash of an array's bits, short enough for an assertion's message."""
     return hashlib.sha256(bits(a)).hexdigest()[:16]
 
 
 def refusal_of(function, given):
-    """The exception a call is refused with; None if it is answered."""
+    """The exception that refuses a call; None if it is accepted."""
     try:
         function(**given)
     except REFUSALS as refusal:
@@ -238,7 +238,7 @@ def refusal_of(function, given):
 
 
 def outcome(function, given):
-    """What a call returned, with what it wrote; or the refusal that it raised."""
+    """What a call returned and wrote, or the exception that refused it."""
     try:
         found = function(**given)
     except REFUSALS as refusal:
@@ -257,7 +257,7 @@ def copy_of(value):
 
 
 def judge(what, got, want, given, after):
-    """As with the arrays as they are after the change, or refused, nothing having moved."""
+    """The result is that of the changed arrays, or the call is refused and nothing changed."""
     if isinstance(got, Exception):
         for name in WRITTEN[1:]:
             assert name not in given or bits(given[name]) == bits(after[name]), (*what, name, got)
@@ -266,7 +266,7 @@ def judge(what, got, want, given, after):
 
 
 def attack(call):
-    """Change each array from each argument that runs Python, and look what comes of it."""
+    """Change each array from each argument that runs Python, and check the result."""
     warnings.simplefilter("ignore", DeprecationWarning)
     function, names = CALLS[call]
     for way in filter(may_be_any_object, names):
@@ -277,7 +277,7 @@ def attack(call):
                 after = {}
 
                 def act(given=given, after=after, target=target, change=change):
-                    with suppress(ValueError):  # NumPy's, where it does not change such an array
+                    with suppress(ValueError):  # raised by NumPy if such an array cannot be changed
                         change(given[target])
                     after.update({name: copy_of(value) for name, value in given.items()})
 
@@ -288,11 +288,11 @@ def attack(call):
                 judge((call, way, target, change.__name__), got, want, given, after)
 
 
-# --- Whatever runs anywhere: finalizers, signal handlers, trace functions
+# --- Code that runs anywhere: finalizers, signal handlers, trace functions
 
 
 class Meanwhile:
-    """Runs this at the nth of all places where others' code may: at a line or a collection."""
+    """Runs this at the nth place where others' code may run: a line or a collection."""
 
     def __init__(self, n, action=lambda: None):
         self.n, self.action, self.places = n, action, 0
@@ -354,7 +354,7 @@ def channels_last(a):
     return (np.moveaxis(store, -1, 1) if a.ndim > 2 else store), store
 
 
-# How the arrays are given: (array, the one that has its memory).
+# How the arrays are given: (array, the array that owns its memory).
 KINDS = {
     "plain": lambda a: (a, a), "view": view_of_more, "subclass": subclass,
     "view of a subclass": view_of_subclass, "memoryview": lambda a: (memoryview(a), a),
@@ -364,7 +364,7 @@ KINDS = {
 
 
 def arranged(kind, names):
-    """The arguments of a call, and what has the memory of each."""
+    """The arguments of a call, and the owner of each one's memory."""
     values, given, owners = arrays() | OPTIONS, {}, {}
     for name in names:
         given[name] = value = values[name]
@@ -377,7 +377,7 @@ def arranged(kind, names):
 
 
 def attack_meanwhile(kind, cases):
-    """Change arrays of each call at places taken at random, the same ones each time."""
+    """Change arrays of each call at random places, the same ones each time."""
     warnings.simplefilter("ignore", DeprecationWarning)
     for call in CALLS:
         attack_at_random(call, kind, cases)
@@ -408,11 +408,11 @@ def attack_at_random(call, kind, cases):
                 assert name == target or bits(given[name]) == before, what
 
 
-# --- Memory that is gone once it has been found
+# --- Memory that is freed after it was found
 
 
 def attack_tensor(kind):
-    """Give the memory of x away by way of the residual, which is asked for its array after it."""
+    """Free the memory of x when the residual is asked for its array, which is after x."""
     function, names = CALLS["scale_shift"]
     given, owners = arranged(kind, names)
     given["residual"] = Asked(P.residual, lambda: empty(owners["x"]))
@@ -425,7 +425,7 @@ def attack_statistics(kind):
 
 
 def attack_statistic(kind, target):
-    """Give that of a statistic away by way of the weight, when only Python still asks for it."""
+    """Free a statistic's memory when the weight is read, when only Python refers to the memory."""
     function, names = CALLS["layer_in_training"]
     given, owners = arranged(kind, names)
     given["weight"] = Asked(P.weight.copy(), lambda: empty(owners[target]), times=2)
@@ -441,15 +441,15 @@ def test_an_argument_changes_another(call):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_anything_changes_an_array_at_any_time(kind):
+def test_array_changed_at_any_time(kind):
     run_alone(attack_meanwhile, kind, 60)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tensor_whose_memory_is_gone(kind):
+def test_tensor_with_freed_memory(kind):
     run_alone(attack_tensor, kind)
 
 
 @pytest.mark.parametrize("kind", ["view", "subclass", "view of a subclass"])
-def test_a_statistic_whose_memory_is_gone(kind):
+def test_statistic_with_freed_memory(kind):
     run_alone(attack_statistics, kind)

@@ -1,6 +1,6 @@
-"""Which kernel ran: counters say so, and peak memory says what was not copied.
+"""Counters show which kernel ran, and peak memory shows what was not copied.
 
-A library that falls back in silence passes every test of equality.
+A library that silently falls back to other kernels passes every test of equality.
 """
 
 from functools import partial
@@ -46,7 +46,7 @@ def trained_layer(p):
     return layer
 
 
-# What a user types, and the direction that it should count as: each takes a
+# Calls as a user writes them, and the direction that each should count as. Each takes a
 # problem, prepares, and returns the call that counts.
 CALLS = {
     "moments": ("moments", lambda p: partial(bnfast.moments, p.x, axis=p.axis)),
@@ -123,7 +123,7 @@ def test_why_a_set_is_in_use(isa, pinned, runnable, why, monkeypatch):
 
 
 class TestShowConfig:
-    """What it says of the kernels is what runs, and not what is best."""
+    """It must report the kernels that run, not the best ones."""
 
     def kernels(self, capsys):
         bnfast.show_config()
@@ -142,7 +142,7 @@ class TestShowConfig:
         bnfast.moments(np.ones((3, 2)))
         assert [key[3] for key in dispatches()] == [isa]
 
-    def test_of_a_pinned_one(self, isa, monkeypatch, capsys):
+    def test_pinned_instruction_set(self, isa, monkeypatch, capsys):
         monkeypatch.setenv("BNFAST_ISA", isa)
         assert self.kernels(capsys) == f"{isa} (pinned by BNFAST_ISA)"
 
@@ -204,7 +204,7 @@ def test_shape_and_axis_pick_the_layout(shape, axis, layout, dispatches):
     assert list(dispatches()) == [("moments", "float32", layout, _core.isa(), "plain")]
 
 
-def test_counters_start_and_end_at_nothing():
+def test_counters_start_and_end_at_zero():
     _core.reset_dispatches()
     assert _core.dispatches() == {}
     bnfast.moments(np.ones((2, 3)))
@@ -219,10 +219,10 @@ BIG = (16, 32, 32, 32)  # 2 MB of float32
 LITTLE = 256 * 1024
 
 
-class TestNothingIsCopied:
+class TestNoCopies:
     @pytest.mark.parametrize("dtype", [np.float32, *HALVES])
     @pytest.mark.parametrize("order", CONTIGUOUS_ORDERS)
-    def test_of_a_contiguous_order(self, order, dtype):
+    def test_contiguous_orders_are_not_copied(self, order, dtype):
         arrange, _ = CONTIGUOUS_ORDERS[order]
         p = make_problem(BIG, dtype, arrange=arrange, activation="relu", residual=True)
         y, dx = np.empty_like(p.x), np.empty_like(p.x)
@@ -247,12 +247,12 @@ class TestNothingIsCopied:
         ):
             assert peak(call) < LITTLE
 
-    def test_but_a_fresh_result_is_one_array(self):
+    def test_fresh_result_takes_one_array(self):
         p = make_problem(BIG)
         grown = peak(lambda: bnfast.scale_shift(p.x, p.weight, p.bias))
         assert grown < p.x.nbytes + LITTLE
 
-    def test_and_what_needs_is_not_asked_for_costs_no_array(self):
+    def test_unneeded_gradients_take_no_array(self):
         p = make_problem(BIG, residual=True)
         _, stats = bnfast.batch_norm_forward(p.x)
         assert (
@@ -260,12 +260,12 @@ class TestNothingIsCopied:
             < LITTLE
         )
 
-    def test_the_measure_sees_a_copy(self):
+    def test_measurement_detects_a_copy(self):
         x = make_problem(BIG, arrange=with_gaps).x
         assert peak(lambda: np.ascontiguousarray(x)) >= x.nbytes
 
 
-class TestNumpyCopiesNothingUnderASlice:
+class TestSlicesAreNotCopied:
     """A slice of the batch is contiguous, and so is a reshape."""
 
     def test_slices_of_the_batch(self, dispatches):

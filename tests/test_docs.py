@@ -1,6 +1,7 @@
-"""Every example of the pages and the README runs, and prints what the page says it does."""
+"""Every example of the pages and the README runs, and prints what the page shows."""
 
 import doctest
+import importlib
 import re
 import sys
 from contextlib import contextmanager
@@ -13,15 +14,15 @@ import pytest
 import bnfast
 
 ROOT = Path(__file__).resolve().parents[1]
-# Run by the tests of what they are about, with files and processes that they need.
+# Run by the tests of their subjects, which have the files and processes that they need.
 ELSEWHERE = {"checkpoints.md", "distributed.md", "onnx.md"}
 PAGES = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name not in ELSEWHERE),
 ]
-# Blocks called py are shown only.
+# Blocks marked py are only shown.
 BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# A page, or the rest of one, may need a peer: a MyST comment, which readers do not see.
+# A page, or the rest of one, may need another package: a MyST comment, which readers do not see.
 REQUIRES = re.compile(r"^% requires: (.+)$", re.MULTILINE)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not run from a source tree")
@@ -35,7 +36,7 @@ def blocks(text):
 def run(page, text):
     """Run a page's examples in one namespace; return what went wrong."""
     said = []
-    main = ModuleType("__main__")  # torch.compile looks names up where a reader's would be
+    main = ModuleType("__main__")  # torch.compile looks names up where a reader's program has them
     names = vars(main)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for language, code, line in blocks(text):
@@ -67,13 +68,13 @@ def test_examples(page):
         pytest.skip("no examples")
     for name in re.findall(r"[\w.]+", " ".join(REQUIRES.findall(text))):
         pytest.importorskip(name)
-    if "bnfast.torch" in sys.modules:  # a page's reader has a process of their own
+    if "bnfast.torch" in sys.modules:  # a reader of the page has a new process
         sys.modules["bnfast.torch"].process._aten.forget_counts()
     with np.errstate(all="warn"):
         assert run(page, text) == ""
 
 
-def test_wrong_output_and_errors_are_noticed():
+def test_wrong_output_and_errors_are_reported():
     page = Path("page.md")
     assert "Expected:\n    3" in run(page, "```pycon\n>>> 1 + 1\n3\n```\n")
     assert "ZeroDivisionError" in run(page, "```pycon\n>>> 1 / 0\n```\n")
@@ -81,15 +82,30 @@ def test_wrong_output_and_errors_are_noticed():
 
 
 def test_pages_with_examples_are_found():
-    """Or the tests above would pass on a folder of another layout."""
+    """Otherwise the tests above would pass on a folder with another layout."""
     found = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))]
     assert len(found) > 8
+
+
+@pytest.mark.parametrize(("module", "peer"), [("bnfast", "numpy"), ("bnfast.torch", "torch")])
+def test_docstring_examples(module, peer):
+    """The Examples sections of public objects run and print what they show."""
+    pytest.importorskip(peer)
+    public = importlib.import_module(module)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    printed, ran = [], 0
+    for name in public.__all__:
+        for test in finder.find(getattr(public, name), f"{module}.{name}", globs={}):
+            ran += len(test.examples)
+            runner.run(test, out=printed.append)
+    assert ran
+    assert "".join(printed) == ""
 
 
 @pytest.mark.parametrize(
     ("column", "name"), [(0, "PYTORCH"), (1, "KERAS"), (2, "ONNX"), (3, "FLAX")]
 )
-def test_the_table_of_conventions_is_that_of_the_package(column, name):
+def test_table_of_conventions(column, name):
     lines = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8").splitlines()
     rows = {}
     for line in lines:
@@ -101,7 +117,7 @@ def test_the_table_of_conventions_is_that_of_the_package(column, name):
     assert float(rows["`momentum` in bnfast"][column]) == convention["momentum"]
     assert float(rows["`ddof` in bnfast"][column]) == convention["ddof"]
     assert float(rows["channel axis"][column]) == convention["axis"]
-    # And the rows that use a framework's own words agree with those in ours.
+    # The rows in a framework's own words must agree with those in ours.
     of_new, of_old = "`(1-m)·old + m·batch`", "`m·old + (1-m)·batch`"
     own = float(rows["default `m` or `a`"][column])
     weight_of_batch = {of_new: own, of_old: 1 - own}[rows["new running value"][column]]

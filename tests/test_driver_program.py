@@ -1,6 +1,6 @@
 """Whole calls in a C program, without Python: src/driver.c and src/threads.c.
 
-`kernels/run_calls.c` makes each call in every way that may not change a bit (threads, callers at
+`kernels/run_calls.c` makes each call in every way that must not change a bit (threads, callers at
 the same time, caches, floating-point environments, a fork from C) and prints a hash of all results.
 """
 
@@ -30,7 +30,7 @@ def hashes(native):
 
 
 def broken(right, wrong, folder):
-    """The sources of a driver that has `wrong` in the place of `right`."""
+    """Return the sources of a driver with `wrong` in place of `right`."""
     path = program.ROOT / "src/driver.c"
     source = path.read_text("utf-8")
     assert source.count(right) == 1
@@ -47,16 +47,16 @@ def test_sets_agree_to_the_bit(hashes):
 
 @targets.needs_valgrind
 class TestValgrind:
-    """On one set: `test_kernel_program` has every set's kernels under valgrind."""
+    """On one set: `test_kernel_program` runs every set's kernels under valgrind."""
 
-    # OpenMP's own memory for its threads is still there at the end.
+    # OpenMP's own memory for its threads is not freed at the end.
     COMMAND = (*targets.VALGRIND, "--errors-for-leak-kinds=definite", "--fair-sched=yes")
 
-    def test_sees_no_error(self, native, hashes):
+    def test_finds_no_error(self, native, hashes):
         isa = [isa for isa in hashes if isa in targets.KNOWN_TO_VALGRIND][-1]
         assert program.run(*self.COMMAND, native, isa) == hashes[isa]
 
-    def test_sees_an_error_that_is_there(self, tmp_path):
+    def test_finds_an_error(self, tmp_path):
         jobs = broken("{ free(call->memory); }", "{ (void)call; }", tmp_path)
         found = program.build(tmp_path, jobs=jobs, name="run_calls")
         isa = [isa for isa in program.run(found).split() if isa in targets.KNOWN_TO_VALGRIND][-1]
@@ -75,7 +75,7 @@ def test_aarch64_has_the_bits_of_other_fma_sets(isa, hashes, tmp_path):
 
 @targets.needs_thread_sanitizer
 class TestThreadSanitizer:
-    """By clang and its OpenMP, whose tool Archer says what waits for what; gcc's does not."""
+    """With clang's OpenMP: its tool Archer reports which thread waits for which; gcc has none."""
 
     @staticmethod
     def build(folder, jobs=None):
@@ -91,11 +91,11 @@ class TestThreadSanitizer:
         }
         return program.run(*command, env=os.environ | environ)
 
-    def test_sees_no_race(self, hashes, tmp_path):
+    def test_finds_no_race(self, hashes, tmp_path):
         isa = [*hashes][-1]
         assert self.run(self.build(tmp_path), isa) == hashes[isa]
 
-    def test_sees_a_race_that_is_there(self, hashes, tmp_path):
+    def test_finds_a_race(self, hashes, tmp_path):
         """With all blocks of a call in one slot."""
         jobs = broken(
             "row = block * call->shape.channels;\n    call->kernels->moments",

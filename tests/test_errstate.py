@@ -1,7 +1,7 @@
-"""What NumPy does about floating-point errors, `np.errstate`, is the caller's and decides nothing.
+"""The caller's `np.errstate` must not change results.
 
-Numbers at the ends of their types overflow, underflow, divide by zero and make NaN on the way; the
-results are the same where the caller has asked for exceptions, and come without a warning.
+Numbers at the limits of their types overflow, underflow, divide by zero and make NaN in between.
+The results are the same if the caller has asked for exceptions, and come without a warning.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ CHANNELS = 8
 
 
 class Numbers:
-    """Random arrays with the ends of their types, infinities and NaN among the values."""
+    """Random arrays that include the limits of their types, infinities and NaN."""
 
     def __init__(self, dtype):
         self.rng = np.random.default_rng(20150304)
@@ -46,7 +46,7 @@ class Numbers:
         return layer
 
 
-# ---- calls: generators of what they return
+# ---- calls: generators of their results
 
 
 def batch_norm(numbers):
@@ -63,7 +63,7 @@ def normalize(numbers):
         mean, var, weight, bias = numbers.parameters(kept)
         yield bnfast.normalize(x, mean, var, weight, bias, eps=0)
         yield bnfast.scale_shift(x, weight, bias, residual=x)
-        # In no common order of memory, as lists and with bytes swapped.
+        # In unusual memory orders, as lists and with swapped bytes.
         yield bnfast.normalize(x[:, ::-1], mean[::-1].tolist(), var[::-1], weight.astype(">f8"))
 
 
@@ -152,7 +152,7 @@ def listed(result):
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("call", CALLS)
-def test_results_do_not_depend_on_it(call, dtype):
+def test_results_independent_of_errstate(call, dtype):
     want = arrays_of(call, dtype, "ignore")
     assert not all(np.isfinite(a).all() for a in want)
     for state in ("raise", "warn"):

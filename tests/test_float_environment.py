@@ -1,4 +1,4 @@
-"""The floating-point environment of the calling thread changes no bit of a result, and stays."""
+"""The calling thread's floating-point environment changes no bit of a result, and is restored."""
 
 import ctypes
 import ctypes.util
@@ -7,7 +7,7 @@ import platform
 import pytest
 from processes import run_python
 
-# fenv.h's numbers, which are the processor's.
+# fenv.h's numbers, which depend on the processor.
 UPWARD = {"x86_64": 0x800, "aarch64": 0x400000}.get(platform.machine())
 
 needs_fenv = pytest.mark.skipif(
@@ -80,8 +80,8 @@ print(found == want, flushes)
 
 
 @needs_fenv
-def test_workers_keep_their_own():
-    """Those of the pool that OpenMP's other users share."""
+def test_openmp_threads_keep_their_environment():
+    """The threads of the pool that OpenMP's other users share."""
     code = (
         CALLS
         + f"""

@@ -1,4 +1,4 @@
-"""Forked processes: right, in time, and on one thread where OpenMP's threads may have been lost."""
+"""Forked processes: correct, in time, and on one thread if OpenMP's threads may have been lost."""
 
 import importlib.util
 import json
@@ -112,7 +112,7 @@ int run(void)
 
 @pytest.fixture(scope="module")
 def other_user(tmp_path_factory):
-    """A library that runs a parallel region of OpenMP's."""
+    """A library that runs a parallel region of OpenMP."""
     if shutil.which("cc") is None:
         pytest.skip("no cc on this machine")
     if not any("libgomp" in path for path in _config._openmp_runtimes()):
@@ -131,7 +131,7 @@ def test_another_user_of_the_runtime_ran_before_the_fork(other_user):
     assert parent[0] == 2
 
 
-def test_another_user_that_did_not_run_is_no_matter(other_user):
+def test_other_user_that_did_not_run_has_no_effect(other_user):
     child, parent = fork(f"{other_user}")
     assert child == parent
     assert parent[0] == 2
@@ -168,20 +168,20 @@ def import_in_child(before_fork, in_child=""):
     return [list(map(int, line.split())) for line in done.stdout.splitlines()]
 
 
-def test_a_child_that_imports_after_another_user_ran_in_its_parent(other_user):
+def test_child_imports_after_other_user_ran_in_parent(other_user):
     child, parent = import_in_child(f"assert {other_user}.run() == 2")
     assert child == [1, parent[1]]
     assert parent[0] == 2
 
 
-def test_a_child_that_imports_in_another_thread(other_user):
-    """Whose memory is not that of the thread that lost its pool."""
+def test_child_imports_in_another_thread(other_user):
+    """The memory of that thread is not that of the thread that lost its pool."""
     there = "t = threading.Thread(target=__import__, args=('bnfast',)); t.start(); t.join()"
     child, parent = import_in_child(f"assert {other_user}.run() == 2", there)
     assert child == [1, parent[1]]
 
 
-def test_a_child_that_imports_after_nobody_ran_uses_its_threads():
+def test_child_imports_after_no_parallel_run_uses_threads():
     child, parent = import_in_child("")
     assert child == parent
     assert parent[0] == 2
@@ -198,7 +198,7 @@ def test_a_fork_from_c():
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the number is x86-64's")
 def test_a_fork_by_system_call():
-    """Which runs no handlers of the C library's either."""
+    """It runs no handlers of the C library either."""
     number = 57
     child, parent = fork(
         "bnfast.batch_norm_forward(x)", fork=f"(lambda: ctypes.PyDLL(None).syscall({number}))"
@@ -207,11 +207,11 @@ def test_a_fork_by_system_call():
     assert parent[0] == 2
 
 
-# ---- what another thread may hold at a fork
+# ---- locks that another thread may hold at a fork
 
 
 def test_calls_import_nothing():
-    """A child whose parent had another thread in an import would wait for it for ever."""
+    """If another thread of the parent was in an import, the child would wait for it forever."""
     code = """
 import sys
 import numpy as np, bnfast

@@ -1,4 +1,4 @@
-"""batch_norm_backward against the paper's equations and finite differences."""
+"""batch_norm_backward compared with the paper's equations and finite differences."""
 
 from itertools import combinations
 
@@ -100,8 +100,9 @@ def test_fused_sizes_around_every_edge(isa, dtype):
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestMask:
     def test_from_y_is_that_from_the_residual(self, isa, dtype, activation, shape):
-        """The forward's output and the recomputed one are the same bits, and so
-        are the two masks: even right at a kink."""
+        """The forward's output and the recomputed one are the same bits, and so are the two masks,
+        even directly at a kink.
+        """
         p = make_problem(shape, dtype, activation=activation, residual=True)
         y, stats = forward(p)
         recomputed = backward(p, stats)
@@ -112,8 +113,9 @@ class TestMask:
             assert bits(a) == bits(b) == bits(c)
 
     def test_follows_the_forward(self, isa, dtype, activation, shape):
-        """Without tolerance at kinks: g' is 1 exactly where the forward's own
-        pre-activation was between them."""
+        """Without tolerance at kinks: g' is 1 exactly where the forward's own pre-activation was
+        between them.
+        """
         p = make_problem(shape, dtype, activation=activation, residual=True)
         z, stats = forward(p.replace(activation=None))
         slope = reference.activation_slope(z.astype(np.float64), activation)
@@ -126,9 +128,10 @@ class TestMask:
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mask_recomputed_where_rounding_decides(isa, dtype, activation, shape):
-    """A bias that cancels one of x's few values leaves the product's rounding
-    error as the pre-activation, of either sign or 0: forward and backward must
-    see the same one. Sums of small integers are exact, and so count the sides."""
+    """A bias that cancels one of x's few values leaves the product's rounding error as the
+    pre-activation, of either sign or 0. Forward and backward must compute the same one. Sums of
+    small integers are exact, so they count the sides.
+    """
     p = make_problem(shape, dtype)
     p = p.replace(x=np.round(2 * p.x) / 2, bias=0 * p.bias, dy=np.ones_like(p.dy))
     z, stats = forward(p)
@@ -143,7 +146,7 @@ def test_mask_recomputed_where_rounding_decides(isa, dtype, activation, shape):
 
 
 class TestKinks:
-    """PyTorch's: 0 for relu (at 0) and relu6 (at 0 and 6), the slope for leaky_relu."""
+    """PyTorch's choice: 0 for relu (at 0) and relu6 (at 0 and 6), the slope for leaky_relu."""
 
     @pytest.mark.parametrize("fused", [False, True], ids=["", "residual"])
     @pytest.mark.parametrize(
@@ -218,7 +221,7 @@ def test_any_axis(axis):
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("of_batch", [True, False], ids=["batch", "constants"])
 def test_every_combination_of_needs(shape, residual, activation, of_batch):
-    """What is asked for has the bits it has in company; the rest is None."""
+    """A requested gradient has the same bits alone and with others; the rest is None."""
     p = make_problem(shape, activation=activation, residual=residual)
     _, stats = forward(p)
     if not of_batch:
@@ -322,8 +325,8 @@ def loss(p, stats, of_batch):
 
 
 def check_derivative(p, stats, name, gradient, of_batch, rng, h=2.0**-17):
-    """Along a random direction. Truncation is c h^2, and the difference between
-    steps h and 2 h is 3 c h^2; rounding is that of two losses over 2 h, where
+    """Compare along a random direction. Truncation is c h^2, and the difference between
+    steps h and 2 h is 3 c h^2. Rounding is that of two losses over 2 h, where
     the sum of n terms adds gamma(n) of their magnitudes to the forward's error.
     """
     direction = rng.standard_normal(gradient.shape)

@@ -1,4 +1,4 @@
-"""batch_norm_forward, batch_norm, normalize and scale_shift against the paper."""
+"""batch_norm_forward, batch_norm, normalize and scale_shift compared with the paper."""
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ class TestMemoryOrders:
         assert bnfast.batch_norm_forward(p.x, p.weight, p.bias)[0].flags.writeable
 
     def test_axes_of_length_one(self, dtype, order):
-        """Whose strides mean nothing."""
+        """Their strides have no meaning."""
         for shape in ((4, 5, 1, 7), (4, 5, 7, 1), (1, 5, 3, 7), (4, 1, 3, 7), (4, 5, 1, 1)):
             check_forward(make_problem(shape, dtype, arrange=ALL_ORDERS[order]))
 
@@ -164,7 +164,7 @@ def test_gaps_around_out_stay_untouched():
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_broadcast_x(axis):
-    """Strides of 0 along one axis: every value is there many times."""
+    """Strides of 0 along one axis: every value occurs many times."""
     p = make_problem(PLANAR)
     shape = tuple(1 if i == axis else n for i, n in enumerate(PLANAR))
     check_forward(p.replace(x=np.broadcast_to(p.x[tuple(map(slice, shape))], PLANAR)))
@@ -178,7 +178,7 @@ def test_any_axis(axis, arrange):
 
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2, 1), (1, 2, 3), (2, 1), (1, 1, 2), (2, 3, 1, 1)])
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
-def test_the_least_of_everything(isa, dtype, shape):
+def test_smallest_sizes(isa, dtype, shape):
     check_forward(make_problem(shape, dtype))
 
 
@@ -206,8 +206,7 @@ class TestWeights:
     @pytest.mark.parametrize("data", EVERY_DTYPE)
     @pytest.mark.parametrize("other", DTYPES)
     def test_of_the_other_type(self, data, other):
-        """Coefficients are combined in float64, so that a type that holds the
-        same values gives the same bits."""
+        """Coefficients are combined in float64: types with the same values give the same bits."""
         p = make_problem(PLANAR, data)
         p = p.replace(weight=p.weight.astype(np.float32), bias=p.bias.astype(np.float32))
         y, _ = bnfast.batch_norm_forward(p.x, p.weight, p.bias)
@@ -273,7 +272,7 @@ class TestRunningStatistics:
         check_inference(p, bnfast.batch_norm(p.x, mean, var, p.weight, p.bias), mean, var)
 
     def test_overflowing_float32_hold_infinity(self):
-        """The batch's variance is 4e76; PyTorch's running_var has inf as well."""
+        """The batch's variance is 4e76; PyTorch's running_var also has inf."""
         x = np.float32([[2e38], [-2e38]])
         mean, var = np.zeros(1, np.float32), np.ones(1, np.float32)
         y = bnfast.batch_norm(x, mean, var, training=True)
@@ -282,7 +281,7 @@ class TestRunningStatistics:
 
 
 def test_population_of_float64_beside_float32_data(rng):
-    """normalize keeps a float64 mean: mean 1e6 loses nothing."""
+    """normalize keeps a float64 mean: a mean of 1e6 loses nothing."""
     p = make_problem(PLANAR)
     mean = rng.standard_normal(5) + 1e6
     var = rng.uniform(0.5, 2, 5)
@@ -340,7 +339,7 @@ def test_empty_batches(dtype, shape, dispatches):
 
 
 class TestConversions:
-    """What is not an aligned native array is converted, not refused."""
+    """An array that is not aligned or native is converted, not refused."""
 
     @pytest.mark.parametrize(
         "convert",
@@ -365,7 +364,7 @@ class TestConversions:
         assert bits(y) == bits(forward(p)[0])
 
     def test_of_out(self):
-        """A target of another byte order or no alignment is filled right."""
+        """An output with another byte order or without alignment is filled correctly."""
         p = make_problem(PLANAR, np.float64)
         want, _ = forward(p)
         for out in (np.empty(PLANAR, ">f8"), at_offset(3)(poisoned_like(p.x))):

@@ -1,6 +1,6 @@
-"""Calls that nobody thought of (hypothesis): good ones against the reference, bad ones refused.
+"""Random calls (hypothesis): good ones are compared with the reference, bad ones are refused.
 
-HYPOTHESIS_PROFILE=long searches for hours what the default looks at for seconds.
+The default searches for seconds, HYPOTHESIS_PROFILE=long for hours.
 """
 
 import copy
@@ -41,13 +41,13 @@ from tolerance import (
 
 import bnfast
 
-# The profile's own number, and more of what takes microseconds.
+# The profile's own number of examples, and more for calls that take microseconds.
 MANY = settings(max_examples=10 * settings.default.max_examples)
 
 seeds = st.integers(0, 2**32 - 1)
 kept_dtypes = st.sampled_from(DTYPES)  # of parameters and running statistics
 dtypes = st.sampled_from([*DTYPES, np.float16, *([] if bfloat16 is None else [bfloat16])])
-# Beside what people choose, the ends of what makes a scale that float32 holds.
+# Usual values, and the limits for a scale that float32 can hold.
 epsilons = st.one_of(st.floats(1e-12, 10), st.sampled_from([1e-30, 1e30]))
 activations = st.one_of(
     st.sampled_from(ACTIVATIONS),
@@ -57,7 +57,7 @@ activations = st.one_of(
 
 @st.composite
 def arrangements(draw, rank):
-    """Any order of the axes in memory, in place or not, native or not."""
+    """Any order of the axes in memory, contiguous or not, native or not."""
     order = draw(st.permutations(range(rank)))
     then = draw(
         st.sampled_from(
@@ -85,7 +85,7 @@ def problems(draw):
     longest = {2: 70, 3: 24, 4: 9, 5: 5, 6: 4}[rank]
     shape = [draw(st.integers(1, longest)) for _ in range(rank)]
     axis = draw(st.integers(-rank, rank - 1))
-    if np.prod(shape) == shape[axis]:  # one value a channel
+    if np.prod(shape) == shape[axis]:  # one value per channel
         shape[(axis - 1) % rank] += 1
     p = make_problem(
         tuple(shape),
@@ -105,19 +105,19 @@ def problems(draw):
 
 @st.composite
 def outs(draw, q, *may_be):
-    """Nothing, poison in some order, or one of the tensors themselves (copied: it is lost)."""
+    """None, a poisoned array in some order, or one of the tensors (a copy, since it is lost)."""
     kind = draw(st.sampled_from(["none", "poison", *may_be]))
     if kind == "none" or (kind != "poison" and getattr(q, kind) is None):
         return None, q
     if kind == "poison":
         return draw(arrangements(q.x.ndim))(poisoned_like(q.x)), q
-    # A copy keeps the order of memory, but not gaps or byte order.
+    # A copy keeps the memory order, but not gaps or byte order.
     own = np.array(getattr(q, kind), order="K")
     return own, q.replace(**{kind: own})
 
 
 def rounded(error, want, dtype):
-    """The error of a float64 number once it is rounded to another type."""
+    """The error of a float64 number after it is rounded to another type."""
     magnitude = SECOND_ORDER * np.abs(want) + error
     return error + np.maximum(unit(dtype) * magnitude, tiny(dtype) / 2)
 
@@ -132,7 +132,7 @@ def check_result(got, out, q):
 
 
 class TestGoodCalls:
-    """`p` holds the values, `q` the same ones as they are handed over."""
+    """`p` holds the values, `q` the same values in the arrays that are given to the call."""
 
     @given(problems(), st.data())
     def test_training(self, problem, data):
@@ -254,7 +254,7 @@ class TestGoodCalls:
 
     @given(problems(), st.lists(st.integers(0, 70), max_size=4))
     def test_moments_of_parts(self, problem, cuts):
-        """Taken in one after the other, or merged; a part may be empty, and of any type."""
+        """Added one after the other, or merged; a part may be empty, and of any type."""
         p, q = problem
         along = (p.axis + 1) % p.x.ndim
         parts = np.split(q.x, sorted(cut % (p.x.shape[along] + 1) for cut in cuts), axis=along)
@@ -321,7 +321,7 @@ class TestGoodCalls:
         st.data(),
     )
     def test_folding(self, shape, dtype, bias_dtype, kept, is_frozen, eps, seed, data):
-        """The weight times the scale; the bias moved through the map. Rounded once."""
+        """The weight times the scale; the bias goes through the map. Rounded once."""
         rng = np.random.default_rng(seed)
         axis = data.draw(st.integers(-len(shape), len(shape) - 1))
         channels = shape[axis]
@@ -337,7 +337,7 @@ class TestGoodCalls:
         assert [a.dtype for a in got] == [np.dtype(dtype)] * 2
         scale = gamma / np.sqrt(var + np.longdouble(eps))
         want = weight.astype(np.longdouble) * reference.to_shape(scale, weight, axis)
-        # The scale: the sum, its root, the quotient and the product; then one product more.
+        # The scale: the sum, its root, the quotient and the product; then one more product.
         assert_within(got[0], want, rounded(6 * U * np.abs(want), want, dtype))
         moved = bias.astype(np.longdouble) - mean
         want = moved * scale + beta
@@ -345,8 +345,8 @@ class TestGoodCalls:
         assert_within(got[1], want, rounded(8 * U * terms, want, dtype))
 
     @given(problems(), st.data())
-    def test_nothing_in(self, problem, data):
-        """Sizes of zero anywhere: nothing comes out, and nothing moves."""
+    def test_empty_inputs(self, problem, data):
+        """Sizes of zero anywhere: the result is empty, and nothing changes."""
         p, _ = problem
         shape = list(p.x.shape)
         for i in data.draw(st.sets(st.integers(0, p.x.ndim - 1), min_size=1)):
@@ -416,7 +416,7 @@ def read_only_view(a):
     return view
 
 
-# What is wrong with any array, whatever it is for.
+# Errors that any array can have, for any purpose.
 BAD_ARRAYS = {
     "text": lambda a: "text",
     "bytes": lambda a: b"\0" * a.nbytes,
@@ -513,7 +513,7 @@ def arguments_of(call):
 
 
 def memory(value):
-    """The bytes behind an argument, up to what owns them; None where there are none."""
+    """The bytes behind an argument, up to their owner; None if there are none."""
     values = value if isinstance(value, tuple | list) else (value,)
     owners = []
     for a in values:
@@ -525,7 +525,7 @@ def memory(value):
 
 
 def assert_refused(function, given, names):
-    """An exception of the kinds promised, that names the argument; and not a byte has changed."""
+    """An exception of a promised type that names the argument; and no byte has changed."""
     before = {name: memory(value) for name, value in given.items()}
     counted = bnfast._core.dispatches()
     with pytest.raises((TypeError, ValueError, MemoryError)) as caught:
@@ -545,7 +545,7 @@ def combinations():
                 yield call, name, kind
 
 
-# moments has one tensor, and any shape will do.
+# moments has one tensor, and accepts any shape.
 SHAPES_OF_ONE = ("one axis more", "shorter", "longer", "nothing", "giant strides")
 GOOD_AFTER_ALL = [("moments", "x", kind) for kind in SHAPES_OF_ONE]
 
@@ -556,7 +556,7 @@ GOOD_AFTER_ALL = [("moments", "x", kind) for kind in SHAPES_OF_ONE]
     ("call", "name", "kind"), [c for c in combinations() if c not in GOOD_AFTER_ALL]
 )
 def test_each_bad_argument(call, name, kind, strided, dtype):
-    """Hundreds of them, each by itself, by way of the common case and of a conversion."""
+    """Hundreds of them, one at a time, on the common path and with a conversion."""
     function, given = arguments_of(call)
     given = {n: a.astype(dtype) if n in TENSORS else a for n, a in given.items()}
     if strided and name != "x":
@@ -565,7 +565,7 @@ def test_each_bad_argument(call, name, kind, strided, dtype):
         given = {n: a[::-1] if n in TENSORS else a for n, a in given.items()}
     given[name] = bad_values(call, name, dtype if name in TENSORS else np.float32)[kind]()
     names = {name, "x"} if name in ("x", "axis", "residual", "dy", "y", "out") else {name}
-    if name == "x":  # which the others are measured by
+    if name == "x":  # the others are compared with x
         names = {*given}
     if name == "stats":
         names = {"stats", "mean", "inv_std", "count"}
@@ -589,7 +589,7 @@ def two_places(draw, size, other_size):
 @MANY
 @given(st.data())
 def test_overlaps(call, data):
-    """Of what is written with anything else, in every way but the whole of one with the other."""
+    """Outputs that overlap other arguments, in every way except the whole of one with the other."""
     function, given = arguments_of(call)
     written = ["out", *(["running_mean", "running_var"] if call == "training" else [])]
     name = data.draw(st.sampled_from(written))
@@ -614,11 +614,11 @@ def test_overlaps(call, data):
     assert_refused(function, given, {name, other})
 
 
-# --- A layer over its life
+# --- The life of a layer
 
 
 class LayerLife(RuleBasedStateMachine):
-    """Beside a layer a model of it: a dict of arrays, and the functions applied to them by hand."""
+    """A layer and a model of it: a dict of arrays, and the functions applied to them by hand."""
 
     @initialize(
         options=st.fixed_dictionaries(
@@ -683,9 +683,9 @@ class LayerLife(RuleBasedStateMachine):
         want = self.normalized(kept_x, kept_r, update)
         assert bits(y) == bits(want)
         if place != "residual":
-            y[...] = np.nan  # which is the caller's own affair
+            y[...] = np.nan  # the caller may overwrite it
         if self.training:
-            # The output over the residual takes its place: where it is flat, the forward was.
+            # The output replaces the residual: where the output is flat, the forward was flat.
             covered = y if place == "residual" and residual is not None else None
             self.kept = None if place == "x" else (kept_x, kept_r, covered)
 
@@ -753,7 +753,7 @@ class LayerLife(RuleBasedStateMachine):
     @rule(duplicate=st.sampled_from([copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))]))
     def replace_by_a_copy(self, duplicate):
         self.layer, old = duplicate(self.layer), self.layer
-        self.kept = None  # which is not copied
+        self.kept = None  # it is not copied
         for name in self.state:
             getattr(old, name)[...] = 0
 

@@ -1,8 +1,9 @@
 """float16 and bfloat16 data: read exactly, computed in float32, summed in float64, rounded once.
 
-The other tests take halves beside float32 and float64 wherever a dtype is a parameter, with the
-tolerances of `tolerance.written`. Here is what only halves have: every one of their 65536 values,
-every place where rounding decides, and which arrays of two-byte items are none of them.
+The other tests use halves together with float32 and float64 wherever a dtype is a parameter, with
+the tolerances of `tolerance.written`. Here are the properties that only halves have: every one of
+their 65536 values, every place where rounding decides, and arrays of two-byte items that are not
+halves.
 """
 
 import pickle
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 HALF = pytest.mark.parametrize("dtype", HALVES)
 needs_bfloat16 = HALVES[1].marks[0]
 WIDTHS = range(2, 17)  # whole vectors, tails of every length, both
-# How many values lie along the lanes: positions of one channel, or channels side by side.
+# How many values are along the lanes: positions of one channel, or channels side by side.
 LAYOUTS = {"planar": lambda n: (-1, 2, n), "interleaved": lambda n: (-1, n)}
 
 
@@ -39,7 +40,7 @@ def every_value(dtype):
 
 
 def in_runs(values, layout, width):
-    """All values, laid out as runs of this width; the first ones once more to fill the last run."""
+    """All values, laid out in runs of this width; the first ones again to fill the last run."""
     missing = -len(values) % (2 * width)
     return np.append(values, values[:missing]).reshape(LAYOUTS[layout](width))
 
@@ -49,13 +50,13 @@ def patterns(a):
 
 
 def is_nan(dtype, pattern):
-    """By the format's definition: all ones in the exponent, and a fraction."""
+    """By the format's definition: all ones in the exponent, and a nonzero fraction."""
     infinity = 0x7C00 if dtype == np.float16 else 0x7F80
     return (pattern & 0x7FFF) > infinity
 
 
 def mapped(x, scale=1.0, shift=-0.0, **options):
-    """x * scale + shift; to add -0 changes nothing, not even -0, as adding +0 would."""
+    """x * scale + shift; adding -0 changes nothing, not even -0, as adding +0 would."""
     channels = x.shape[1]
     numbers = (np.full(channels, a, np.float32) for a in (scale, shift))
     return bnfast.scale_shift(x, *numbers, **options)
@@ -65,7 +66,7 @@ class TestEveryValue:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @HALF
     def test_goes_through_unchanged(self, isa, dtype, layout):
-        """Denormals, infinities, both zeros; NaN as NaN, quiet, its sign and payload kept."""
+        """Denormals, infinities, both zeros; NaN as quiet NaN, its sign and payload kept."""
         for width in WIDTHS:
             x = in_runs(every_value(dtype), layout, width)
             want = patterns(x).copy()
@@ -75,7 +76,7 @@ class TestEveryValue:
     @pytest.mark.parametrize("layout", LAYOUTS)
     @HALF
     def test_is_summed_exactly(self, isa, dtype, layout):
-        """The mean of a channel of one value is that value, as float64 has it."""
+        """The mean of a channel of one value is that value in float64."""
         values = every_value(dtype)[None]
         x = values[..., None] if layout == "interleaved" else np.stack([values, values], axis=2)
         got = bnfast.moments(x).mean
@@ -84,7 +85,7 @@ class TestEveryValue:
         assert np.array_equal(got, want, equal_nan=True)
 
     @HALF
-    def test_plus_zero_makes_minus_zero_plus_zero(self, isa, dtype):
+    def test_adding_zero_to_minus_zero(self, isa, dtype):
         zeros = np.array([[0.0], [-0.0]], dtype)
         assert patterns(mapped(zeros)).ravel().tolist() == [0, 0x8000]
         assert patterns(mapped(zeros, shift=0.0)).ravel().tolist() == [0, 0]
@@ -109,7 +110,7 @@ class TestEveryValue:
 
     @HALF
     def test_stays_in_its_channel(self, isa, dtype):
-        """Statistics of a channel with NaN or an infinity are not finite; its neighbours' are."""
+        """Statistics of a channel with NaN or an infinity are not finite; those of others are."""
         for bad in (np.nan, np.inf, -np.inf):
             for shape in ((5, 9, 11), (40, 9)):
                 x = make_problem(shape, dtype).x
@@ -123,10 +124,10 @@ class TestEveryValue:
 
 
 def around_the_midpoints(dtype):
-    """(float32 numbers, what each rounds to): below, on and above all midpoints of neighbours.
+    """(float32 numbers, correct results): below, on and above all midpoints of neighbours.
 
-    By the definition of rounding to nearest even alone. Beyond the largest finite half lies its
-    neighbour if the exponent had another value, and rounding to that is an infinity.
+    By the definition of rounding to nearest even alone. The largest finite half would have another
+    neighbour if its exponent had one more value; rounding to that neighbour gives an infinity.
     """
     patterns_of = np.arange(0, 0x7C00 if dtype == np.float16 else 0x7F80, dtype=np.uint16)
     lower = patterns_of.view(dtype).astype(np.float64)
@@ -150,7 +151,7 @@ class TestRounding:
     @pytest.mark.parametrize("shape", [(2, -1), (1, -1, 11)], ids=["interleaved", "planar"])
     @HALF
     def test_at_every_midpoint(self, isa, dtype, shape):
-        """x is 1, so that a channel's result is its scale, rounded."""
+        """x is 1, so a channel's result is its scale, rounded."""
         numbers, want = around_the_midpoints(dtype)
         x = np.ones([len(numbers) if n == -1 else n for n in shape], dtype)
         y = bnfast.scale_shift(x, numbers, np.full(len(numbers), -0.0, np.float32))
@@ -158,8 +159,8 @@ class TestRounding:
         assert np.array_equal(got, np.broadcast_to(want, got.shape))
 
     @HALF
-    def test_of_any_float32_is_numpys(self, isa, dtype, rng):
-        """Of all exponents and signs, NaN and infinities among them."""
+    def test_any_float32_rounds_as_numpy(self, isa, dtype, rng):
+        """Of all exponents and signs, NaN and infinities included."""
         numbers = rng.integers(0, 2**32, 300_000, np.uint32).view(np.float32)
         numbers[:4] = [np.inf, -np.inf, np.nan, 65520]
         x = np.ones((2, len(numbers)), dtype)
@@ -171,7 +172,7 @@ class TestRounding:
         assert np.array_equal(patterns(y[:, ~nan]), patterns(want[:, ~nan]))
 
     @HALF
-    def test_past_the_largest_is_an_infinity(self, isa, dtype):
+    def test_values_past_largest_become_infinity(self, isa, dtype):
         largest = finfo(dtype).max
         x = np.array([[largest, -largest]], dtype)
         half_a_place = largest * unit(dtype) / 2
@@ -180,7 +181,7 @@ class TestRounding:
         assert np.array_equal(np.sign(mapped(x, scale=1.5)), np.sign(x))
 
     @HALF
-    def test_once(self, isa, dtype):
+    def test_result_rounded_once(self, isa, dtype):
         """The sum with the residual is rounded, not its terms: each alone would vanish."""
         ulp = 2 * unit(dtype)
         x, residual = (np.full((8, 3, 5), ulp / 4, dtype) for _ in range(2))
@@ -191,7 +192,7 @@ class TestRounding:
 
 
 class TestStatistics:
-    """Neither sums nor means are halves: both have digits and range to spare."""
+    """Neither sums nor means are halves: both need more digits and range."""
 
     @HALF
     def test_of_more_values_than_a_half_counts(self, isa, dtype):
@@ -206,7 +207,7 @@ class TestStatistics:
 
     @HALF
     def test_of_the_largest_values(self, isa, dtype):
-        """Whose squares are beyond float16, or beyond float32 for bfloat16."""
+        """Their squares are beyond float16, or beyond float32 for bfloat16."""
         large = float(finfo(dtype).max) / 2  # so that the distance to the mean is a float32
         x = np.full((9, 4, 17), large, dtype)
         x[::2] *= -1
@@ -227,7 +228,7 @@ class TestStatistics:
 
     @HALF
     def test_constant_channel_is_exactly_its_bias(self, isa, dtype):
-        """Its bias as a half, since it is the output."""
+        """The bias as a half, since it is the output."""
         value = np.array([0.1, 1000, -3e4, 1e-6], dtype)
         bias = np.array([0.3, -7.7, 0, 5], np.float32)
         for shape in ((33, 4), (5, 4, 23)):
@@ -249,7 +250,7 @@ class TestStatistics:
 
 
 class TestParameters:
-    """float32 beside halves; what else may stand there is converted, what may not is refused."""
+    """float32 with halves; other types are converted or refused."""
 
     @pytest.mark.parametrize("other", [np.float64, *HALVES])
     @HALF
@@ -262,7 +263,7 @@ class TestParameters:
 
     @HALF
     def test_keep_their_own_digits(self, isa, dtype):
-        """A weight that no half has, times a value that makes it one."""
+        """A weight that no half can hold, times a value for which the product is a half."""
         weight = np.float32(1 + 2.0**-13)
         x = np.full((2, 1), 2.0, dtype)
         y = bnfast.scale_shift(x, weight[None], np.float32([-2]))
@@ -301,7 +302,7 @@ class TestParameters:
 class TestMemory:
     @pytest.mark.parametrize("order", ALL_ORDERS)
     @HALF
-    def test_results_lie_as_the_data_do(self, dtype, order):
+    def test_results_keep_memory_order(self, dtype, order):
         p = make_problem((4, 5, 3, 7), dtype, arrange=ALL_ORDERS[order], residual=True)
         y, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, **p.options)
         g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
@@ -368,14 +369,14 @@ class TestObjects:
 
     @HALF
     def test_moments_of_halves_given(self, dtype):
-        """A state may be written in halves, as it may in integers."""
+        """A state may be given in halves, as in integers."""
         mean, m2 = np.array([0.5, -3], dtype), np.array([2, 0], dtype)
         made = bnfast.Moments(3, mean, m2)
         assert made == bnfast.Moments(3, [0.5, -3], [2, 0])
         assert made.mean.dtype == made.m2.dtype == np.float64
 
 
-class TestWhatIsNoHalf:
+class TestNotHalf:
     EXPECTED = "expected float32, float64, float16 or bfloat16"
 
     @pytest.mark.parametrize(
@@ -415,8 +416,8 @@ class TestWhatIsNoHalf:
                 bnfast.batch_norm_forward(x, **{name: given})
             assert not given.any()
 
-    def test_a_class_that_calls_itself_bfloat16(self, monkeypatch):
-        """By name and size it is one, and so is the module that it is said to be from."""
+    def test_class_named_bfloat16(self, monkeypatch):
+        """By name, size and the module that it states, it is bfloat16."""
         from bnfast import _arrays
 
         class bfloat16(np.void):
@@ -435,7 +436,7 @@ def run_python(code):
     return done.stdout.split()
 
 
-class TestTheOptionalDependency:
+class TestOptionalDependency:
     def test_is_not_imported(self):
         code = """
 import sys, bnfast, numpy as np

@@ -1,4 +1,4 @@
-"""What `import bnfast` gives and what it takes."""
+"""What `import bnfast` provides and what it imports."""
 
 import importlib.metadata
 import os
@@ -76,21 +76,21 @@ def test_types_are_shipped():
     assert (PACKAGE / "_core.pyi").exists()
 
 
-def test_needs_numpy_alone():
+def test_needs_only_numpy():
     done = in_a_new_process(THIRD_PARTY)
     assert done.returncode == 0, done.stderr
-    # A dot-named extension of the package and names like "_core" are Cython's own.
+    # An extension of the package with a dot in its name, and names like "_core", are Cython's own.
     left = [n for n in done.stdout.split() if not n.startswith(("_cython", "cython_runtime"))]
     assert left == []
 
 
-def test_import_says_nothing():
+def test_import_prints_nothing():
     done = in_a_new_process("import bnfast")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_results_are_what_they_claim_to_be():
-    """A type checker goes by the names; so should isinstance."""
+def test_result_types():
+    """A type checker uses the annotations; isinstance should agree."""
     x = np.ones((3, 2), np.float32)
     y, stats = bnfast.batch_norm_forward(x)
     assert type(y) is np.ndarray

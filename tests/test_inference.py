@@ -29,7 +29,7 @@ def linear(x, weight, bias):
 
 
 def conv(x, weight, bias, *, groups=1, padding=0, stride=1):
-    """Convolve NCHW with (out, in / groups, kh, kw), as the sum that defines it."""
+    """Convolve NCHW with (out, in / groups, kh, kw), by the defining sum."""
     x = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)])
     windows = sliding_window_view(x, weight.shape[2:], axis=(2, 3))[:, :, ::stride, ::stride]
     parts = [
@@ -138,7 +138,7 @@ def test_fold_rounds_once():
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("function", [fold, fold_before])
 def test_folding_gives_the_nearest_halves(function, dtype):
-    """None of the neighbours of a result lies nearer to what float64 weights give."""
+    """No neighbour of a result is nearer to the result for float64 weights."""
     weight, bias = RNG.normal(size=(40, 40)).astype(dtype), RNG.normal(size=40).astype(dtype)
     bn = batch_norm(40, np.float32)
     exact = function(weight.astype("f8"), bias.astype("f8"), bn)
@@ -154,7 +154,7 @@ def test_folding_gives_the_nearest_halves(function, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_folded_halves_are_rounded_once(dtype):
-    """Just off the middle between two halves, by less than float32 tells."""
+    """Just off the midpoint of two halves, by less than float32 resolves."""
     ulp = float(finfo(dtype).eps)
     largest, infinite = float(finfo(dtype).max), float("inf")
     for number, want in [
@@ -192,7 +192,7 @@ def test_fold_returns_the_type_of_the_weight(half):
         np.testing.assert_array_equal(a, b)
 
 
-def test_fold_leaves_its_arguments_alone():
+def test_fold_does_not_change_arguments():
     weight, bias, bn = RNG.normal(size=(5, 7)), RNG.normal(size=5), batch_norm(5)
     before = weight.copy(), bias.copy(), bn.state_dict()
     folded = fold(weight, bias, bn.train())  # the mode does not matter
@@ -263,7 +263,7 @@ def test_fold_before_transposed_convolution(groups):
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_fold_before_grouped_linear_of_the_other_layout(groups):
-    """(in, out / groups) without a kernel, so what zero becomes reaches the bias."""
+    """(in, out / groups) without a kernel, so the output for zero reaches the bias."""
     weight, bias = RNG.normal(size=(6, 4)), RNG.normal(size=4 * groups)
     x, bn = RNG.normal(size=(5, 6)), batch_norm(6)
     kernel, shift = fold_before(weight, bias, bn, in_axis=0, groups=groups)
@@ -273,12 +273,12 @@ def test_fold_before_grouped_linear_of_the_other_layout(groups):
     assert_same(got, expected, terms=6, magnitude=10)
 
 
-# ---- what both refuse
+# ---- refused by both
 
 
 @pytest.mark.parametrize("function", [fold, fold_before])
 @pytest.mark.smoke
-def test_folding_refuses_what_it_cannot_do(function):
+def test_folding_refusals(function):
     weight, bias, bn = np.ones((3, 3)), np.ones(3), batch_norm(3)
     for bad, error, message in [
         ((np.ones((3, 3), int), bias, bn), TypeError, "weight has dtype int64; expected float32"),
@@ -352,7 +352,7 @@ def test_fold_before_names_bad_options(options, message):
 
 @pytest.mark.parametrize("function", [fold, fold_before])
 @pytest.mark.parametrize("weight", [None, "weight", [[1.0], [1.0, 2.0]], [["a"]]], ids=str)
-def test_folding_names_a_weight_that_is_no_array(function, weight):
+def test_folding_names_invalid_weight(function, weight):
     with pytest.raises(TypeError, match="weight"):
         function(weight, None, batch_norm(3))
 
@@ -361,7 +361,7 @@ def test_folding_names_a_weight_that_is_no_array(function, weight):
 
 
 def batches_of(sizes, channels=3, **options):
-    """Return batches whose means lie far apart, which averaged variances would miss."""
+    """Return batches with very different means, which averaged variances would miss."""
     return [
         RNG.normal(loc=10 * i, scale=1 + i, size=(size, channels, 2, 2)).astype(np.float32)
         for i, size in enumerate(sizes)
@@ -376,7 +376,7 @@ def population(batches):
 
 @pytest.mark.parametrize("sizes", [(8,), (4, 4, 4), (5, 1, 9, 2)])
 @pytest.mark.parametrize("training", [True, False])
-def test_statistics_are_those_of_the_whole_set(sizes, training):
+def test_statistics_of_the_whole_set(sizes, training):
     batches = batches_of(sizes)
     layer = BatchNorm(3, momentum=0.5, ddof=0).train(training)
     recompute_statistics(layer, batches, [layer])
@@ -398,7 +398,7 @@ def test_order_does_not_matter():
     np.testing.assert_allclose(layer.running_var, forwards[1], rtol=1e-14)
 
 
-def test_statistics_are_written_in_place_and_forward_runs_once_a_batch():
+def test_statistics_written_in_place_and_one_forward_per_batch():
     batches, layer = batches_of((4, 4)), BatchNorm(3)
     mean, var = layer.running_mean, layer.running_var
     seen = []
@@ -536,7 +536,7 @@ def test_bad_arguments_are_named():
         recompute_statistics(layer, batches, [layer])
 
 
-def test_batches_that_are_none():
+def test_batches_not_iterable():
     assert_nothing_changes(TypeError, "batches is of type int", BatchNorm(3), 3, [BatchNorm(3)])
 
 
@@ -553,7 +553,7 @@ def test_batches_that_are_none():
     ],
 )
 def test_statistics_that_cannot_be_written_are_named_first(name, value, error, message):
-    """And not when hours of batches are done."""
+    """And not after hours of batches."""
     layer = BatchNorm(3)
     setattr(layer, name, value)
     with pytest.raises(error, match=rf"layers\[0\]\.{name} .*{message}"):
@@ -561,7 +561,7 @@ def test_statistics_that_cannot_be_written_are_named_first(name, value, error, m
     assert layer._observer is None
 
 
-def test_one_inside_another_is_refused():
+def test_nested_recomputation_refused():
     """The inner one would take the outer one's batches."""
     layer, other = BatchNorm(3).eval(), BatchNorm(3)
 

@@ -53,9 +53,9 @@ def have_interpreters():
 
 
 @pytest.mark.skipif(not have_interpreters(), reason="Python was built without interpreters")
-@pytest.mark.parametrize("kind", ["isolated", "legacy"])  # whose GIL is their own (3.12), or not
+@pytest.mark.parametrize("kind", ["isolated", "legacy"])  # with a GIL of its own (3.12), or not
 class TestOtherInterpreters:
-    """One of a process may have bnfast; the others are refused, by NumPy or by us."""
+    """One interpreter of a process can use bnfast; the others are refused, by NumPy or by us."""
 
     @staticmethod
     def run(kind, code):
@@ -69,7 +69,7 @@ class TestOtherInterpreters:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()
 
-    def test_beside_one_that_does_nothing(self, kind):
+    def test_with_an_idle_interpreter(self, kind):
         """A process that has ever made one, as mod_wsgi does."""
         code = 'i = another(); there(i, "\\nimport json"); exec(COMPUTE); interpreters.destroy(i)'
         assert self.run(kind, code) == ["True True"]
@@ -84,7 +84,7 @@ class TestOtherInterpreters:
         code = "i = another(); there(i, COMPUTE); there(i, COMPUTE); exec(COMPUTE); exec(COMPUTE)"
         lines = self.run(kind, code)
         assert set(lines) <= {"True True", *REFUSALS}
-        # NumPy 2.3 under free-threaded Python refuses the main interpreter too, then.
+        # NumPy 2.3 under free-threaded Python then refuses the main interpreter, too.
         assert "True True" in lines or set(lines) == {"NumPy refused"}
         assert lines[0] == lines[1]
         assert lines[2] == lines[3]

@@ -1,8 +1,8 @@
-"""Objects with instructions that not every processor has keep them to themselves.
+"""Objects with instructions that not every processor has must export nothing else.
 
-An inline function that leaks out of an AVX2 object may be the copy that the
-linker keeps, and start-up code in one runs at import: an illegal instruction
-on an older processor either way.
+An inline function exported by an AVX2 object may be the copy that the linker keeps, and
+start-up code in such an object runs at import. Both give an illegal instruction on an older
+processor.
 """
 
 import re
@@ -49,7 +49,7 @@ def run(*command):
 
 
 def compile_library(name, facts, folder):
-    """Objects of one library's sources, with the flags that setup.py gives."""
+    """Compile one library's sources, with the flags that setup.py gives."""
     made = []
     for source in facts["sources"]:
         target = folder / Path(source).with_suffix(".o").name
@@ -62,7 +62,7 @@ def compile_library(name, facts, folder):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """All libraries at once: these sources are many loops, and take a while."""
+    """All libraries at once: these sources have many loops, and compile slowly."""
     folders = [tmp_path_factory.mktemp(name) for name, _ in LIBRARIES]
     with ThreadPoolExecutor() as pool:
         made = pool.map(compile_library, *zip(*LIBRARIES, strict=True), folders)
@@ -85,14 +85,14 @@ def objects(request, compiled):
         ("linux-i686", {"scalar"}, []),
     ],
 )
-def test_what_is_built_for_a_processor(platform, isas, tables):
-    """And dispatch.c is told of the same: a table that it misses is a failing link, or none."""
+def test_sets_built_for_each_processor(platform, isas, tables):
+    """dispatch.c must be told the same: a missing table is a link error, or is never used."""
     assert {name for name, _ in isa_libraries(platform)} == {f"bnfast_{isa}" for isa in isas}
     (driver,) = [facts for name, facts in libraries(platform) if name == "bnfast_driver"]
     assert [flag for flag in driver["cflags"] if flag.startswith("-DBNF_TABLES")] == tables
 
 
-def test_one_source_a_library(objects):
+def test_one_source_per_library(objects):
     assert len(objects) == 1
 
 
@@ -105,7 +105,7 @@ def test_the_extension_has_the_table_of_each():
 def test_one_global_symbol_and_no_weak_one(objects):
     for made in objects:
         symbols = [line.split()[-2:] for line in run("nm", "--defined-only", made).splitlines()]
-        # Of nm's letters, capitals are global; u (unique), v and w are weak or worse.
+        # Of nm's letters, capitals are global; u (unique), v and w are weak.
         visible = [(kind, name) for kind, name in symbols if kind.isupper() or kind in "uvw"]
         assert len(visible) == 1, visible
         assert visible[0][0] in "RD", f"{visible}: a constant table, of no weak kind"
@@ -121,14 +121,14 @@ def test_no_state_and_no_start_up_code(objects):
         )
         assert ".text" in sections
         assert not any(re.match(r"\.(init|ctors|fini|dtors|preinit)", s) for s in sections)
-        # A table of pointers is .data.rel.ro once position-independent; a
-        # variable would be .data or .bss.
+        # A table of pointers is .data.rel.ro in position-independent code; a variable would be
+        # .data or .bss.
         for state in (".data", ".bss"):
             assert int(sections.get(state, "0"), 16) == 0
 
 
 def test_no_undefined_symbol_but_the_c_librarys(objects):
-    """What an ISA object calls must not be another of our objects' functions."""
+    """An ISA object must not call functions of our other objects."""
     for made in objects:
         wanted = {line.split()[-1] for line in run("nm", "-u", made).splitlines()}
         assert not [name for name in wanted if name.startswith("bnf")]

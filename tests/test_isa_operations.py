@@ -1,7 +1,7 @@
-"""Every operation of every simd_<isa>.h, by itself, in a C program of its own.
+"""Every operation of every simd_<isa>.h alone, in a separate C program.
 
 For the sets of this processor; for AArch64's under an emulated processor; and for AVX-512 also
-by an emulation of its intrinsics, which shows its logic where no processor has it.
+with emulated intrinsics, which tests its logic if no processor has it.
 """
 
 import sys
@@ -20,7 +20,7 @@ pytestmark = targets.needs_sources
 
 @pytest.fixture(scope="module")
 def requests_of():
-    """The requests of a type, made once for all sets that answer alike."""
+    """The requests of a type, made once for all sets with the same answers."""
     made = {}
 
     def requests(dtype, fused):

@@ -1,7 +1,7 @@
-"""The kernels of each instruction set in a C program of their own, judged from here.
+"""The kernels of each instruction set in a separate C program, checked from here.
 
-For this processor's sets; for AArch64's under an emulated processor: qemu-user runs what a
-cross compiler builds, so that NEON is tested on machines that do not have it; and for AVX-512
+For this processor's sets. For AArch64's under an emulated processor: qemu-user runs what a
+cross compiler builds, so that NEON is tested on machines that do not have it. And for AVX-512
 with its intrinsics emulated, for the same reason.
 """
 
@@ -46,7 +46,7 @@ def aarch64(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(cases, case_file, native, tmp_path_factory):
-    """By instruction set, what each that this processor has answers."""
+    """The answers of each instruction set of this processor."""
     folder = tmp_path_factory.mktemp("answers")
     found = {}
     for isa in program.run(native).split():
@@ -71,7 +71,7 @@ def test_sets_agree_to_the_bit(cases, answers):
 
 
 def check_all(cases, found, answers):
-    """Right, and with the bits of this processor's sets that have a fused multiply-add."""
+    """Check that answers are right, and have the bits of this processor's sets with FMA."""
     for case, got in zip(cases, found, strict=True):
         program.check(case, got)
     for other in set(answers) - WITHOUT_FMA:
@@ -88,8 +88,9 @@ def test_valgrind_sees_no_error(isa, native, case_file, tmp_path):
 
 @targets.needs_qemu_x86
 class TestOlderProcessors:
-    """What src/dispatch.c makes of a processor that lacks something, and code that must not need
-    it: an emulated one ends with an illegal instruction as a real one does."""
+    """What src/dispatch.c chooses on a processor that lacks something, and code that must not need
+    it: an emulated processor ends with an illegal instruction as a real one does.
+    """
 
     @pytest.mark.parametrize(
         ("processor", "sets"),
@@ -119,10 +120,10 @@ class TestOlderProcessors:
 
 @targets.needs_qemu
 class TestNEON:
-    def test_is_what_an_aarch64_build_runs(self, aarch64):
+    def test_aarch64_build_runs_neon(self, aarch64):
         assert program.run(*targets.qemu(), aarch64).split() == ["scalar", "neon"]
 
-    # cortex-a57 has the first version of the architecture and no extension of it.
+    # cortex-a57 has the first version of the architecture, without extensions.
     @pytest.mark.parametrize("processor", ["max", "cortex-a57"])
     @pytest.mark.parametrize("isa", ["scalar", "neon"])
     def test_is_right_and_has_the_bits_of_other_fma_sets(
@@ -145,13 +146,14 @@ class TestAVX512Emulated:
     pytestmark = targets.needs_simde
     NAME = "avx512 (emulated)"
 
-    def test_is_all_that_this_program_runs(self, emulating):
+    def test_program_has_only_avx512(self, emulating):
         assert program.run(emulating).splitlines() == [self.NAME]
 
     @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump on this machine")
-    def test_takes_no_instruction_of_avx512(self, emulating):
-        """None with a 512-bit or a mask register, nor a register past the sixteenth; and what
-        AVX-512 masks is done lane by lane, not by AVX2's masked loads."""
+    def test_contains_no_avx512_instruction(self, emulating):
+        """None with a 512-bit or a mask register, nor a register past the sixteenth. Masked
+        operations of AVX-512 are done lane by lane, not by AVX2's masked loads.
+        """
         code = program.run("objdump", "-d", "--no-show-raw-insn", emulating)
         assert re.search("%ymm", code)
         assert re.findall(r".*%(?:zmm|k[0-7]|[xy]mm(?:1[6-9]|[23]\d)).*", code) == []

@@ -1,7 +1,7 @@
-"""Tensors beyond the last-level cache, which may be written around it.
+"""Tensors larger than the last-level cache, whose results may be written around it.
 
-A batch made of copies of a small one has the small one's statistics, outputs
-and gradients of x, and so the small one's exact answers are its own.
+A batch made of copies of a small one has the small one's statistics, outputs and gradients of x. So
+its exact answers are those of the small one.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ import bnfast
 
 # Planes that start at every alignment, and rows of whole cache lines.
 SHAPES = {"planar": (1, 8, 181, 181), "interleaved": (4096, 64)}
-# x and y together are past 130 MB: the last-level cache of most machines.
+# x and y together are larger than 130 MB: the last-level cache of most machines.
 BYTES = 65_000_000
 
 
@@ -39,7 +39,7 @@ def assert_copies_of(got, exact, bound, copies):
 
 
 def outputs(like):
-    """Poisoned targets at several alignments, one after the other."""
+    """Poisoned outputs at several alignments, one after the other."""
     for offset in (0, like.itemsize, 64 - like.itemsize):
         yield at_offset(offset)(poisoned_like(like))
 
@@ -87,9 +87,10 @@ class TestCopies:
 @pytest.mark.parametrize(
     "shape", [(2, 2, 2**29 + 3), (2**30 + 3, 2)], ids=["planar", "interleaved"]
 )
-def test_more_values_than_32_bits_count(shape):
+def test_more_than_2_to_the_32_values(shape):
     """Zeros that are only read cost no memory: the system maps one page of them
-    again and again. Ones at the very ends tell whether everything was seen."""
+    again and again. Ones at both ends show whether everything was read.
+    """
     try:
         x = np.zeros(shape, np.float32)
     except MemoryError:

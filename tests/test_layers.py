@@ -44,7 +44,7 @@ class TestAttributes:
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestCall:
-    """A layer is the functions with the state held for them."""
+    """A layer calls the functions and holds their state."""
 
     @pytest.mark.smoke
     def test_training(self, dtype, activation, residual):
@@ -121,7 +121,7 @@ class TestOptions:
             layer(p.x)
             s, n = batch_statistics(p.x, 1), p.m / (p.m - 1)
             step = 1 / (k + 1)
-            # What the running value was off by before stays in it.
+            # The former error of the running value stays in it.
             mean_bound = mean_bound + running_bound(mean, s.mean, s.mean_error, step, dtype)
             var_bound = var_bound + running_bound(var, n * s.var, n * s.var_error, step, dtype)
             mean, var = mean + step * (s.mean - mean), var + step * (n * s.var - var)
@@ -217,7 +217,7 @@ class TestFrozen:
             with pytest.raises(ValueError, match="read-only"):
                 getattr(frozen, name)[0] = 1
 
-    def test_is_apart_from_the_layer(self):
+    def test_is_independent_of_the_layer(self):
         p = make_problem(SHAPE)
         layer = trained(p)
         frozen = layer.freeze()
@@ -238,8 +238,8 @@ class TestFrozen:
         layer(p.x)
         assert bits(layer.freeze()(p.x)) == bits(layer.eval()(p.x))
 
-    def test_of_a_dead_channel(self):
-        """A channel that never varied: eps alone, and the bias exactly."""
+    def test_constant_channel(self):
+        """A channel that never varied: only eps, and exactly the bias."""
         layer = BatchNorm(2, momentum=1.0)
         x = np.float32([[3.5, 1], [3.5, 2]])
         layer(x)

@@ -18,7 +18,7 @@ class TestBackward:
         once = layer.weight_grad.copy(), layer.bias_grad.copy()
         layer.backward(p.dy)
         for grad, first in zip((layer.weight_grad, layer.bias_grad), once, strict=True):
-            # Twice a float32 is exact; what is added is rounded to float32 or its sum is.
+            # Twice a float32 is exact; the addend is rounded to float32, or the sum is.
             assert_within(grad, 2 * first.astype(np.longdouble), 2 * 2.0**-24 * 2 * np.abs(first))
 
     def test_adds_in_place(self):
@@ -36,7 +36,7 @@ class TestBackward:
         layer.zero_grad()
         assert layer.weight_grad.tolist() == layer.bias_grad.tolist() == [0] * 5
 
-    def test_answers_for_the_last_training_forward(self):
+    def test_belongs_to_last_training_forward(self):
         p, q = make_problem(SHAPE), make_problem(SHAPE, seed=1)
         layer = layer_of(p)
         layer(q.x)
@@ -46,7 +46,7 @@ class TestBackward:
         assert bits(layer.backward(p.dy)) == bits(want)
 
     def test_infinities_that_cancel_leave_nan_in_their_channel(self):
-        """And no warning, which would be an exception halfway here."""
+        """And without a warning, which would be an exception halfway here."""
         p = make_problem(SHAPE)
         layer = layer_of(p)
         layer(p.x)
@@ -96,7 +96,7 @@ class TestBackward:
         dx, dresidual = layer.backward(p.dy)
         assert (bits(dx), bits(dresidual)) == (bits(want[0]), bits(want[1]))
 
-    def test_refused_leaves_no_trace(self):
+    def test_refused_backward_changes_nothing(self):
         p = make_problem(SHAPE)
         layer = trained(p)
         before = state_bits(layer)
@@ -117,7 +117,7 @@ class TestBackward:
 
 
 class TestMask:
-    """Taken from inputs: what a caller makes of the output is their own affair."""
+    """Computed from inputs: the caller may change the output."""
 
     @pytest.mark.parametrize("activation", ACTIVATIONS[1:], ids=str)
     def test_output_may_be_changed(self, activation):
@@ -129,8 +129,8 @@ class TestMask:
         got = layer.backward(p.dy)
         assert [bits(a) for a in got] == [bits(a) for a in want]
 
-    def test_changed_residual_is_answered_for_as_it_is(self):
-        """As a changed x is."""
+    def test_changed_residual_is_used(self):
+        """As with a changed x."""
         p = make_problem(SHAPE, activation="relu", residual=True)
         moved = p.replace(residual=p.residual + np.float32(3))
         layer = layer_of(p)
@@ -141,7 +141,7 @@ class TestMask:
         assert [bits(a) for a in got] == [bits(a) for a in want]
         assert bits(want[1]) != bits(trained_gradients(p)[1])
 
-    def test_nothing_is_kept_that_no_mask_needs(self):
+    def test_only_arrays_for_the_mask_are_kept(self):
         p = make_problem(SHAPE, residual=True)
         layer = layer_of(p)
         call(layer, p)

@@ -8,8 +8,8 @@ from layer_cases import SHAPE, junk_like, layer_of, state_bits, trained, trained
 from bnfast import BatchNorm, BatchNorm2d
 
 
-class TestJunkInPlaceOfAttributes:
-    """Seen before anything is written."""
+class TestInvalidAttributes:
+    """Found before anything is written."""
 
     @pytest.mark.parametrize(
         ("counter", "error", "message"),
@@ -90,7 +90,7 @@ class TestJunkInPlaceOfAttributes:
                 use()
 
 
-class TestWhatIsNoArray:
+class TestNotAnArray:
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("x", [[[1.0, 2.0], [3.0]], None, "x", [["a", "b"]], 1.0], ids=repr)
     def test_is_named(self, x, training):

@@ -16,7 +16,7 @@ from bnfast import BatchNorm, BatchNorm2d, FrozenBatchNorm
 class TestModes:
     @pytest.mark.parametrize("reset", ["reset_parameters", "reset_running_stats"])
     def test_resets_are_in_place(self, reset):
-        """As in PyTorch, so that an optimizer's references stay good."""
+        """As in PyTorch, so that an optimizer's references stay valid."""
         layer = trained(make_problem(SHAPE))
         held = [getattr(layer, name) for name in (*STATE, "weight_grad", "bias_grad")]
         getattr(layer, reset)()
@@ -62,8 +62,9 @@ def torch():
 
 
 class TestStatistics:
-    """Which ones a layer normalises by, and which it moves, whatever was changed since it was made:
-    as PyTorch's layers do."""
+    """Which statistics a layer uses and which it updates, after changes of its attributes.
+    PyTorch's layers do the same.
+    """
 
     def test_tracking_switched_off_in_evaluation(self):
         p = make_problem(SHAPE)
@@ -74,7 +75,7 @@ class TestStatistics:
         assert bits(layer(p.x)) != bits(bnfast.batch_norm_forward(p.x, p.weight, p.bias)[0])
 
     @pytest.mark.parametrize("momentum", [0.1, None])
-    def test_tracking_switched_on_where_there_is_nothing_to_move(self, momentum):
+    def test_tracking_switched_on_without_statistics(self, momentum):
         p = make_problem(SHAPE)
         layer = layer_of(p, track_running_stats=False, momentum=momentum)
         layer.track_running_stats = True
@@ -103,7 +104,7 @@ class TestStatistics:
         for settings in product((True, False), repeat=6):
             made, now, training, mean, var, counter = settings
             if momentum is None and made and now and training and mean and var and not counter:
-                continue  # refused: theirs leaves the statistics where they are
+                continue  # refused: PyTorch leaves the statistics unchanged
             found = []
             for library, data in ((bnfast, x), (torch.nn, torch.from_numpy(x))):
                 layer = getattr(library, dimensions)(
@@ -124,7 +125,7 @@ class TestStatistics:
 
 
 def after_a_call(layer, data):
-    """The output and what may have moved, None where there is none or the call is refused."""
+    """The output and the state that may change; None if there is none or the call is refused."""
     try:
         y = layer(data)
     except (TypeError, ValueError, RuntimeError):
@@ -244,7 +245,7 @@ class TestStateDict:
         assert state_bits(layer) == before
 
     def test_parameters_alone_leave_the_counter(self):
-        """Which belongs to the running statistics."""
+        """The counter belongs to the running statistics."""
         layer = trained(make_problem(SHAPE))
         layer.load_state_dict({"weight": np.ones(5)}, strict=False)
         layer.load_state_dict({}, strict=False)
@@ -265,11 +266,11 @@ class TestStateDict:
         ],
         ids=str,
     )
-    def test_what_is_no_state(self, state, options, message):
+    def test_not_a_state(self, state, options, message):
         with pytest.raises(TypeError, match=message):
             BatchNorm(5).load_state_dict(state, **options)
 
-    def test_keys_that_are_no_names_are_passed_over(self):
+    def test_keys_that_are_not_names_are_ignored(self):
         state = trained(make_problem(SHAPE)).state_dict()
         layer = BatchNorm(5)
         layer.load_state_dict(state | {1: np.ones(3), ("weight",): 0})
@@ -277,8 +278,8 @@ class TestStateDict:
 
     @pytest.mark.parametrize("name", STATE[:4])
     @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
-    def test_targets_are_all_looked_at_first(self, name, junk):
-        """Or the first ones would be loaded, and the last one not."""
+    def test_all_targets_checked_first(self, name, junk):
+        """Otherwise the first ones would be loaded, and the last one not."""
         state = trained(make_problem(SHAPE)).state_dict()
         layer = BatchNorm(5)
         setattr(layer, name, junk_like(getattr(layer, name), junk))
@@ -287,14 +288,14 @@ class TestStateDict:
             layer.load_state_dict(state)
         assert state_bits(layer) == before
 
-    def test_a_counter_out_of_range_can_be_mended(self):
+    def test_counter_out_of_range_can_be_repaired(self):
         layer = BatchNorm(5)
         layer.num_batches_tracked[...] = -1
         layer.load_state_dict(trained(make_problem(SHAPE)).state_dict())
         assert int(layer.num_batches_tracked) == 1
 
     @pytest.mark.parametrize("junk", ["read-only", "shape", "type", "list"])
-    def test_the_counter_is_looked_at_first(self, junk):
+    def test_counter_checked_first(self, junk):
         state = trained(make_problem(SHAPE)).state_dict()
         layer = BatchNorm(5)
         layer.num_batches_tracked = junk_like(layer.num_batches_tracked, junk)

@@ -1,6 +1,6 @@
-"""Arrays of any rank, order and owner: read where they lie, or copied once, and never mistaken.
+"""Arrays of any rank, order and owner: read in place, or copied once, with correct results.
 
-Peak memory says what was copied: NumPy reports its own arrays to tracemalloc.
+Peak memory shows what was copied: NumPy reports its own arrays to tracemalloc.
 """
 
 from itertools import permutations
@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 import bnfast
 
-# 1 MB of float32 at each rank, no two sizes alike but where there are too many.
+# 1 MB of float32 at each rank; all sizes differ, except where there are too many.
 SHAPES = {
     2: (4096, 64),
     3: (64, 32, 128),
@@ -22,7 +22,7 @@ SHAPES = {
     5: (8, 16, 4, 32, 16),
     6: (4, 8, 2, 16, 32, 8),
 }
-# Sums of the channels (as many as 4096, in several blocks) and Python's own objects.
+# Sums of the channels (up to 4096, in several blocks) and Python's own objects.
 LITTLE = 500_000
 
 
@@ -53,8 +53,8 @@ class TestAnyOrderOfAnyRank:
             p = make_problem(SHAPES[rank], axis=1, arrange=with_memory_order(*order))
             assert peak(lambda p=p: bnfast.moments(p.x)) < LITTLE, order
 
-    def test_gives_what_a_plain_copy_gives(self, rank):
-        """To the bit in inference, where nothing is summed; the order of memory included."""
+    def test_same_result_as_plain_copy(self, rank):
+        """To the bit in inference, where nothing is summed; the memory order included."""
         for order in some_orders(rank):
             for axis in range(-rank, rank):
                 p = make_problem(SHAPES[rank][-rank:], axis=axis, arrange=with_memory_order(*order))
@@ -73,7 +73,7 @@ class TestAnyOrderOfAnyRank:
 
 
 @pytest.mark.parametrize("name", ["x", "residual", "out"])
-def test_each_sliced_tensor_costs_one_copy_of_its_own(name):
+def test_each_sliced_tensor_costs_one_copy(name):
     p = make_problem(SHAPES[4], residual=True)
     tensors = {"x": p.x, "residual": p.residual, "out": np.empty_like(p.x)}
     tensors[name] = with_gaps(tensors[name])
@@ -81,7 +81,7 @@ def test_each_sliced_tensor_costs_one_copy_of_its_own(name):
     assert p.x.nbytes <= used < p.x.nbytes + LITTLE
 
 
-def test_tensors_of_one_call_may_lie_in_different_orders():
+def test_tensors_of_one_call_in_different_orders():
     p = make_problem(SHAPES[4], residual=True, activation="relu")
     want, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, **p.options)
     want_g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
@@ -98,7 +98,7 @@ def test_tensors_of_one_call_may_lie_in_different_orders():
 
 
 def with_odd_strides(a):
-    """The same memory; strides that lead nowhere are anything at all."""
+    """The same memory; strides of axes with one index are arbitrary."""
     odd = (0, 1, -3, 2**40, -(2**62), 2**62 - 1)
     strides = [
         odd[i % len(odd)] if n == 1 or a.size == 0 else stride
@@ -108,7 +108,7 @@ def with_odd_strides(a):
 
 
 def results(p, *, out=False):
-    """All that a problem leads to: inference, which sums nothing, and training."""
+    """All results of a problem: inference, which sums nothing, and training."""
 
     def target():
         return with_odd_strides(poisoned_like(p.x)) if out else None
@@ -129,14 +129,14 @@ MOST_AXES = 64 if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else 32
     (0, 3), (4, 0, 1, 2), (0, 0),
 ], ids=lambda shape: f"{len(shape)} axes, {prod(shape)} values")  # fmt: skip
 @pytest.mark.parametrize("order", ["plain", "reversed", "rotated"])
-def test_strides_of_axes_that_have_one_index(shape, order):
-    """Where nothing is at stake they say nothing, on whichever axis the channels are."""
+def test_strides_of_axes_of_length_one(shape, order):
+    """Strides of axes with one index have no meaning, wherever the channel axis is."""
     axes = tuple(range(len(shape)))
     turned = {"plain": axes, "reversed": axes[::-1], "rotated": (*axes[1:], 0)}[order]
     for axis in sorted({i for i in axes if shape[i] != 1} | {0, len(shape) - 1}):
         p = make_problem(shape, axis=axis, residual=True, arrange=with_memory_order(*turned))
         if p.x.size == p.channels:
-            continue  # one value a channel
+            continue  # one value per channel
         odd = p.replace(x=with_odd_strides(p.x), dy=with_odd_strides(p.dy),
                         residual=with_odd_strides(p.residual))  # fmt: skip
         for out in (False, True):
@@ -145,7 +145,7 @@ def test_strides_of_axes_that_have_one_index(shape, order):
                 assert bits(got) == bits(want)
 
 
-def test_strides_that_lead_nowhere_cost_no_copy():
+def test_meaningless_strides_cost_no_copy():
     for axes in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)):
         p = make_problem((1, 64, 1, 4096), residual=True, arrange=with_memory_order(*axes))
         x, residual, out = map(with_odd_strides, (p.x, p.residual, np.empty_like(p.x)))
@@ -158,14 +158,14 @@ def test_strides_that_lead_nowhere_cost_no_copy():
 
 
 def test_any_strides():
-    """Tensors of one call, each with its own order of memory, gaps and directions."""
+    """The tensors of one call each have their own memory order, gaps and directions."""
     drawn = np.random.default_rng(3)
     ways = [with_gaps, backwards, np.asfortranarray, lambda a: a.astype(">f8")]
     for _ in range(300):
         shape = tuple(drawn.integers(1, 5, size=drawn.integers(2, 7)))
         axis = int(drawn.integers(len(shape)))
         if prod(shape) < 3 * shape[axis]:
-            continue  # too few values for a variance that bounds an error
+            continue  # too few values for a variance with an error limit
         plain = make_problem(shape, np.float64, axis=axis, residual=True)
 
         def arrange(a):
@@ -187,7 +187,7 @@ def test_any_strides():
 
 
 def test_values_that_share_memory_are_read():
-    """As windows over a signal; as a result they are refused."""
+    """For example windows over a signal. As a result they are refused."""
     signal = make_problem((1, 64)).x[0]
     windows = sliding_window_view(signal, 8)
     for x in (windows, windows.T, windows[:, ::-1], as_strided(signal, (5, 6), (0, 4))):
@@ -199,7 +199,7 @@ def test_values_that_share_memory_are_read():
 
 
 @pytest.mark.parametrize("shape", [(2**40, 4), (2**59, 2), (2**61 - 1, 1), (2,) * 60], ids=len)
-def test_more_values_than_there_is_memory(shape):
+def test_more_values_than_memory(shape):
     x = as_strided(np.zeros(1, np.float32), shape, (0,) * len(shape))
     stats = bnfast.BatchStats.from_population(np.zeros(shape[1]), np.ones(shape[1]))
     for call in (
@@ -214,11 +214,11 @@ def test_more_values_than_there_is_memory(shape):
             call()
 
 
-# --- Arrays of others
+# --- Other libraries' arrays
 
 
 class OnlyDLPack:
-    """As little as the protocol asks for."""
+    """The minimum that the protocol requires."""
 
     def __init__(self, a):
         self.array = a
@@ -253,7 +253,7 @@ OWNERS = [OnlyDLPack, OnlyArray, OnlyInterface, memoryview, tensor]
 
 
 @pytest.mark.parametrize("own", OWNERS)
-class TestArraysOfOthers:
+class TestForeignArrays:
     def test_are_read_in_place(self, own):
         p = make_problem(SHAPES[4], residual=True)
         y, dx = np.empty_like(p.x), np.empty_like(p.x)
@@ -268,7 +268,7 @@ class TestArraysOfOthers:
         ):
             assert peak(call) < LITTLE
 
-    def test_give_arrays_of_numpys(self, own):
+    def test_results_are_numpy_arrays(self, own):
         p = make_problem((4, 5, 6), residual=True, activation="relu")
         x, dy, residual, weight, bias = map(own, (p.x, p.dy, p.residual, p.weight, p.bias))
         y, stats = bnfast.batch_norm_forward(
@@ -295,8 +295,9 @@ class TestArraysOfOthers:
         assert bits(layer.eval()(own(p.x))) == bits(other.eval()(p.x))
 
     def test_are_not_written_to(self, own):
-        """Outputs and running statistics are arrays of NumPy's: what others make of a write to
-        theirs is not ours to know."""
+        """Outputs and running statistics must be NumPy arrays. How other libraries handle a write
+        to their arrays is not known.
+        """
         p = make_problem((4, 5, 6))
         out = own(p.x.copy())
         with pytest.raises(TypeError, match=r"^out is .*expected a NumPy array"):
@@ -308,7 +309,7 @@ class TestArraysOfOthers:
 
 
 def test_a_tensor_with_a_gradient_is_named():
-    """It must be detached by hand: nothing here would be recorded."""
+    """It must be detached by hand: nothing would be recorded here."""
     torch = pytest.importorskip("torch")
     x = torch.ones(3, 4, requires_grad=True)
     with pytest.raises(TypeError, match=r"(?s)^x is .*of type Tensor.*grad"):

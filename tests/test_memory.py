@@ -1,4 +1,4 @@
-"""Fresh outputs: recycled memory, its bound, and arrays that behave and outlive as any other."""
+"""Fresh outputs: recycled memory, its limit, and arrays that behave and live like any other."""
 
 import copy
 import ctypes
@@ -77,7 +77,7 @@ def run_python(code, **environ):
 # ---- Recycling
 
 
-def test_the_next_output_takes_the_memory_of_the_last():
+def test_next_output_reuses_memory():
     x = ones(8 * MiB)
     first = double(x)
     at = address(first)
@@ -89,14 +89,14 @@ def test_the_next_output_takes_the_memory_of_the_last():
     np.testing.assert_array_equal(second, 2 * x)
 
 
-def test_a_near_size_takes_it_too():
+def test_similar_size_reuses_memory():
     last = double(ones(8 * MiB))
     at = address(last)
     del last
     assert address(double(ones(8 * MiB + 65536))) == at
 
 
-def test_a_far_size_does_not():
+def test_half_size_does_not_reuse_memory():
     last = double(ones(8 * MiB))
     del last
     small = double(ones(4 * MiB))
@@ -104,14 +104,14 @@ def test_a_far_size_does_not():
     assert small.nbytes == 4 * MiB
 
 
-def test_outputs_in_use_share_nothing():
+def test_live_outputs_share_no_memory():
     x = ones(MiB)
     outputs = [double(x) for _ in range(10)]
     places = sorted(address(y) for y in outputs)
     assert all(b - a >= x.nbytes for a, b in pairwise(places))
 
 
-def test_every_driver_recycles(rng):
+def test_every_function_reuses_memory(rng):
     x = rng.standard_normal((64, 8, 32, 32), np.float32)
     _, stats = bnfast.batch_norm_forward(x)
     layer = bnfast.BatchNorm(8, activation="relu")
@@ -130,14 +130,14 @@ def test_every_driver_recycles(rng):
 
 
 @needs_proc
-def test_at_steady_state_no_page_is_new():
+def test_no_new_pages_at_steady_state():
     resource = pytest.importorskip("resource")
     x = ones(32 * MiB)
     double(x)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         double(x)
-    # 80,000 pages were written; Python and the threads may touch some of their own.
+    # 80,000 pages were written; Python and the threads may use some of their own.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
 
 
@@ -153,17 +153,17 @@ def test_recycled_memory_changes_no_bit(rng, dtype):
         del y
 
 
-# ---- The bound
+# ---- The limit
 
 
-def test_what_waits_is_never_more_than_the_bound():
+def test_kept_memory_within_limit():
     _, bound = _core.kept_memory()
     for size in range(1, 40):
         double(ones(size * MiB))
         assert kept() <= bound
 
 
-def test_the_oldest_goes_first():
+def test_oldest_block_freed_first():
     code = """
         for size in (20, 30, 10):
             double(ones(size * MiB))
@@ -174,7 +174,7 @@ def test_the_oldest_goes_first():
     run_python(code, BNFAST_CACHE_BYTES=str(60 * MiB))
 
 
-def test_many_small_blocks_are_as_bounded_as_few_large_ones():
+def test_limit_holds_for_many_small_blocks():
     x = ones(LEAST)
     outputs = [double(x) for _ in range(1000)]
     del outputs
@@ -183,7 +183,7 @@ def test_many_small_blocks_are_as_bounded_as_few_large_ones():
 
 @needs_proc
 @pytest.mark.skipif(SANITIZED, reason="AddressSanitizer's own memory grows too")
-def test_resident_memory_keeps_to_the_bound_and_is_given_back():
+def test_resident_memory_within_limit_and_released():
     code = """
         def resident():
             with open("/proc/self/statm") as file:
@@ -203,7 +203,7 @@ def test_resident_memory_keeps_to_the_bound_and_is_given_back():
     run_python(code, BNFAST_CACHE_BYTES=str(64 * MiB))
 
 
-def test_nothing_is_kept_where_nothing_may_be():
+def test_nothing_kept_with_limit_zero():
     code = """
         y = double(ones(8 * MiB))
         assert y[0, 0] == 2
@@ -214,12 +214,12 @@ def test_nothing_is_kept_where_nothing_may_be():
 
 
 @pytest.mark.parametrize("value", ["-1", "1e9", "64M", "many", str(2**64), "9" * 5000])
-def test_a_bound_that_is_no_number_is_named(value):
+def test_invalid_limit_is_named(value):
     with pytest.raises(ImportError, match=r"BNFAST_CACHE_BYTES is '.*expected a number of bytes"):
         _memory._from_environment({"BNFAST_CACHE_BYTES": value})
 
 
-def test_the_bound_from_the_environment():
+def test_limit_from_environment():
     assert _memory._from_environment({}) is None
     assert _memory._from_environment({"BNFAST_CACHE_BYTES": " "}) is None
     asked = _memory._from_environment({"BNFAST_CACHE_BYTES": "4096"})
@@ -235,7 +235,7 @@ def test_the_bound_from_the_environment():
         ("4:memory:/a", {"memory/a/memory.limit_in_bytes": 64 * MiB}, 64 * MiB),
     ],
 )
-def test_a_container_s_memory_counts(tmp_path, groups, files, limit):
+def test_container_memory_limit_counts(tmp_path, groups, files, limit):
     membership = tmp_path / "proc/self/cgroup"
     membership.parent.mkdir(parents=True)
     membership.write_text(groups + "\n")
@@ -246,7 +246,7 @@ def test_a_container_s_memory_counts(tmp_path, groups, files, limit):
     assert _memory._from_machine(str(tmp_path)) == (limit // 16, "1/16 of the cgroup's memory")
 
 
-def test_the_bound_is_a_small_part_of_memory(tmp_path):
+def test_default_limit_is_small_part_of_memory(tmp_path):
     bound, _ = _memory._from_machine(str(tmp_path))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < bound <= min(memory / 16, 2**30)
@@ -255,7 +255,7 @@ def test_the_bound_is_a_small_part_of_memory(tmp_path):
 # ---- Giving back
 
 
-def test_release_gives_back_what_waits_and_only_that():
+def test_release_frees_only_kept_memory():
     x = ones(8 * MiB)
     y, z = double(x), double(x)
     del z
@@ -266,7 +266,7 @@ def test_release_gives_back_what_waits_and_only_that():
     np.testing.assert_array_equal(y, 2 * x)
 
 
-def test_show_config_tells_what_is_kept(capsys):
+def test_show_config_prints_kept_memory(capsys):
     double(ones(8 * MiB))
     bnfast.show_config()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "kept memory" in line]
@@ -277,7 +277,7 @@ def test_show_config_tells_what_is_kept(capsys):
 # ---- An array like any other
 
 
-def test_an_output_is_an_array_like_any_other():
+def test_output_is_an_ordinary_array():
     y = double(ones(MiB))
     assert type(y) is np.ndarray
     assert y.base is None
@@ -290,7 +290,7 @@ def test_an_output_is_an_array_like_any_other():
         assert get_handler_name(twin) != OURS
 
 
-def test_small_outputs_and_other_arrays_stay_with_numpy():
+def test_small_outputs_use_numpy_memory():
     assert get_handler_name(double(ones(LEAST - 32))) == NUMPYS
     assert get_handler_name(double(ones(LEAST))) == OURS
     assert get_handler_name(np.empty(MiB)) == NUMPYS
@@ -309,7 +309,7 @@ def test_an_output_can_be_resized(factor):
     assert get_handler_name(y) == OURS
 
 
-def test_an_absurd_size_is_a_memory_error():
+def test_absurd_size_raises_memory_error():
     y = double(ones(MiB))
     for size in (2**50, 2**60):
         with pytest.raises(MemoryError):
@@ -331,7 +331,7 @@ def test_tracemalloc_sees_outputs():
     assert with_output - without >= x.nbytes
 
 
-def test_a_caller_s_own_handler_is_left_in_charge():
+def test_own_memory_handler_is_respected():
     """NumPy's API through ctypes: a handler with another name and NumPy's own functions."""
     api = ctypes.pythonapi
     api.PyCapsule_GetPointer.restype = ctypes.c_void_p
@@ -360,7 +360,7 @@ def test_a_caller_s_own_handler_is_left_in_charge():
 
 
 def test_memory_that_runs_out():
-    """Kept memory is given up first; then there is a MemoryError, and nothing else has changed."""
+    """Kept memory is freed first; then there is a MemoryError, and nothing else has changed."""
     pytest.importorskip("resource")
     code = """
         import resource
@@ -387,10 +387,10 @@ def test_memory_that_runs_out():
     assert "MemoryError" in run_python(code, BNFAST_CACHE_BYTES=str(1024 * MiB))
 
 
-def test_no_statistic_moves_where_any_allocation_fails():
-    """Each of Python's allocations fails in turn; what had to be moved is moved last, all together.
+def test_statistics_unchanged_if_any_allocation_fails():
+    """Each of Python's allocations fails in turn; all updates are made last, together.
 
-    On the straight way: elsewhere NumPy, or Python itself, does not always survive that.
+    Only on the common path: elsewhere NumPy, or Python itself, does not always survive that.
     """
     pytest.importorskip("_testcapi")
     code = """
@@ -429,8 +429,8 @@ def test_no_statistic_moves_where_any_allocation_fails():
 
 
 @pytest.mark.parametrize("way", ["strided", "strided statistics", "layer"])
-def test_no_statistic_moves_where_a_result_cannot_be_given_back(way, monkeypatch):
-    """By way of a copy, whose last step may run out of memory too."""
+def test_statistics_unchanged_if_result_cannot_be_returned(way, monkeypatch):
+    """With a copy, whose last step may also run out of memory."""
 
     def fail(self, result):
         raise MemoryError
@@ -450,7 +450,7 @@ def test_no_statistic_moves_where_a_result_cannot_be_given_back(way, monkeypatch
     assert layer.num_batches_tracked == 0
 
 
-def test_no_gradient_moves_where_one_of_two_cannot_be_added(monkeypatch):
+def test_gradients_unchanged_if_one_cannot_be_added(monkeypatch):
     x = np.random.default_rng(0).standard_normal((6, 4, 5)).astype(np.float32)
     layer = bnfast.BatchNorm(4)
     layer(x)
@@ -483,7 +483,7 @@ def test_freed_in_another_thread():
     assert address(double(x)) == at
 
 
-def test_eight_threads_disturb_nobody():
+def test_eight_threads():
     sizes = [LEAST, 2 * LEAST, MiB, 3 * MiB]
 
     def hammer(seed):
@@ -524,7 +524,7 @@ def test_a_forked_child_has_a_pool_of_its_own():
 
 
 @needs_fork
-def test_a_fork_amid_allocations_never_hangs():
+def test_fork_during_allocations_does_not_hang():
     code = """
         x = ones(MiB)
         done = threading.Event()

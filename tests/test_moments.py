@@ -1,4 +1,4 @@
-"""moments() and the monoid Moments."""
+"""moments() and the class Moments."""
 
 import copy
 import pickle
@@ -61,7 +61,7 @@ class TestOnePass:
             assert_within(got.mean[c], mean, bound)
             assert_within(got.m2[c], m2, 2 * gamma(2 * count) * kappa * m2)
 
-    def test_one_value_a_channel(self, dtype):
+    def test_one_value_per_channel(self, dtype):
         x = make_problem((1, 5), dtype).x
         got = bnfast.moments(x)
         assert got == Moments(1, x[0].astype(np.float64), np.zeros(5))
@@ -88,7 +88,7 @@ def parts_of(x, cuts):
 
 
 class TestMerge:
-    """Bounds are those of one pass: merging is what the pass itself does."""
+    """The limits are those of one pass, which merges in the same way."""
 
     @pytest.fixture
     def x(self):
@@ -142,12 +142,12 @@ class TestMerge:
         assert b.var().tolist() == [2]
 
     def test_equal_means_stay(self):
-        """A constant channel has m2 == 0 and its very value as the mean."""
+        """A constant channel has m2 == 0 and exactly its value as the mean."""
         got = Moments.merge_all(bnfast.moments(np.full((n, 1), 0.1)) for n in range(2, 50))
         assert got.mean.tolist() == [0.1]
         assert got.m2.tolist() == [0]
 
-    def test_of_nothing_is_refused(self):
+    def test_merge_of_nothing_refused(self):
         with pytest.raises(ValueError, match=r"(?i)empty|at least one|no moments"):
             Moments.merge_all([])
 
@@ -159,11 +159,11 @@ class TestMerge:
             Moments.merge_all([a, b])
 
     @pytest.mark.parametrize("other", [1, "x", None, np.zeros(3)])
-    def test_with_something_else_is_a_type_error(self, other):
+    def test_merge_with_other_type_raises(self, other):
         with pytest.raises(TypeError):
             Moments.empty(3).merge(other)
 
-    def test_plus_something_else_is_a_type_error(self):
+    def test_plus_other_type_raises(self):
         with pytest.raises(TypeError):
             Moments.empty(3) + "x"
 
@@ -203,7 +203,7 @@ class TestVariance:
         assert m.var().tolist() == m.var(ddof=0).tolist()
 
     @pytest.mark.parametrize(("count", "ddof"), [(0, 0), (1, 1), (1, 2), (0, 1), (2, 2)])
-    def test_is_nan_where_nothing_is_left(self, count, ddof):
+    def test_nan_if_count_not_above_ddof(self, count, ddof):
         m = Moments(count, np.zeros(2), np.zeros(2))
         assert np.isnan(m.var(ddof=ddof)).tolist() == [True, True]
         assert np.isnan(m.std(ddof=ddof)).tolist() == [True, True]
@@ -243,7 +243,7 @@ def test_copies_are_independent():
 
 
 class TestConstructor:
-    def test_has_copies_of_its_own(self):
+    def test_copies_its_arguments(self):
         mean, m2 = np.ones(2), np.ones(2)
         m = Moments(3, mean, m2)
         mean[:] = m2[:] = -1
@@ -272,7 +272,7 @@ class TestConstructor:
         ],
         ids=str,
     )
-    def test_names_what_it_refuses(self, changes, error, message):
+    def test_error_names_argument(self, changes, error, message):
         with pytest.raises(error, match=message):
             Moments(**{"count": 3, "mean": [1, 2], "m2": [0, 0]} | changes)
 
@@ -302,7 +302,7 @@ class TestConstructor:
         with pytest.raises(TypeError, match="ddof is '1'"):
             m.var("1")
 
-    def test_refused_update_leaves_them_as_they_were(self):
+    def test_refused_update_changes_nothing(self):
         m = bnfast.moments(make_problem((5, 4)).x)
         before = copy.deepcopy(m)
         for x in (np.ones((2, 3)), np.ones(4), np.ones((2, 4), int), None):
@@ -330,13 +330,13 @@ def test_nan_and_infinity_stay_in_their_channel():
 @pytest.mark.parametrize("shape", [(9, 3), (9, 3, 5)], ids=["interleaved", "planar"])
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.smoke
-def test_an_infinity_in_the_first_place_is_the_mean(isa, dtype, shape):
-    """Where the pivot of the sums is taken from: no infinity may be subtracted from itself."""
+def test_infinity_in_first_value(isa, dtype, shape):
+    """The pivot of the sums is taken from there: no infinity may be subtracted from itself."""
     x = make_problem(shape, dtype).x
     x[0, 1] = np.inf
     assert bnfast.moments(x).mean[1] == np.inf
 
 
-def test_bound_of_the_oracle_is_small():
-    """The oracle's own error hides in SECOND_ORDER: longdouble must be wider."""
+def test_error_of_oracle_is_small():
+    """SECOND_ORDER covers the oracle's own error, so longdouble must be wider."""
     assert np.finfo(np.longdouble).eps / 2 < U * (SECOND_ORDER - 1)

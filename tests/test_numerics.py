@@ -13,7 +13,7 @@ CONTRACT = 1e-7  # relative error of the variance of float32 data, as stored
 
 
 def as_layout(values, layout):
-    """One channel's values, beside a channel of others, in either layout."""
+    """One channel's values, beside another channel, in either layout."""
     values = np.asarray(values)
     both = np.stack([values, values[::-1] * 2], axis=1)  # (m, 2)
     if layout == "interleaved":
@@ -37,7 +37,7 @@ NIST = {
 
 
 def certified_digits(got, certified):
-    """NIST's log relative error: 15 for all that float64 can show."""
+    """NIST's log relative error: 15 for all digits that float64 can show."""
     error = abs(got - certified) / abs(certified)
     return 15 if error < 1e-15 else int(-np.log10(error))
 
@@ -46,7 +46,7 @@ def certified_digits(got, certified):
 @pytest.mark.parametrize("name", NIST)
 class TestNIST:
     def test_as_many_digits_as_two_passes(self, isa, layout, name):
-        """NumPy's own two, over the same array."""
+        """Compared with NumPy's two passes, over the same array."""
         values, mean, deviation = NIST[name]
         x = as_layout(np.array(values, np.float64), layout)
         others = (0, *range(2, x.ndim))
@@ -58,21 +58,23 @@ class TestNIST:
             assert certified_digits(ours, certified) >= certified_digits(numpys, certified)
 
     def test_all_digits_of_the_stored_data(self, isa, layout, name):
-        """The decimal data are not what float64 stores; of what it does store,
-        the deviation is right to 1e-13 (u kappa with kappa = 1e8 would be 1e-8)."""
+        """float64 does not store the decimal data exactly. Of the stored data the deviation is
+        right to 1e-13 (u kappa with kappa = 1e8 would be 1e-8).
+        """
         values = np.array(NIST[name][0], np.float64)
         exact = np.sqrt(values.astype(np.longdouble).var() * values.size / (values.size - 1))
         got = bnfast.moments(as_layout(values, layout)).std(ddof=1)[0]
-        # A naive E[x^2] - E[x]^2 has no digits here; two sweeps with their
-        # correction are off by n u in the variance, n = 1001.
+        # A naive E[x^2] - E[x]^2 has no digits here; two passes with their correction are off by n
+        # u in the variance, n = 1001.
         assert_within(got, exact, exact * values.size * unit(np.float64), name)
 
 
 @LAYOUTS
-def test_float64_is_swept_twice(isa, layout):
-    """The first of 16384 values unlike all the others, which are d away from it. Summed around it,
-    their squares are 16384 times the M2 that is left of them, and each lane's 1024 additions of the
-    same d^2 round the same way: 1e-9 of the variance, 500 times the bound."""
+def test_float64_is_read_twice(isa, layout):
+    """The first of 16384 values differs from all others by d. Summed around it, their squares are
+    16384 times the remaining M2, and each lane's 1024 additions of the same d^2 round in the
+    same way: 1e-9 of the variance, 500 times the limit.
+    """
     x = as_layout(np.r_[1.3, np.zeros(16383)], layout)
     s = batch_statistics(x, 1)
     got = bnfast.moments(x)
@@ -119,7 +121,7 @@ DATA = ill_conditioned()
 
 @pytest.fixture(scope="module")
 def exact_statistics():
-    """Mean and variance of the stored float32 values, computed once a data set."""
+    """Mean and variance of the stored float32 values, computed once per data set."""
     found = {}
 
     def of(name, layout):
@@ -158,10 +160,11 @@ class TestIllConditioned:
 @LAYOUTS
 def test_gradient_at_a_large_mean(isa, layout, ratio):
     """A mean rounded to float32 is off by up to 0.03 deviations at 1e6, and so
-    would be every x - mean; shifting x by a power of two times a float32 that
-    keeps all its bits must not change the gradient at all but for rounding."""
+    would be every x - mean. Shifting x by a power of two times a float32 that
+    keeps all its bits must not change the gradient, except for rounding.
+    """
     rng = np.random.default_rng(5)
-    base = np.round(rng.standard_normal(4096) * 8) / 8  # still exact beside 2^20
+    base = np.round(rng.standard_normal(4096) * 8) / 8  # still exact with 2^20
     shift = 2.0 ** np.round(np.log2(ratio))
     near, far = (as_layout((base + s).astype(np.float32), layout) for s in (0, shift))
     assert np.array_equal(near[:, 0] + np.float32(shift), far[:, 0])
@@ -224,7 +227,7 @@ class TestConstantChannel:
             assert stats.var.tolist() == [0, 0, 0], value
             assert np.array_equal(y, np.broadcast_to(reference.to_shape(bias, x, 1), shape)), value
 
-    def test_has_no_moment_but_its_mean(self, isa, dtype, shape):
+    def test_m2_is_zero(self, isa, dtype, shape):
         for value in CONSTANTS[dtype]:
             got = bnfast.moments(np.full(shape, value, dtype))
             assert got.mean.tolist() == [float(dtype(value))] * 3
@@ -246,7 +249,7 @@ class TestConstantChannel:
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestSpecialValues:
     def test_stay_in_their_channel(self, isa, dtype, shape, special):
-        """And NaN is what a channel with infinity in it gives, as inf - inf is."""
+        """A channel with infinity in it gives NaN, as inf - inf does."""
         p = make_problem(shape, dtype, activation="relu", residual=True)
         clean = training_step(p)
         x = p.x.copy()
@@ -274,8 +277,8 @@ class TestSpecialValues:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values_of_few_channels_stay_in_theirs(isa, dtype):
-    """Whichever copy of the channel their row goes to, or the rows left over."""
+def test_special_values_stay_in_channel_with_few_channels(isa, dtype):
+    """For any copy of the channel that their row is added to, and for the remaining rows."""
     p = make_problem((77, 3), dtype, activation="leaky_relu")
     clean = training_step(p)
     for row in (0, 1, 31, 32, 63, 64, 76):
@@ -288,7 +291,7 @@ def test_special_values_of_few_channels_stay_in_theirs(isa, dtype):
 
 
 def training_step(p):
-    """Everything with a channel axis that a training step makes."""
+    """All results of a training step that have a channel axis."""
     mean, var = np.zeros(p.channels, p.x.dtype), np.ones(p.channels, p.x.dtype)
     y = bnfast.batch_norm(p.x, mean, var, p.weight, p.bias, True, **p.options)
     _, stats = forward(p)
@@ -343,14 +346,14 @@ class TestInferenceOfSpecialValues:
             y = bnfast.scale_shift(x, one, minus_zero, activation=activation)
             assert bits(y) == bits(x)
 
-    def test_negative_weights_turn_infinity(self, isa, dtype, shape):
+    def test_negative_weight_flips_infinity(self, isa, dtype, shape):
         x = np.full(shape, np.inf, dtype)
         y = bnfast.scale_shift(x, np.array([-1, 1], dtype), np.zeros(2, dtype))
         assert np.all(y[:, 0] == -np.inf)
         assert np.all(y[:, 1] == np.inf)
 
 
-def test_flags_of_the_floating_point_unit_survive():
-    """No flush-to-zero left behind in the calling thread."""
+def test_floating_point_flags_unchanged():
+    """The calling thread must not be left with flush-to-zero."""
     bnfast.batch_norm_forward(make_problem((64, 8, 40, 40)).x)
     assert np.float32(1e-40) * np.float32(0.5) != 0

@@ -1,4 +1,4 @@
-"""From the source tree to another machine: sdist, wheel, clean install, and what is missing."""
+"""From the source tree to another machine: sdist, wheel, clean install, missing parts."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def succeed(*command, cwd):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Copy the source tree, so that building leaves the original alone.
+    """Copy the source tree, so that building does not change the original.
 
     Without anything compiled, but with files in all folders of WRITTEN.
     """
@@ -141,7 +141,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel, tmp_path):
 
 @pytest.fixture(scope="module")
 def plain_c(tree, tmp_path_factory):
-    """A folder to import from, built where setup.py knows no processor by its name."""
+    """A folder to import from, built as if setup.py did not know the processor."""
     folder = tmp_path_factory.mktemp("plain_c")
     shutil.copytree(tree, folder / "source")
     setup = folder / "source" / "setup.py"
@@ -158,21 +158,21 @@ def plain_c(tree, tmp_path_factory):
     return folder / "installed"
 
 
-class TestAProcessorWithoutKernelsOfItsOwn:
-    """One that setup.py has no instruction set for: plain C is built, alone, and works."""
+class TestUnknownProcessor:
+    """A processor without an instruction set in setup.py: only plain C is built, and works."""
 
     def run(self, folder, *arguments, **environ):
         environ = {"PYTHONPATH": str(folder), "BNFAST_ISA": "", **environ}
         return run(sys.executable, "-W", "error", *arguments, cwd=folder, **environ)
 
-    def test_says_so(self, plain_c):
+    def test_show_config_reports_plain_c(self, plain_c):
         done = self.run(plain_c, "-m", "bnfast")
         assert done.returncode == 0, done.stderr
         shown = {line[:16].strip(): line[16:] for line in done.stdout.splitlines()}
         assert shown["kernels"] == "scalar (plain C: no others were built for this processor)"
         assert shown["built"] == shown["runnable here"] == "scalar"
 
-    def test_names_what_it_has_where_another_is_pinned(self, plain_c):
+    def test_pinning_other_set_names_available_one(self, plain_c):
         done = self.run(plain_c, "-c", "import bnfast", BNFAST_ISA="avx2")
         assert done.returncode == 1
         message = done.stderr.strip().splitlines()[-1]
@@ -185,7 +185,7 @@ class TestAProcessorWithoutKernelsOfItsOwn:
         command = ("-m", "pytest", "-v", "-m", "not slow", *options, *tests)
         done = self.run(plain_c, *command)
         assert done.returncode == 0, done.stdout[-3000:]
-        # One test for each set that can run tells which build was tested.
+        # One test for each set that can run shows which build was tested.
         assert re.findall(r"TestShowConfig::test_of_each_set\[(.+)\] PASSED", done.stdout) == [
             "scalar"
         ]

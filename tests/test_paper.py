@@ -1,4 +1,4 @@
-"""The paper's experiment: the network's gradients, the IDX reader, a short run of the whole."""
+"""The paper's experiment: the network's gradients, the IDX reader, a short run of everything."""
 
 import gzip
 import importlib
@@ -19,7 +19,7 @@ for needed in ("sklearn", "tqdm"):
 
 @pytest.fixture
 def example(monkeypatch):
-    """A function that imports a module of the examples, which are no package."""
+    """A function that imports a module of the examples, which are not a package."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module
 
@@ -28,7 +28,7 @@ def example(monkeypatch):
 def test_gradients_against_finite_differences(example, rng, normalized):
     """Central differences are off by h**2 / 6 of a third derivative and by eps / h of the loss.
 
-    With weights of about 1 the third derivatives here are at most 4 or so, and the loss is 1.5:
+    With weights of about 1 the third derivatives here are at most about 4, and the loss is 1.5:
     with h = 1e-5 that is 7e-11 and 3e-11.
     """
     h, tolerance = 1e-5, 1e-9
@@ -102,7 +102,7 @@ def test_idx_reader_names_a_damaged_file(example, tmp_path, damage, says):
 
 
 def write_mnist(directory, rng):
-    """Write a little MNIST, half of it gzipped."""
+    """Write a small MNIST, half of it gzipped."""
     for part, count in (("train", 70), ("t10k", 20)):
         images, labels = rng.integers(0, 256, (count, 4, 4)), rng.integers(0, 10, count)
         (directory / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
@@ -161,8 +161,8 @@ def test_quick_run(tmp_path):
 
     results = json.loads((tmp_path / "results.json").read_text())
     best = results["best"]
-    # Seeded, so equal on every run.  A BLAS that rounds otherwise takes another path, as another
-    # seed does; of 16 seeds the normalized network ended at 97.7% to 99.1%, the plain one at
+    # Seeded, so equal on every run.  A BLAS that rounds differently acts like another seed.
+    # Of 16 seeds the normalized network ended at 97.7% to 99.1%, the plain one at
     # 95.1% to 97.0%, and the ratio was 0.04 to 0.21.
     assert best["normalized"]["final"] >= 0.95
     assert best["plain"]["final"] > 0.90
@@ -170,7 +170,7 @@ def test_quick_run(tmp_path):
 
     found = results["inference"]
     assert [layer["changed"] for layer in found["batches"]["normalization"]] == [0, 0, 0]
-    # Means and variances are stored in float32, rounded to 2**-24 = 6e-8 of themselves, and the
+    # Means and variances are stored in float32, rounded to a relative 2**-24 = 6e-8, and the
     # means are some deviations from zero.
     assert max(found["statistics"]["population_error"]) < 1e-6
     # Logits of about 10 after sums of 100 float32 products: 100 * 2**-24 * 10 = 6e-5 at worst.

@@ -1,4 +1,4 @@
-"""batch_norm_backward of a part of a batch, given the sums of the whole."""
+"""batch_norm_backward for a part of a batch, given the sums of the whole."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def parts_of(p):
 
 
 def sums_of(p, stats):
-    """What each part brings, added up in order."""
+    """The sums of the parts, added in order."""
     local = [
         backward(part, stats._replace(count=0), needs=("weight", "bias"), out=None)
         for part in parts_of(p)
@@ -38,7 +38,7 @@ def sums_of(p, stats):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 class TestParts:
-    def test_together_are_the_whole(self, isa, dtype, activation, residual, shape):
+    def test_parts_equal_whole(self, isa, dtype, activation, residual, shape):
         p = make_problem(shape, dtype, activation=activation, residual=residual)
         s = batch_statistics(p.x, p.axis)
         off_the_kinks(p, s)
@@ -55,7 +55,7 @@ class TestParts:
             found = np.concatenate([g.residual for g in got])
             assert_within(found, exact.residual, bounds.residual, "residual")
 
-    def test_that_are_the_whole_have_its_bits(self, isa, dtype, activation, residual, shape):
+    def test_single_part_has_bits_of_whole(self, isa, dtype, activation, residual, shape):
         p = make_problem(shape, dtype, activation=activation, residual=residual)
         _, stats = forward(p)
         want = backward(p, stats)
@@ -73,7 +73,7 @@ def test_every_memory_order(order):
     assert bits(backward(turned, stats, sums=(want.weight, want.bias)).x) == bits(want.x)
 
 
-def test_needs_leave_out_what_is_given():
+def test_needs_without_given_sums():
     p = make_problem(PLANAR, residual=True, activation="relu")
     _, stats = forward(p)
     whole = backward(p, stats)
@@ -96,7 +96,7 @@ class TestRefusals:
         return p, stats, (g.weight, g.bias)
 
     @pytest.mark.parametrize("needs", ["weight", ("x", "bias")])
-    def test_of_needs_that_sums_answer(self, problem, needs):
+    def test_needs_given_by_sums(self, problem, needs):
         p, stats, sums = problem
         with pytest.raises(ValueError, match=r"needs names 'weight' or 'bias' beside sums"):
             backward(p, stats, sums=sums, needs=needs, out=None)
@@ -108,7 +108,7 @@ class TestRefusals:
             backward(p, stats._replace(count=count), sums=sums)
 
     @pytest.mark.parametrize("sums", [3, (np.ones(5),), (np.ones(5), None), np.ones((2, 5))])
-    def test_of_what_are_not_two_vectors(self, problem, sums):
+    def test_not_two_vectors(self, problem, sums):
         p, stats, _ = problem
         with pytest.raises(
             TypeError, match=r"(?s)sums is .*; expected the gradients of weight and bias"
@@ -121,7 +121,7 @@ class TestRefusals:
             backward(p, stats, sums=(sums[0], sums[1][:4]))
 
     @pytest.mark.parametrize("order", ALL_ORDERS)
-    def test_of_an_out_that_holds_them(self, order):
+    def test_out_that_holds_sums(self, order):
         p = make_problem(PLANAR, np.float64, arrange=ALL_ORDERS[order])
         _, stats = forward(p)
         out = ALL_ORDERS[order](np.zeros(PLANAR))

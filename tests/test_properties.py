@@ -1,4 +1,4 @@
-"""What batch normalization is, whatever the numbers (hypothesis)."""
+"""Properties of batch normalization for any numbers (hypothesis)."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -46,9 +46,9 @@ def gradients(p, stats):
 
 @given(problems(), powers)
 def test_affine_invariance_to_the_bit(p, a):
-    """BN(a x) with a^2 eps is BN(x). A power of two scales every float on the
-    way without rounding, so that not a bit may differ; and the gradient with
-    respect to x is 1/a of what it was."""
+    """BN(a x) with a^2 eps is BN(x). A power of two scales every float in between without rounding,
+    so no bit may differ. The gradient with respect to x is 1/a of the former one.
+    """
     y, stats = forward(p)
     scaled = p.replace(x=(a * p.x).astype(p.x.dtype), eps=a * a * p.eps)
     scaled_y, scaled_stats = forward(scaled)
@@ -63,7 +63,8 @@ def test_affine_invariance_to_the_bit(p, a):
 
 def on_a_grid(p):
     """x in sixteenths and eps a power of two: times an integer below 2^8 plus
-    another they stay exact in float32, and what differs is the arithmetic."""
+    another they stay exact in float32, and only the arithmetic differs.
+    """
     return p.replace(x=np.round(p.x * 16) / 16, eps=2.0**-17)
 
 
@@ -85,7 +86,8 @@ def test_affine_invariance(p, a, b):
 def test_scale_invariance_of_section_3_3(seed, batch, units, a):
     """BN((aW)u) = BN(Wu), dBN((aW)u)/du = dBN(Wu)/du and
     dBN((aW)u)/d(aW) = 1/a dBN(Wu)/dW. A power of two makes them exact, with
-    an eps that vanishes beside any variance here (the paper leaves it out)."""
+    an eps that is negligible for any variance here (the paper omits it).
+    """
     rng = np.random.default_rng(seed)
     u, weights = rng.standard_normal((batch, 7)), rng.standard_normal((7, units))
     dy = rng.standard_normal((batch, units))
@@ -115,7 +117,7 @@ def test_larger_weights_lead_to_smaller_gradients(p, a):
 
 
 def gradient_of_x(p):
-    """The library's dx, in longdouble, and how far it may be from the exact one."""
+    """The library's dx, in longdouble, and the limit of its error."""
     s = batch_statistics(p.x, 1)
     exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
     got = gradients(p, forward(p)[1]).x.astype(np.longdouble)
@@ -124,7 +126,7 @@ def gradient_of_x(p):
 
 @given(problems(), st.data())
 def test_batch_independence_in_inference(p, data):
-    """Every example has the answer, to the bit, that it has alone."""
+    """Every example gets the same answer, to the bit, as alone."""
     mean, var = p.bias, p.weight**2
     rows = data.draw(st.lists(st.integers(0, len(p.x) - 1), min_size=1, max_size=5))
     whole = bnfast.normalize(p.x, mean, var, p.weight, p.bias, **p.options)
@@ -162,9 +164,10 @@ def test_output_has_the_moments_asked_for(p):
 
 @given(problems(activation=None, residual=False))
 def test_gradient_is_orthogonal_to_what_cancels(p):
-    """Adding a constant to x changes nothing, so that dx sums to 0; nor does
-    stretching it, but for eps: sum dx (x - mean) is the part of dl/dgamma
-    that eps keeps from cancelling, gamma dl/dgamma eps / (var + eps)."""
+    """Adding a constant to x changes nothing, so dx sums to 0. Scaling x changes
+    nothing except for eps: sum dx (x - mean) is the part of dl/dgamma
+    that eps keeps from cancelling, gamma dl/dgamma eps / (var + eps).
+    """
     dx, bound = gradient_of_x(p)
     s = batch_statistics(p.x, 1)
     d = p.x - reference.to_shape(s.mean, p.x, 1)
@@ -178,7 +181,7 @@ def test_gradient_is_orthogonal_to_what_cancels(p):
 
 @given(problems(residual=False))
 def test_layouts_agree(p):
-    """A channels-last copy is other memory and the same tensor."""
+    """A channels-last copy has another memory order and the same values."""
     y, _ = forward(p)
     last = p.replace(x=np.ascontiguousarray(np.moveaxis(p.x, 1, -1)), axis=-1)
     bound = forward_bound(p, batch_statistics(p.x, 1))
@@ -251,7 +254,7 @@ def test_running_statistics_converge_to_those_of_a_repeated_batch(p, momentum, s
         (var, 1, s.var, s.var_error),
     ):
         want = kept * first + (1 - kept) * exact
-        # Five roundings a step of values between the first and the last.
+        # Five roundings per step of values between the first and the last.
         bound = 8 * steps * 2.0**-53 * (np.abs(exact) + first) + error
         assert_within(got, want, bound)
 
@@ -270,7 +273,7 @@ def test_eps_is_added_to_the_variance(eps, p):
 
 @given(problems())
 def test_fixed_statistics_of_the_batch_give_the_training_output(p):
-    """Between the two modes lies only what the statistics are taken from."""
+    """The two modes differ only in the source of the statistics."""
     y, stats = forward(p)
     again = bnfast.normalize(p.x, stats.mean, stats.var, p.weight, p.bias, eps=p.eps, **p.options)
     bound = forward_bound(p, constants(stats.mean, stats.var))

@@ -1,4 +1,4 @@
-"""The reference against definitions that do not share its formulas."""
+"""The reference compared with definitions that do not use its formulas."""
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ STEP = np.longdouble(2) ** -15
 
 
 def assert_derivative(f, at, direction, want, h=STEP):
-    """A central difference is off by c h^2, so that the one with 2 h differs
-    from it by 3 c h^2; rounding adds a few hundred units of f over h."""
+    """A central difference is off by c h^2, so the one with 2 h differs
+    from it by 3 c h^2; rounding adds a few hundred units of f over h.
+    """
     fine = central_difference(f, at, direction, h)
     truncation = abs(central_difference(f, at, direction, 2 * h) - fine)
     rounding = 1000 * unit(np.longdouble) * max(1, abs(f(at))) / h
@@ -61,14 +62,14 @@ def test_welford_agrees_with_the_definition(rng):
     assert m2 / count == pytest.approx(values.var(), rel=2 * bound)
 
 
-def test_population_is_that_of_all_values(rng):
+def test_population_of_all_values(rng):
     values = rng.standard_normal((12, 2, 3))
     mean, var = reference.population([values[:5], values[5:6], values[6:]])
     assert np.array_equal(mean, values.mean(axis=(0, 2)))
     assert np.allclose(var, values.var(axis=(0, 2), ddof=1), rtol=gamma(40), atol=0)
 
 
-def test_population_estimates_the_papers_way_from_equal_batches(rng):
+def test_population_as_paper_estimate(rng):
     """Algorithm 2's average of unbiased batch variances has the same expectation."""
     batches = rng.standard_normal((2000, 60, 1))
     _, var = reference.population(batches)

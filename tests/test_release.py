@@ -1,4 +1,4 @@
-"""One version, in the package; the changelog's newest entry is its."""
+"""One version, in the package; the changelog's newest entry has it."""
 
 import importlib.util
 from pathlib import Path
@@ -19,12 +19,12 @@ def check():
     return module
 
 
-def test_changelog_is_of_this_version(check):
+def test_changelog_has_this_version(check):
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert check.problems_of_log(changelog, check.version()) == []
 
 
-def test_the_version_read_is_the_packages(check):
+def test_version_read_without_import(check):
     import bnfast
 
     assert check.version() == bnfast.__version__
@@ -43,7 +43,7 @@ def test_the_version_read_is_the_packages(check):
         ("## Unreleased (0.2.0)\n## 0.1.1 (2029-01-01)\n## 0.1.0 (2029-01-02)", "do not descend"),
     ],
 )
-def test_what_is_wrong_with_a_changelog_is_said(check, headings, problem):
+def test_changelog_problems_reported(check, headings, problem):
     (said,) = check.problems_of_log(headings, "0.2.0")
     assert problem in said
 

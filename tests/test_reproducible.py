@@ -9,7 +9,7 @@ from cases import EVERY_DTYPE, WITHOUT_FMA, at_offset, bits, make_problem
 import bnfast
 from bnfast import _core
 
-# Large enough for several threads (they pay from some 200 KB), of odd sizes,
+# Large enough for several threads (worth it from some 200 KB), of odd sizes,
 # with many channels, with few, with one.
 SHAPES = (
     (13, 67, 29, 29),
@@ -24,7 +24,7 @@ FUSED = {"activation": "relu", "residual": True}
 
 
 def everything(p):
-    """The bits of all that the library computes of a problem."""
+    """The bits of all results that the library computes for a problem."""
     y, stats = bnfast.batch_norm_forward(p.x, p.weight, p.bias, **p.options)
     g = bnfast.batch_norm_backward(p.dy, p.x, stats, p.weight, p.bias, **p.options)
     frozen = bnfast.normalize(p.x, p.bias, p.weight**2, p.weight, p.bias, **p.options)
@@ -78,7 +78,7 @@ class TestAlignment:
 
 
 class TestConcurrentCalls:
-    """From many Python threads at once, each with the answer it has alone."""
+    """From many Python threads at once; each gets the same answer as alone."""
 
     def test_functions(self):
         problems = [make_problem((7, 19, 30, 30), seed=seed, **FUSED) for seed in range(8)]
@@ -105,7 +105,7 @@ class TestConcurrentCalls:
 
 
 def on_every(isas, p):
-    """`everything`, by each of the instruction sets that this processor has."""
+    """`everything`, by each of the instruction sets of this processor."""
     start = _core.isa()
     try:
         results = []
@@ -121,12 +121,12 @@ def on_every(isas, p):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 class TestInstructionSets:
-    """Eight lanes and sixteen sums whatever the registers' width: one order of additions."""
+    """Eight lanes and sixteen sums for any register width: one order of additions."""
 
-    def test_with_a_fused_multiply_add_agree(self, dtype, shape):
+    def test_sets_with_fma_agree(self, dtype, shape):
         results = on_every(set(_core.isas()) - WITHOUT_FMA, make_problem(shape, dtype, **FUSED))
         assert all(result == results[0] for result in results)
 
-    def test_without_one_agree(self, dtype, shape):
+    def test_sets_without_fma_agree(self, dtype, shape):
         results = on_every(WITHOUT_FMA, make_problem(shape, dtype, **FUSED))
         assert all(result == results[0] for result in results)

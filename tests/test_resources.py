@@ -28,8 +28,8 @@ def work():
 
 @pytest.mark.skipif(SANITIZED, reason="frames are larger under AddressSanitizer")
 @pytest.mark.parametrize("isa", _core.isas())
-def test_the_stack_that_is_said_to_suffice_does(isa):
-    """Half of it, in truth: kernels keep 112 KiB of rounded parameters there."""
+def test_documented_stack_size_suffices(isa):
+    """Half of the stated stack: kernels keep 112 KiB of rounded parameters there."""
     code = EVERY_KERNEL + (
         "threading.stack_size(128 * 1024)\n"
         "thread = threading.Thread(target=work); thread.start(); thread.join()"
@@ -39,8 +39,8 @@ def test_the_stack_that_is_said_to_suffice_does(isa):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no size to read")
-def test_where_a_thread_cannot_be_had_a_call_runs_on_fewer():
-    """libgomp would end the process; of an address space this full no thread's stack can be had."""
+def test_call_runs_on_fewer_threads_if_none_available():
+    """libgomp would end the process. The address space is so full that no thread's stack fits."""
     code = """
 import os, resource, numpy as np, bnfast
 
@@ -64,7 +64,7 @@ print((out == want).all(), bnfast._core.pool_started())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no resident memory to read")
-def test_a_hundred_thousand_calls_grow_nothing():
+def test_no_memory_growth_in_many_calls():
     code = """
 import os, numpy as np, bnfast
 
@@ -101,7 +101,7 @@ print("done")
     assert run_python(code).stdout == "done\n"
 
 
-def test_an_interrupt_is_answered_between_calls():
+def test_interrupt_between_calls():
     code = """
 import os, signal, threading, numpy as np, bnfast
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
@@ -119,5 +119,5 @@ except KeyboardInterrupt:
         again(x)
     print(again.running_var.tobytes() == layer.running_var.tobytes())
 """
-    done = run_python(code, BNFAST_NUM_THREADS="1")  # as quick the second time as the first
+    done = run_python(code, BNFAST_NUM_THREADS="1")  # as fast the second time as the first
     assert done.stdout == "True\n", done.stderr

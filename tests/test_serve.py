@@ -1,4 +1,4 @@
-"""The example service: answers, refusals, and that nothing hangs, whoever is killed."""
+"""The example service: answers, errors, and no hang when any process is killed."""
 
 import http.client
 import json
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 
 @contextmanager
 def service(*command):
-    """Start one, give its process and port, and see it end when it is asked to."""
+    """Start one, yield its process and port, and check that it ends when asked to."""
     command = command or (SERVE, "--port", "0", "--steps", "60", "--workers", "2")
     started = subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # trains sooner on a busy machine
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # trains faster on a busy machine
     )
     with started:
         try:
@@ -74,7 +74,7 @@ def images():
 
 
 @pytest.mark.parametrize("network", ["frozen", "folded"])
-def test_an_answer_does_not_depend_on_its_batch(port, images, network):
+def test_answer_independent_of_batch(port, images, network):
     whole = answer(port, network, images)
     assert whole.shape == (40, 10)
     for part in (images[:1], images[3:20], images[::-1], np.repeat(images[5:6], 33, axis=0)):
@@ -82,8 +82,8 @@ def test_an_answer_does_not_depend_on_its_batch(port, images, network):
         np.testing.assert_array_equal(answer(port, network, part), whole[rows])
 
 
-def test_the_networks_agree(port, images):
-    """Folding rounds other weights: by far less than what tells two images apart."""
+def test_networks_agree(port, images):
+    """Folding rounds other weights: by far less than the difference of two images."""
     frozen, folded = (answer(port, network, images) for network in ("frozen", "folded"))
     assert not np.array_equal(frozen, folded)
     assert np.abs(frozen - folded).max() < 1e-3 * np.ptp(frozen, axis=0).min()
@@ -131,7 +131,7 @@ def test_bad_requests_are_refused(port, method, path, body, status, reason):
 
 
 def raw(port, sent):
-    """Send bytes, close our side, and return what comes back."""
+    """Send bytes, close our side, and return the answer."""
     with socket.create_connection((HOST, port), timeout=TIMEOUT) as connection:
         with suppress(ConnectionError):  # answered before all was sent
             connection.sendall(sent)
@@ -140,7 +140,7 @@ def raw(port, sent):
 
 
 def rest(connection):
-    """Read until the other side has closed, on bytes of ours that it has not read, too."""
+    """Read until the other side has closed, even if it did not read all of our bytes."""
     got = b""
     connection.settimeout(TIMEOUT)
     with suppress(ConnectionError):
@@ -159,7 +159,7 @@ def rest(connection):
         ("Content-Length: 100\r\n", b"400"),  # and then the client is gone
     ],
 )
-def test_lengths_that_are_wrong(port, header, status):
+def test_wrong_content_lengths(port, header, status):
     got = raw(port, f"POST /frozen HTTP/1.0\r\n{header}\r\n{{".encode())
     assert got.split()[1] == status
 
@@ -178,7 +178,7 @@ def test_lengths_that_are_wrong(port, header, status):
         (b"GET / HTTP/1.0\r\na: " + b"b" * 70_000 + b"\r\n\r\n", b"431", "Line too long"),
     ],
 )
-def test_requests_that_are_no_http_get_json(port, sent, status, reason):
+def test_non_http_requests_get_json(port, sent, status, reason):
     head, _, body = raw(port, sent).partition(b"\r\n\r\n")
     assert head.split()[1] == status
     assert b"Content-Type: application/json" in head
@@ -194,21 +194,21 @@ def test_a_head_request_gets_no_body(port):
 
 
 def drip(port, head, byte):
-    """Send the head and then a byte a tenth of a second, until there is an answer; return that."""
+    """Send the head and then a byte every tenth of a second; return the answer at its arrival."""
     with socket.create_connection((HOST, port), timeout=0.1) as connection:
         connection.sendall(head)
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
             with suppress(TimeoutError):
                 return connection.recv(1 << 16) + rest(connection)
-            with suppress(ConnectionError):  # closed, and what it answered is yet to be read
+            with suppress(ConnectionError):  # closed, but its answer can still be read
                 connection.sendall(byte)
         raise AssertionError(f"served for {TIMEOUT} s")
 
 
 @pytest.mark.slow
-def test_clients_that_drip_are_told_to_stop():
-    """However they keep busy, the time for the headers and for all of a request is limited."""
+def test_slow_clients_time_out():
+    """Even if they keep sending, the time for the headers and for a whole request is limited."""
     code = f"""
 import sys
 sys.path.insert(0, {str(SERVE.parent)!r})
@@ -228,7 +228,7 @@ sys.exit(serve.main(["--port", "0", "--steps", "20", "--workers", "1"]))
             assert time.monotonic() - start < 10
             assert got.split()[1] == b"408"
             assert json.loads(got.partition(b"\r\n\r\n")[2]) == {"error": took}
-        # 100 MB are too many, and not read for longer than a request may take.
+        # 100 MB are too many, and are not read for longer than a request may take.
         got = drip(port, post.replace(b"00000", b"00000000") + b"\r\n", b" ")
         assert got.split()[1] == b"413"
         assert ask(port, "GET", "/")[0] == 200
@@ -248,7 +248,7 @@ def has_ended(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    # A zombie has ended too, where nobody reaps orphans.
+    # A zombie has also ended, if orphans are not reaped.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
@@ -275,7 +275,7 @@ def test_a_killed_worker_is_replaced():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_when_asked_to(number):
+def test_ends_on_signal(number):
     with service() as (process, port):
         workers = workers_of(port, 2)
         process.send_signal(number)
@@ -296,8 +296,8 @@ def test_workers_end_with_their_parent():
 
 
 @pytest.mark.slow
-def test_silent_clients_keep_nobody_waiting():
-    """Neither other clients nor, for longer than their time to send, the end."""
+def test_silent_clients_do_not_block_others():
+    """Other clients do not wait, and the end waits no longer than the time to send."""
     with service() as (process, port):
         silent = [socket.create_connection((HOST, port), timeout=TIMEOUT) for _ in range(20)]
         for connection in silent[10:]:

@@ -1,7 +1,7 @@
-"""What a signal handler raises comes out of a call as it is; statistics move whole or not at all.
+"""A signal handler's exception leaves a call unchanged; statistics update completely or not at all.
 
-A handler runs between any two steps of Python's. So does a trace function, and where it is wanted:
-it raises at each line that a call runs, one after the other. Real signals come at random.
+A handler runs between any two steps of Python. A trace function does, too, and at a chosen place:
+it raises at each line that a call runs, one after the other. Real signals come at random times.
 """
 
 import gc
@@ -37,7 +37,7 @@ class Sub(np.ndarray):
     pass
 
 
-# --- Calls that are good
+# --- Good calls
 
 
 def layer(**options):
@@ -96,7 +96,7 @@ FUNCTIONS = {
     "fold": lambda: bnfast.fold(np.ones((4, 2)), None, FROZEN_LINEAR, out_axis=np.int8(0)),
 }  # fmt: skip
 FROZEN_LINEAR = bnfast.BatchNorm(4).freeze()
-# Calls that are refused: to word a refusal swallows no alarm either.
+# Refused calls: making the error message must not swallow an alarm either.
 REFUSED = {
     "a text for eps": lambda: bnfast.batch_norm_forward(X, eps="1"),
     "a list for eps": lambda: bnfast.batch_norm_forward(X, eps=[1.0] * 50),
@@ -109,7 +109,7 @@ REFUSED = {
 
 
 def state(made):
-    """What a call of a layer may move; of no layer, nothing."""
+    """The state that a call of a layer may change; nothing for other calls."""
     return [bits(a) for name in STATE if (a := getattr(made, name, None)) is not None]
 
 
@@ -117,13 +117,13 @@ def state(made):
 
 
 class At:
-    """Raises this at the nth line that others' code runs, in whatever function."""
+    """Raises this exception at the nth line of others' code, in any function."""
 
     def __init__(self, n, error=None):
         self.n, self.error, self.places = n, error, 0
 
     def __enter__(self):
-        gc.disable()  # what others have called at a collection is no part of the call
+        gc.disable()  # what others have called at a collection is not part of the call
         self.found = sys.gettrace()
         sys.settrace(self.trace)
         return self
@@ -134,7 +134,7 @@ class At:
 
     def trace(self, frame, event, argument):
         if frame.f_globals is globals():
-            return self.trace  # this file's own lines
+            return self.trace  # lines of this file
         if event == "line":
             self.places += 1
             if self.places == self.n:
@@ -143,7 +143,7 @@ class At:
 
 
 def places(call, *given):
-    """How many lines a call runs, once all that is made at a first use is made."""
+    """The number of lines that a call runs, after the first use has made everything."""
     for _ in range(2):
         with At(0) as counted:
             try:
@@ -154,7 +154,7 @@ def places(call, *given):
 
 
 def raised_at(n, error, call, *given):
-    """What comes out of a call in which this is raised at its nth line."""
+    """What a call raises if this exception is raised at its nth line."""
     try:
         with At(n, error):
             call(*given)
@@ -165,7 +165,7 @@ def raised_at(n, error, call, *given):
 
 @pytest.mark.parametrize("call", [*FUNCTIONS.values(), *REFUSED.values()],
                          ids=[*FUNCTIONS, *REFUSED])  # fmt: skip
-def test_an_alarm_comes_out_as_it_is(call):
+def test_signal_exception_passes_through(call):
     for kind in RAISED:
         for n in range(1, places(call) + 1):
             alarm = kind("raised by a handler")
@@ -173,7 +173,7 @@ def test_an_alarm_comes_out_as_it_is(call):
 
 
 @pytest.mark.parametrize(("make", "call"), LAYERS.values(), ids=LAYERS)
-def test_a_layer_moves_whole_or_not_at_all(make, call):
+def test_layer_updates_completely_or_not_at_all(make, call):
     after = make()
     call(after)
     for kind in (TimeoutError, ValueError, Alarm):
@@ -184,7 +184,7 @@ def test_a_layer_moves_whole_or_not_at_all(make, call):
             assert state(made) in (before, state(after)), n
 
 
-def test_moments_take_in_a_batch_or_do_not():
+def test_moments_update_completely_or_not_at_all():
     after = bnfast.moments(X).update(X)
     for n in range(1, places(bnfast.moments(X).update, X) + 1):
         total, alarm = bnfast.moments(X), Alarm("raised by a handler")
@@ -213,7 +213,7 @@ def ring(make, call, times):
     for _ in range(times):
         made = make()
         signal.setitimer(signal.ITIMER_REAL, 1e-6 + drawn.random() * last)
-        try:  # no context manager, since an alarm may come in one
+        try:  # no context manager, since an alarm may come inside one
             waiting = True
             try:
                 call(made)

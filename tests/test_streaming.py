@@ -1,7 +1,7 @@
-"""Results that are written around the caches have the bits of those that are not.
+"""Results that are written around the caches have the same bits as others.
 
-That happens to what is larger than the last cache. Here the caches are said to be small, so that
-many shapes and every alignment of a result take that way in little time.
+Results larger than the last cache are written in this way. Here the caches are declared to be
+small, so that many shapes and every alignment of a result are tested in little time.
 """
 
 import numpy as np
@@ -38,7 +38,9 @@ def streams():
 
 
 def surrounded(a, offset):
-    """(an array of `a`'s shape so far from a multiple of 64, whether nothing else was written)."""
+    """(an array of `a`'s shape at this offset from a multiple of 64, a check of the bytes around
+    it).
+    """
     store = np.full(a.nbytes + 256, 0xA5, np.uint8)
     start = -store.ctypes.data % 64 + 64 + offset
     inside = store[start : start + a.nbytes].view(a.dtype).reshape(a.shape)
@@ -52,8 +54,8 @@ def surrounded(a, offset):
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 class TestStreamed:
-    def test_is_what_these_shapes_are(self, dtype, shape):
-        """On the machine that `streams` tells of, and not on any with caches."""
+    def test_these_shapes_are_streamed(self, dtype, shape):
+        """Only with the caches that `streams` declares, not with real ones."""
         outer, channels, inner = shape[0], shape[1], int(np.prod(shape[2:]))
         if channels == 1:
             outer, inner = 1, outer * inner
@@ -83,8 +85,8 @@ class TestStreamed:
         assert streams(bnfast.scale_shift, p.x, p.weight, p.bias, out=p.x) is p.x
         assert bits(p.x) == bits(want)
 
-    def test_touches_its_own_bytes_alone(self, isa, dtype, shape, streams):
-        """From every alignment that an element can have; what lies on either side stays."""
+    def test_writes_only_its_own_bytes(self, isa, dtype, shape, streams):
+        """From every alignment that an element can have; the bytes on either side stay."""
         p = make_problem(shape, dtype)
         stats = bnfast.moments(p.x)
         want = bnfast.scale_shift(p.x, p.weight, p.bias)
@@ -113,7 +115,7 @@ class TestStreamed:
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 def test_past_the_last_cache_of_this_machine(dtype, isa):
-    """Without anything said about caches: the largest one's size in results, and then some."""
+    """With the machine's real caches: the results are larger than the largest one."""
     caches = _core.config()["caches"]
     last = max(caches["l2"] * bnfast.get_num_threads(), caches["l3"])
     if last > 2**27:

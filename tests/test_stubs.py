@@ -1,4 +1,4 @@
-"""The hand-written stub of the compiled core names what the core has, no more and no less."""
+"""The hand-written stub of the compiled core has exactly the names of the core."""
 
 import ast
 import inspect
@@ -48,8 +48,8 @@ def test_attributes_of_a_class_are_those_of_its_stub(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_cannot_be_set_is_a_property_in_the_stub(name):
-    """Or else mypy would let a caller set it."""
+def test_read_only_attributes_are_properties_in_stub(name):
+    """Otherwise mypy would let a caller set it."""
     stubbed = {
         node.name
         for node in CLASSES[name].body

@@ -1,7 +1,7 @@
-"""Subclasses of NumPy's array that say of themselves what is not so, or raise when asked.
+"""Subclasses of NumPy's array that state wrong properties, or raise when asked.
 
-Each is the array that it is: results, and what is written to, are to the bit as with a plain one.
-All of it runs in Pythons of their own, since to believe a lie about a shape is a crash.
+Each is used as the array that it is: results and written arrays have the bits of a plain one. All
+tests run in separate Pythons, since believing a wrong shape is a crash.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ STATS = bnfast.batch_norm_forward(P.x)[1]
 
 
 class Unwilling(Exception):
-    """What a subclass raises."""
+    """An exception that a subclass raises."""
 
 
 def raises(self, *args, **options):
@@ -27,7 +27,7 @@ def says(answer):
     return property(lambda self: answer)
 
 
-# What attributes say instead of the truth.
+# Wrong values of attributes.
 LIES = {
     "shape": [(1,), (10**6,), (6, 300, 1000), (), None],
     "dtype": [np.dtype("f8"), np.dtype("u1"), np.dtype("i8"), np.dtype("O"), None],
@@ -76,7 +76,7 @@ def arrays():
     }  # fmt: skip
 
 
-# --- Calls, each of which returns arrays; what it wrote to is looked at as well
+# --- Calls, each of which returns arrays; written arrays are compared as well
 
 
 def training(x, running_mean, running_var, weight, bias, residual, out):
@@ -119,7 +119,7 @@ def layer(x, dy, residual, running_mean, running_var, weight, bias, counter, wei
 
 
 def load(running_mean, running_var, weight, bias, counter, mean, inv_std):
-    """A state into the layer's own arrays, and these into another layer."""
+    """Load a state into the layer's own arrays, and these into another layer."""
     layer, other = bnfast.BatchNorm(300), bnfast.BatchNorm(300)
     layer.running_mean, layer.running_var, layer.num_batches_tracked = (
         running_mean, running_var, counter)  # fmt: skip
@@ -145,7 +145,7 @@ def outcome(function, given):
 
 
 def believe(call):
-    """Print in what a subclass, in place of one array or of all, made a difference."""
+    """Print where a subclass, in place of one array or of all, made a difference."""
     function = CALLS[call]
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     plain = {name: arrays()[name] for name in names}
@@ -163,12 +163,12 @@ def believe(call):
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_is_the_array_that_it_is(call):
+def test_subclass_used_as_plain_array(call):
     assert run_alone(believe, call) == ""
 
 
 class Impostor:
-    """Says it is an array, and gives one when asked."""
+    """Says that it is an array, and gives one when asked."""
 
     __class__ = property(lambda self: np.ndarray)
 
@@ -177,7 +177,7 @@ class Impostor:
 
 
 @pytest.mark.parametrize("name", ["out", "running_mean", "running_var"])
-def test_what_only_says_it_is_an_array_is_not_written_to(name):
+def test_fake_array_is_not_written(name):
     w = np.abs(P.weight)
     given = {"out": None, "running_mean": w, "running_var": w.copy(), name: Impostor()}
     with pytest.raises(TypeError, match=f"^{name} is .*Impostor; expected a NumPy array"):

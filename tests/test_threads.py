@@ -18,7 +18,7 @@ def in_thread(function, *args):
 
 
 @pytest.mark.smoke
-def test_a_block_holds_inside_and_restores():
+def test_block_sets_and_restores():
     assert bnfast.get_num_threads() == 5
     with bnfast.num_threads(3):
         assert bnfast.get_num_threads() == 3
@@ -34,7 +34,7 @@ def test_a_block_restores_after_an_exception():
     assert bnfast.get_num_threads() == 5
 
 
-def test_a_block_does_not_reach_other_threads():
+def test_block_does_not_affect_other_threads():
     with bnfast.num_threads(3):
         assert in_thread(bnfast.get_num_threads) in (5, 3)  # 3 where threads inherit contexts
     assert in_thread(bnfast.get_num_threads) == 5
@@ -65,7 +65,7 @@ def test_overlapping_blocks_in_threads_do_not_disturb_each_other():
             barrier.wait()  # both are inside
             seen[n, "both inside"] = bnfast.get_num_threads()
             if not leaves_first:
-                barrier.wait()  # the other one is out
+                barrier.wait()  # the other one is outside
                 seen[n, "alone inside"] = bnfast.get_num_threads()
         seen[n, "outside"] = bnfast.get_num_threads()
         if leaves_first:
@@ -130,7 +130,7 @@ print(bnfast.get_num_threads())
     assert done.stdout == f"1 openmp\n1\n1 {limited}\n2\n", done.stdout + done.stderr
 
 
-def test_openmp_s_own_number_is_no_limit_unless_somebody_lowered_it():
+def test_openmp_number_is_a_limit_only_if_lowered():
     code = "import bnfast; bnfast.set_num_threads(7); print(bnfast.get_num_threads())"
     assert run_python(code, OMP_NUM_THREADS="1").stdout == "7\n"
 
@@ -149,6 +149,6 @@ def test_openmp_s_own_number_is_no_limit_unless_somebody_lowered_it():
         (lambda n: bnfast.fold(np.ones((2, 2)), None, bnfast.BatchNorm(2), groups=n), "groups"),
     ],
 )
-def test_numbers_of_more_digits_than_python_prints_are_refused_by_name(call, name):
+def test_huge_numbers_refused_by_name(call, name):
     with pytest.raises((TypeError, ValueError), match=f"^{name} is .*expected"):
         call(10**5000)

@@ -53,7 +53,7 @@ def test_two_layers_train_side_by_side():
 
 
 def hammer(n, until, threads=None, shape=LARGE):
-    """Call from n Python threads without a pause until `until` says so of `_core.at_work()`."""
+    """Call from n Python threads without a pause until `until` accepts `_core.at_work()`."""
     x = np.ones(shape, np.float32)
     done = threading.Event()
 
@@ -66,7 +66,7 @@ def hammer(n, until, threads=None, shape=LARGE):
         while time.monotonic() < end:
             if until(*_core.at_work()):
                 return True
-            time.sleep(0.001)  # without the GIL: the next look is at other calls
+            time.sleep(0.001)  # without the GIL: the next check sees other calls
         return False
 
     if threads is not None:
@@ -81,7 +81,7 @@ def hammer(n, until, threads=None, shape=LARGE):
                 future.result(timeout=60)
 
 
-def test_nothing_is_at_work_between_calls():
+def test_no_threads_counted_between_calls():
     hammer(2, lambda calls, threads: calls == 2, threads=2)
     assert _core.at_work() == (0, 0)
 
@@ -93,7 +93,7 @@ def test_a_call_alone_has_all_threads():
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_calls_at_the_same_time_share_the_threads(n, most):
-    """Each has at least its own; beyond these there are never more than one call may have."""
+    """Each has at least its own thread; the others are never more than one call may have."""
     seen = []
 
     def enough(calls, threads):
@@ -106,8 +106,8 @@ def test_calls_at_the_same_time_share_the_threads(n, most):
 
 
 @needs_fork
-def test_a_child_forked_amid_calls_counts_none_of_them():
-    """Or it would share its threads for ever with calls that are in its parent."""
+def test_child_forked_during_calls_counts_no_calls():
+    """Otherwise it would share its threads forever with calls that are in its parent."""
     code = """
 import os, threading
 import numpy as np, bnfast
@@ -141,8 +141,8 @@ print(amid > 0, _core.at_work())
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no threads to count")
-def test_inside_a_region_of_openmp_no_other_one_is_started():
-    """By OpenMP's own rule: a region within a region has one thread, unless somebody asks."""
+def test_no_nested_openmp_region():
+    """By OpenMP's own rule: a region within a region has one thread, unless requested otherwise."""
     code = """
 import ctypes, os
 import numpy as np, bnfast
@@ -168,8 +168,8 @@ print(len(right), all(right), max(native) <= before)
     assert done.stdout == "3 True True\n", done.stdout + done.stderr
 
 
-def test_what_one_thread_may_use_is_no_matter_of_the_others():
-    """In a pool of as many Python threads as cores each call may be told to use one."""
+def test_thread_limit_affects_only_its_thread():
+    """In a pool with one Python thread per core, each call may be told to use one thread."""
 
     def work(i):
         with bnfast.num_threads(1):

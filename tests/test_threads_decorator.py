@@ -1,4 +1,4 @@
-"""`num_threads` over functions: it holds while their body runs, or it is refused."""
+"""`num_threads` as a decorator: it holds while a function's body runs, or is refused."""
 
 import asyncio
 import functools
@@ -78,11 +78,11 @@ class TestFunctions:
         ],
         ids=["lambda", "partial", "cache", "object"],
     )
-    def test_whatever_can_be_called(self, function):
+    def test_any_callable(self, function):
         assert num_threads(ASKED)(function)() == ASKED
         assert seen() == HERE
 
-    def test_what_is_written_in_c(self):
+    def test_functions_written_in_c(self):
         assert num_threads(ASKED)(len)([3]) == 1
 
     def test_methods_of_all_kinds(self):
@@ -124,7 +124,7 @@ class Asynchronous:
         return seen()
 
 
-class TestWhatRunsLater:
+class TestDeferredFunctions:
     @pytest.mark.parametrize(
         ("function", "kind"),
         [
@@ -137,7 +137,7 @@ class TestWhatRunsLater:
             (Asynchronous().__call__, "a coroutine function"),
         ],
     )
-    def test_is_refused_where_it_is_decorated(self, function, kind):
+    def test_refused_at_decoration(self, function, kind):
         with pytest.raises(
             TypeError, match=rf"{kind}, whose body runs after the call .*; expected"
         ):
@@ -146,11 +146,11 @@ class TestWhatRunsLater:
     @pytest.mark.parametrize(
         "thing", [Asynchronous, staticmethod(seen), classmethod(seen), 3, None]
     )
-    def test_what_is_no_function_is_refused(self, thing):
+    def test_not_a_function_refused(self, thing):
         with pytest.raises(TypeError, match=r"num_threads decorates .*; expected a function"):
             num_threads(ASKED)(thing)
 
-    def test_a_block_in_the_body_does_it(self):
+    def test_block_in_body_works(self):
         async def look():
             with num_threads(ASKED):
                 inside = seen()
@@ -179,8 +179,8 @@ class TestBlocks:
                 assert seen() == ASKED
             assert seen() == HERE
 
-    def test_not_one_in_itself(self):
-        """What it was outside would be forgotten."""
+    def test_block_inside_itself_refused(self):
+        """The outer number would be forgotten."""
         block = num_threads(ASKED)
         with block, pytest.raises(RuntimeError, match="is in use"):
             block.__enter__()

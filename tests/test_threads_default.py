@@ -20,7 +20,7 @@ from bnfast import _threads
         ({"OMP_NUM_THREADS": "-2"}, None),
         ({"OMP_NUM_THREADS": ""}, None),
         ({"OMP_NUM_THREADS": "99999"}, (1024, "OMP_NUM_THREADS")),
-        ({"OMP_NUM_THREADS": "9" * 5000}, None),  # more digits than Python makes a number of
+        ({"OMP_NUM_THREADS": "9" * 5000}, None),  # more digits than Python converts to a number
         ({"BNFAST_NUM_THREADS": "6", "OMP_NUM_THREADS": "3"}, (6, "BNFAST_NUM_THREADS")),
         ({"BNFAST_NUM_THREADS": "", "OMP_NUM_THREADS": "3"}, (3, "OMP_NUM_THREADS")),
     ],
@@ -30,7 +30,7 @@ def test_environment(environ, expected):
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "2.5", "2,1", "1025", "9" * 5000, "\u0663"])
-def test_a_bad_own_variable_is_an_import_error(value):
+def test_bad_environment_variable_is_import_error(value):
     with pytest.raises(ImportError, match=rf"BNFAST_NUM_THREADS is '?{value[:50]}.*; expected"):
         _threads._from_environment({"BNFAST_NUM_THREADS": value})
 

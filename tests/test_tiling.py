@@ -1,4 +1,4 @@
-"""Shape, caches and threads -> tiles, as the pure function it is, on machines unlike this one."""
+"""Shape, caches and threads -> tiles: a pure function, tested for machines unlike this one."""
 
 from itertools import pairwise
 
@@ -36,7 +36,7 @@ def plan(shape, machine, reads=2, writes=1, itemsize=4, gathers=True):
 
 
 def is_partition(tiles, shape):
-    """Every value in exactly one tile: the volumes add up, and no two tiles share a corner.
+    """Every value is in exactly one tile: the volumes add up, and no two tiles share a corner.
 
     Along each axis the ranges that occur must themselves be disjoint and cover it, since all
     tilings here are products of cuts.
@@ -80,13 +80,13 @@ def test_blocks_follow_from_the_shape_alone(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_block_is_no_longer_than_its_error_bound_was_proven_for(shape):
+def test_block_length_within_proven_limit(shape):
     for o0, o1, _, _, i0, i1 in plan(shape, "64 cores")["sums"]:
         assert (o1 - o0) * (i1 - i0) <= 16384 + 16
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_every_thread_has_work_where_there_is_much(machine):
+def test_large_work_uses_all_threads(machine):
     threads = MACHINES[machine]["threads"]
     for shape in [(64, 64, 12544), (1, 4, 2**24), (2**20, 64, 1), (256, 1, 65536)]:
         found = plan(shape, machine)
@@ -108,38 +108,38 @@ def is_fused(shape, machine, **options):
     return plan(shape, machine, **options)["fused"]
 
 
-def test_a_group_is_summed_and_written_while_a_cache_holds_it():
+def test_large_arrays_are_computed_in_groups():
     assert is_fused((32, 256, 3136), "this class of machine")
     assert is_fused((32, 2048, 49), "no shared cache")
     assert is_fused((8, 64, 196), "this class of machine")
 
 
-def test_what_stays_in_the_last_cache_is_swept_from_end_to_end():
+def test_no_groups_if_array_fits_last_cache():
     assert not is_fused((32, 2048, 49), "this class of machine")
     assert not is_fused((32, 128, 784), "this class of machine", reads=1)
 
 
-def test_rows_of_channels_are_shared_where_there_are_few_blocks_of_them():
+def test_channels_shared_among_threads_if_few_blocks():
     found = plan((4096, 256, 1), "64 cores")
     assert len(found["sums"]) == 64 == 2 * len(plan((4096, 256, 1), "a laptop")["sums"])
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("channels", range(2, 17))
-def test_a_sum_has_all_of_few_channels(machine, channels):
-    """Else how many rows are taken at once, and so the bits, would depend on the machine."""
+def test_all_of_few_channels_in_one_sum(machine, channels):
+    """Otherwise the number of rows taken at once, and so the bits, would depend on the machine."""
     for rows in (1, 5, 1000, 100_003, 5_000_011):
         assert {tile[2:4] for tile in plan((rows, channels, 1), machine)["sums"]} == {(0, channels)}
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("channels", range(2, 17))
-def test_streamed_rows_of_few_channels_start_at_addresses_that_can_be(channels, itemsize):
+def test_streamed_rows_start_at_aligned_addresses(channels, itemsize):
     found = plan((20_000_003, channels, 1), "this class of machine", itemsize=itemsize)
     assert found["stream"]
     assert all(tile[0] * channels * itemsize % 16 == 0 for tile in found["writes"])
 
 
-def test_does_not_stream_what_the_threads_own_caches_hold():
+def test_no_streaming_if_results_fit_thread_caches():
     assert not plan((1, 64, 3136), "no shared cache", 1, 1)["stream"]
     assert plan((32, 256, 3136), "no shared cache", 1, 1)["stream"]

@@ -1,14 +1,14 @@
-"""How far a correct result may be from the exact one, derived.
+"""The allowed distance of a correct result from the exact one, derived.
 
 Notation. u is the unit roundoff of the type that is computed in (half its eps):
 the data's, or float32 for halves. U is that of float64. One operation returns
 the exact result times (1 + e), |e| <= u. A sum of n terms in any order is off
 by at most gamma(n) times the sum of the terms' magnitudes (Higham, "Accuracy
 and Stability of Numerical Algorithms", 2002, section 4.2). First-order terms
-are added up below; SECOND_ORDER covers the products of two of them, and the
+are added below. SECOND_ORDER covers the products of two of them, and the
 oracle's own error (longdouble: 2^-11 of float64's).
 
-The arithmetic whose error this bounds is the one the library documents:
+The limits are for the arithmetic that the library documents:
 statistics and sums in float64; in the type of u
     d  = (x - mean_hi) - mean_lo
     y  = d * scale + bias                (one rounding with FMA, two without)
@@ -44,10 +44,10 @@ def tiny(dtype):
 
 
 def written(error, magnitude, dtype):
-    """The error of a number once it is in memory, and its magnitude.
+    """The error of a number after it is stored, and its magnitude.
 
-    A half is rounded to nearest from float32: by at most half a unit in the last place of a
-    number off by `error`, which is half of the smallest denormal where that is more.
+    A half is rounded to nearest from float32. The error is at most half a unit in the last place of
+    a number off by `error`, or half of the smallest denormal if that is larger.
     """
     if computed_in(dtype) == dtype:
         return error
@@ -77,7 +77,7 @@ def assert_within(got, want, bound, what=""):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Exact mean and variance a channel, and how far float64 ones may be off."""
+    """Exact mean and variance per channel, and the error limits of float64 ones."""
 
     mean: np.ndarray
     var: np.ndarray
@@ -86,7 +86,7 @@ class Statistics:
 
 
 def constants(mean, var):
-    """Statistics that are given are exact."""
+    """Given statistics are exact."""
     zero = np.zeros(np.shape(mean))
     return Statistics(mean.astype(np.longdouble), var.astype(np.longdouble), zero, zero)
 
@@ -94,17 +94,17 @@ def constants(mean, var):
 def batch_statistics(x, axis, sum_of=None):
     """Sums of m terms in float64, in blocks merged by Chan, Golub and LeVeque.
 
-    m is `sum_of` where x stands for an array of that many copies of its values.
+    m is `sum_of` if x stands for an array of that many copies of its values.
 
     The mean is a sum of m terms, a division and a merge's few operations:
     e = gamma(m + 4) mean|x|. The squares are a sum of m terms of one sign:
-    gamma(m + 4) var. float32 data and halves are swept once, around one of a block's own
+    gamma(m + 4) var. float32 data and halves are read once, around one of a block's own
     values p, whose terms |x - p| are at most |x| + max|x|, and whose squares
     add up to m var + m (p - mean)^2, the latter at most m max d^2.
 
     A merge adds w delta^2, where delta is a difference of two means and hence
-    off by up to 2 e: that shifts the sum of all w delta^2 by at most
-    2 sum w |delta| 2e + sum w 4 e^2, and with sum w <= m (log2 m + 1) =: m L
+    off by up to 2 e. This shifts the sum of all w delta^2 by at most
+    2 sum w |delta| 2e + sum w 4 e^2. With sum w <= m (log2 m + 1) =: m L
     (a tree has log2 m levels and the weights of a level add up to less than
     m) and sum w delta^2 <= m var, by Cauchy and Schwarz the variance shifts by
     4 e sqrt(L var) + 4 e^2 L.
@@ -151,7 +151,7 @@ ACTIVATIONS = {
 
 
 class Terms:
-    """What forward and backward bounds share, shaped like x."""
+    """The terms that forward and backward limits share, shaped like x."""
 
     def __init__(self, p, s):
         x, self.weight, self.bias, eps, _, residual, _ = p.exact()
@@ -183,7 +183,7 @@ class Terms:
         return (
             self.scale * self.d_error
             + product * (self.relative + self.u)  # scale, rounded to the data's type
-            + self.u * product  # the product, where there is no FMA
+            + self.u * product  # the product, without FMA
             + self.u * sum_  # + bias
             + (self.u * (sum_ + self.residual) if self.p.residual is not None else 0)
         )
@@ -203,8 +203,9 @@ def forward_bound(p, s):
 
 
 def off_the_kinks(p, s):
-    """Set dy to 0 wherever rounding may decide the side of a kink: in place,
-    since a copy would lie otherwise in memory."""
+    """Set dy to 0 wherever rounding may decide the side of a kink. In place,
+    since a copy would have another memory order.
+    """
     if p.activation is None:
         return
     x, weight, bias, eps, axis, residual, _ = p.exact()
@@ -218,7 +219,7 @@ def off_the_kinks(p, s):
 
 
 def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
-    """A reference.Gradients of bounds; `exact` is the reference's answer.
+    """Return a reference.Gradients of limits; `exact` is the reference's answer.
 
     g is dy times the activation's slope (its gradient is the residual's), which
     changes with the pre-activation's error where it is curved. The terms of
@@ -258,8 +259,9 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
 
 
 def running_bound(old, new, new_error, momentum, dtype):
-    """(1 - momentum) * old + momentum * new: the batch's value brings its own
-    error, and in the running array's type at worst it is rounded once, and so
-    are 1 - momentum, momentum, the two products and the sum."""
+    """(1 - momentum) * old + momentum * new. The batch's value has its own error. In the
+    running array's type at worst it is rounded once, and so
+    are 1 - momentum, momentum, the two products and the sum.
+    """
     magnitude = np.abs((1 - momentum) * old) + np.abs(momentum * new)
     return SECOND_ORDER * (4 * unit(dtype) * magnitude + momentum * new_error)

@@ -19,7 +19,7 @@ HEADING = re.compile(
 
 
 def version():
-    """Return bnfast.__version__ without importing bnfast, which may not have been built."""
+    """Return bnfast.__version__ without importing bnfast, which may not be built."""
     tree = ast.parse((ROOT / "bnfast" / "__init__.py").read_text(encoding="utf-8"))
     (value,) = [
         node.value
@@ -30,7 +30,7 @@ def version():
 
 
 def entries(changelog):
-    """Return (version, date) of every entry, the newest first; no date: not released yet."""
+    """Return (version, date) of every entry, the newest first; date None: not released yet."""
     found = []
     for line in changelog.splitlines():
         if not line.startswith("## "):
@@ -48,7 +48,7 @@ def entries(changelog):
 
 
 def problems_of_log(changelog, current):
-    """Return what is wrong with a changelog, for a package of the `current` version."""
+    """Return the problems of a changelog, for a package of the `current` version."""
     try:
         found = entries(changelog)
     except ValueError as error:
@@ -69,7 +69,7 @@ def problems_of_log(changelog, current):
 
 
 def problems_of_release(tag, changelog, current):
-    """Return what keeps `tag` from being released."""
+    """Return the problems that prevent a release of `tag`."""
     problems = problems_of_log(changelog, current)
     if tag != f"v{current}":
         problems.append(f"the tag is {tag}, the package's version is {current}")

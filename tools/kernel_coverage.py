@@ -1,8 +1,8 @@
 """How much of the kernels ran: `python tools/kernel_coverage.py FOLDER`, after `make coverage`.
 
-Kernels are written once and compiled for each data type and instruction set, and a line counts as
-covered where any of these ran it. Here they are told apart: of the basic blocks that gcc made of a
-type's functions, whatever it inlined into them included, how many ran.
+Kernels are written once and compiled for each data type and instruction set. A line counts as
+covered if any of them ran it. This tool counts them separately: of the basic blocks that gcc made
+of a type's functions, including inlined code, how many ran.
 """
 
 import json
@@ -15,7 +15,7 @@ TYPES = ("f32", "f64", "f16", "bf16")
 
 
 def blocks(counts):
-    """(Blocks that ran, blocks) by type, of an object file's counts."""
+    """Return (blocks that ran, blocks) by type, from an object file's counts."""
     command = ["gcov", "--json-format", "--stdout", str(counts)]
     found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     ran, made = Counter(), Counter()

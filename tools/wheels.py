@@ -3,9 +3,9 @@
     python tools/wheels.py build wheelhouse [--libgomp FILE] [python ...]
     python tools/wheels.py test wheelhouse [python ...] [-- pytest's arguments]
 
-Every step runs in an environment of its own that is thrown away: wheels are built from the sdist
-in pip's isolation, and tested where nothing but them, NumPy and pytest is installed. Pythons are
-paths of interpreters; by default those of 3.10 to 3.14 found on PATH and under ~/.pyenv.
+Every step runs in a temporary environment of its own. Wheels are built from the sdist in pip's
+isolation, and tested where only they, NumPy and pytest are installed. Pythons are paths of
+interpreters; by default those of 3.10 to 3.14 found on PATH and under ~/.pyenv.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MINORS = range(10, 15)
 TEST_REQUIRES = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
 IDENTIFY = "import sys; print(sys.implementation.cache_tag.replace('cpython-', 'cp'))"
-# Where the package came from, and which runtime a wheel's user gets who has none.
+# Print where the package came from, and which runtime a user of the wheel gets who has none.
 INSTALLED = """
 import pathlib, re, sys, bnfast
 package = pathlib.Path(bnfast.__file__).parent
@@ -35,12 +35,12 @@ print(package)
 
 
 def clean():
-    """Return the caller's environment without what would reach into new ones."""
+    """Return the caller's environment without variables that affect new environments."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 def run(*command, cwd=None, quiet=True):
-    """Run a command; return what it printed, or end with all of it if it fails."""
+    """Run a command; return its output, or exit with the output if it fails."""
     command = [str(part) for part in command]
     output = subprocess.PIPE if quiet else None
     done = subprocess.run(
@@ -61,7 +61,7 @@ def tag_of(python):
 
 
 def present():
-    """Return the interpreters of this machine, one for every version, by tag."""
+    """Return the interpreters of this machine, one per version, by tag."""
     found = {}
     for minor in MINORS:
         installed = (Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")
@@ -119,7 +119,7 @@ def passes(out, tag, python, arguments):
     with tempfile.TemporaryDirectory() as name:
         temporary = Path(name)
         inside = environment(python, temporary / "environment")
-        # The suite and what it reads, without the package that lies beside them in the source.
+        # The suite and the files it reads, without the package beside them in the source.
         suite = temporary / "suite"
         for folder in ("tests", "docs"):
             shutil.copytree(ROOT / folder, suite / folder)

@@ -1,4 +1,4 @@
-"""`SyncBatchNorm`: batch norm over the parts of a batch that the ranks of a group have."""
+"""`SyncBatchNorm`: batch norm over a batch whose parts are on the ranks of a group."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The batch norms of ONNX models: read into layers, folded into their neighbours, evaluated.
+"""Batch norms of ONNX models: read into layers, folded into their neighbours, evaluated.
 
-Needs the extra ``bnfast[onnx]`` and is imported by name. Models are `onnx.ModelProto`, as
-`onnx.load` returns them; the operator's rules are those of
+This module needs the extra ``bnfast[onnx]`` and must be imported by name. Models are
+`onnx.ModelProto`, as `onnx.load` returns them. The operator's rules are those of
 https://onnx.ai/onnx/operators/onnx__BatchNormalization.html, from opset 7 on.
 
-ONNX calls momentum the weight of the *old* running value, and feeds the running variance with the
-population's (divided by m): `bnfast.conventions.ONNX`.
+In ONNX, momentum is the weight of the *old* running value, and the running variance is updated with
+the population variance (divided by m): `bnfast.conventions.ONNX`.
 """
 
 from .folding import Outcome, fold

@@ -1,4 +1,4 @@
-"""Which values of a graph are the same in every run, and their numbers."""
+"""Which values of a graph are the same in every run, and what they are."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _TOO_MANY = f"is not computed: constants would have more than {MOST_NUMBERS:,} n
 
 
 class Constants:
-    """The constants of a graph: initializers, and what the `OPERATORS` make of constants.
+    """The constants of a graph: initializers, and values that `OPERATORS` compute from constants.
 
     Parameters
     ----------
     model : onnx.ModelProto
     nodes : iterable of onnx.NodeProto
-        Those of its graph, each after the ones that it takes values from.
+        The nodes of its graph, each after the nodes that make its inputs.
     shapes : Shapes
-        Of the model.
+        The shapes of the model.
     """
 
     def __init__(
@@ -42,22 +42,23 @@ class Constants:
         if not inputs_are_settable(model):
             self._inputs -= {*self._initializers}
         self._shapes = shapes
-        self._nodes: dict[str, onnx.NodeProto] = {}  # by what they make
+        self._nodes: dict[str, onnx.NodeProto] = {}  # by their output
         self._constant = {*self._initializers} - self._inputs - {""}
         for node in nodes:
             if is_op(node, *OPERATORS) and is_evaluated(node):
                 self._nodes[node.output[0]] = node
                 if self._constant.issuperset(reads(node)):
                     self._constant.add(node.output[0])
-        self._known: dict[str, Array | LeftError] = {}  # what nodes make, as far as asked for
+        # outputs of nodes, computed when first needed
+        self._known: dict[str, Array | LeftError] = {}
         self._room = MOST_NUMBERS
 
     def __contains__(self, name: str) -> bool:
-        """Whether a value is computed from nothing but constants and shapes."""
+        """Whether a value is computed only from constants and shapes."""
         return name in self._constant
 
     def array(self, name: str, what: str) -> Array:
-        """Return the numbers of a value, or say why they may not be the same in every run."""
+        """Return the numbers of a value, or raise LeftError if they may differ between runs."""
         numbers = self._numbers(name, what)
         kind = kind_name(helper.np_dtype_to_tensor_dtype(numbers.dtype))
         if kind not in FLOATS:
@@ -69,7 +70,7 @@ class Constants:
         return numbers
 
     def integers(self, name: str, what: str) -> list[int]:
-        """Return the numbers of a row of integers, such as axes."""
+        """Return the numbers of a list of integers, such as axes."""
         try:
             return integers(self._numbers(name, what))
         except ValueError as error:
@@ -109,7 +110,7 @@ class Constants:
             numbers = evaluate(node, inputs, self._shapes)
         except LeftError as left:
             return left
-        if is_op(node, "Cast", "CastLike", "Concat", "Reshape"):  # which may copy
+        if is_op(node, "Cast", "CastLike", "Concat", "Reshape"):  # they may copy
             self._room -= numbers.size
         return numbers
 

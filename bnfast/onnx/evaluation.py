@@ -1,7 +1,7 @@
-"""The operators that constants are made with, on arrays.
+"""Evaluate the operators that make constants, on arrays.
 
-An array here may be a view that repeats its numbers: what a few bytes of a model blow up takes no
-memory before it is used.
+An array here may be a view that repeats its numbers. If a model of a few bytes describes a large
+array, it takes no memory before it is used.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "NDArray[Any]"
 
-MOST_NUMBERS = 2**27  # in one constant, and in all that are computed
-_MOST_AXES = 32  # that NumPy broadcasts
+MOST_NUMBERS = 2**27  # the limit for one constant, and for all computed ones together
+_MOST_AXES = 32  # NumPy's limit for broadcasting
 
 
 def evaluate(node: onnx.NodeProto, inputs: Sequence[Array], shapes: Shapes) -> Array:
-    """Return what one of `OPERATORS` makes of the values that it `reads`, or raise LeftError."""
+    """Evaluate one of the `OPERATORS` on the values that it `reads`, or raise LeftError."""
     try:
         for x in inputs:
             _check_axes(x.ndim)
@@ -50,7 +50,7 @@ def _check_axes(count: int) -> None:
 
 
 def is_evaluated(node: onnx.NodeProto) -> bool:
-    """Whether a node of one of `OPERATORS` has as many inputs and outputs as it should."""
+    """Whether a node is one of the `OPERATORS`, with a valid number of inputs and outputs."""
     counts = OPERATORS[node.op_type][0]
     return len(node.output) == 1 and len(node.input) in counts and all(reads(node))
 
@@ -127,7 +127,7 @@ def _bounded(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def integers(x: Array) -> list[int]:
-    """Return the numbers of a row of integers."""
+    """Return the numbers of a list of integers."""
     if x.ndim > 1 or x.dtype.kind != "i" or x.size > _MOST_AXES:
         raise ValueError(f"{x.dtype} of shape {x.shape} is no short row of integers")
     return [int(number) for number in x.reshape(-1)]
@@ -163,8 +163,9 @@ def _concat(node: onnx.NodeProto, *parts: Array) -> Array:
     return np.concatenate(parts, attribute(node, "axis", "INT", 0))
 
 
-# By the operator: how many inputs it has, and what makes its output of the node, the inputs that
-# it `reads` and then the axes, or the type, of the one that it only `looks` at.
+# Per operator: the possible numbers of inputs, and a function that computes the output. The
+# function takes the node, the inputs that it `reads`, and then the axes or the type of the input
+# that it only `looks` at.
 OPERATORS: dict[str, tuple[range, Callable[..., Array]]] = {
     "Constant": (range(1), _constant),
     "Identity": (range(1, 2), _identity),

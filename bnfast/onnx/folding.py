@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions and linear layers beside them."""
+"""Fold batch norms into the convolutions and linear layers beside them."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ __all__ = ["Outcome", "fold"]
 
 
 class Outcome(NamedTuple):
-    """What became of one batch norm in `fold`.
+    """What `fold` did with one batch norm.
 
     Attributes
     ----------
     name : str
-        The node's name, or its output's where the name is empty or another node goes by it.
+        The node's name. If it has none, or another node is named so, the name of its output.
     folded : bool
     why : str
-        The layer that it was folded into, or what is in the way.
+        The layer that it was folded into, or the reason why it was not folded.
     """
 
     name: str
@@ -60,16 +60,16 @@ def fold(
     """Fold the batch norms of a model into the convolutions and linear layers beside them.
 
     A batch norm in inference is folded into the Conv, ConvTranspose, Gemm or MatMul before it, or
-    into several that a Concat joins, and otherwise into the one after it, where zero padding does
-    not make that inexact (`bnfast.fold`, `bnfast.fold_before`). Adds and Muls of one constant a
-    channel in between, and right behind a batch norm that is folded into what is before it, are
-    folded with it. Slices and reshapes that keep the channels may stand before the batch norm.
-    Nothing else may use the values in between.
+    into several that a Concat joins. Otherwise it is folded into the layer after it, unless zero
+    padding makes that inexact (`bnfast.fold`, `bnfast.fold_before`). Adds and Muls of one constant
+    per channel are folded with it, if they are in between, or directly after a batch norm that is
+    folded into a layer before it. Slices and reshapes that keep the channels may come before the
+    batch norm. No other node may use the values in between.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        With its weights loaded. Not changed.
+        A model with its weights loaded. It is not changed.
     report : callable, optional
         Called with an `Outcome` for every batch norm of the model: ``report=print``.
 
@@ -77,28 +77,28 @@ def fold(
     -------
     onnx.ModelProto
         A copy with the same inputs and outputs (before IR version 4, the initializers among the
-        inputs are the new ones). Folded weights have the type of those they
-        replace, computed in float64 and rounded once, however many batch norms go into them. A
-        MatMul becomes a Gemm, which has a bias.
+        inputs are the new ones). Folded weights keep their type. They are computed in float64 and
+        rounded once, even if several batch norms are folded into them. A MatMul becomes a Gemm,
+        which has a bias.
 
     Raises
     ------
     TypeError
-        If `model` is no `onnx.ModelProto`, or `report` cannot be called.
+        If `model` is not an `onnx.ModelProto`, or `report` cannot be called.
     ValueError
         If the model uses an opset before 7, has ``training_info``, makes a value twice, or makes
         one from itself.
 
     Notes
     -----
-    Constants are initializers and what Constant, ConstantOfShape, Expand, Cast, CastLike,
-    Reshape, Squeeze, Unsqueeze, Transpose, Concat and Identity make of constants, and Shape of a
-    known shape.
+    Constants are initializers; the outputs of Constant, ConstantOfShape, Expand, Cast, CastLike,
+    Reshape, Squeeze, Unsqueeze, Transpose, Concat and Identity, computed from constants; and Shape
+    of a known shape.
 
-    Left alone: what is computed from anything else; from IR version 4 on, initializers that are
-    graph inputs too, since a caller may override them; subgraphs (If, Loop, Scan) and functions;
-    batch norms in training mode; weights that would overflow their type; whatever is malformed in
-    the batch norm or the layer beside it.
+    Not folded: anything computed from other values; from IR version 4 on, initializers that are
+    also graph inputs, since a caller may override them; subgraphs (If, Loop, Scan) and functions;
+    batch norms in training mode; weights that would overflow their type; a batch norm or a layer
+    beside it that is malformed.
     """
     if report is not None and not callable(report):
         raise TypeError(f"report is {_errors.shown(report)}; expected a callable taking an Outcome")
@@ -116,10 +116,10 @@ def fold(
 
 
 class _Folding:
-    """The batch norms of a graph on their way into its convolutions and linear layers.
+    """Folds the batch norms of a graph into its convolutions and linear layers.
 
-    The layers that change are written when all is done, so that their numbers are rounded once,
-    however many batch norms go into them.
+    Changed layers are written at the end, so that their numbers are rounded once, even if several
+    batch norms are folded into them.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -128,11 +128,12 @@ class _Folding:
         self._changed: dict[int, Linear] = {}
 
     def run(self) -> list[Outcome]:
-        """Fold what can be folded, and say of every batch norm what became of it."""
+        """Fold what can be folded, and return the outcome for every batch norm."""
         graph, outcomes = self._graph, dict[int, Outcome]()
         norms = {*graph.batch_norms()}
-        # What is folded may have stood between another one and its layer, so that those with a
-        # layer before them go from the inputs on, and the rest from the outputs back.
+        # A folded batch norm no longer stands between another one and its layer. So batch norms
+        # with a layer before them are folded from the inputs on, and the rest from the outputs
+        # back.
         order = [i for i in graph.order if i in norms]
         for i in order:
             outcomes[i] = self._fold_one(i, self._into_those_before)
@@ -147,7 +148,7 @@ class _Folding:
         return [outcomes[i] for i in sorted(outcomes)]
 
     def _fold_one(self, i: int, into: Callable[[int, BatchNorm], str]) -> Outcome:
-        """Fold a batch norm into neighbours, and say into which, or why into none."""
+        """Fold a batch norm into neighbours; return which they are, or why it was not folded."""
         try:
             return Outcome(self._graph.name(i), True, into(i, self._layer(i)))
         except LeftError as left:
@@ -181,7 +182,7 @@ class _Folding:
         _fold_behind(layer, stream, changed)
 
     def _fold_following(self, value: str, stream: Stream) -> None:
-        """Fold what else is added to the folded batch norm's output, or multiplies it."""
+        """Also fold the constants added to the folded batch norm's output or multiplied with it."""
         graph = self._graph
         for j in following(graph, value):
             changed = {part: self._changed[part] for part, _ in stream.parts}
@@ -189,7 +190,7 @@ class _Folding:
                 self._fold_affine(j, stream, changed)
                 self._change(changed)
             except LeftError:
-                return  # it stays, after the batch norm that has been folded
+                return  # it stays, after the folded batch norm
             graph.take_over(graph.producer(data_input(graph, j)), j)
 
     def _into_the_one_after(self, i: int, layer: BatchNorm) -> str:
@@ -241,7 +242,7 @@ class _Folding:
 
 
 def _fold_behind(layer: BatchNorm, stream: Stream, changed: dict[int, Linear]) -> None:
-    """Fold a layer into all that its channels come from."""
+    """Fold a layer into all layers that make its channels."""
     if len(stream.parts) > 1 and stream.channels != layer.num_features:
         raise LeftError(
             f"the layers before it have {stream.channels} channels; expected {layer.num_features}"

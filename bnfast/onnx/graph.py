@@ -1,4 +1,4 @@
-"""An ONNX model's graph as `bnfast.onnx` needs it: names, who makes and who uses a value."""
+"""An ONNX model's graph for `bnfast.onnx`: names, and which nodes make and use a value."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "NDArray[Any]"
 
-_GRAPH_OUTPUT = -1  # stands for the graph among the users of a value
+_GRAPH_OUTPUT = -1  # stands for the graph's output among the users of a value
 
 
 class Graph:
-    """A model's main graph, and who makes and who uses each value; nodes go by their index.
+    """A model's main graph, and the makers and users of each value. Nodes are given by their index.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        What changes are made in. Nodes and initializers that they leave over are removed by
-        `sweep`.
+        The model that changes are made in. `sweep` removes the nodes and initializers that are no
+        longer used.
     original : onnx.ModelProto
         The model before any change, for shape inference.
 
@@ -50,12 +50,12 @@ class Graph:
     ----------
     nodes : list of onnx.NodeProto
     opset : int
-        Of ONNX's own operators.
+        The version of ONNX's own operators.
     order : list of int
         The nodes, each after those that make its inputs.
     shapes : Shapes
     constants : Constants
-        Both of the model before any change.
+        Both belong to the model before any change.
 
     Raises
     ------
@@ -69,7 +69,7 @@ class Graph:
         self._graph, self._settable = model.graph, inputs_are_settable(model)
         _check_made_once(model.graph)
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._initializers.pop("", None)  # which is how nodes leave an input out
+        self._initializers.pop("", None)  # the empty name means an omitted input
         self._producers = {
             name: i for i, node in enumerate(self.nodes) for name in node.output if name
         }
@@ -78,7 +78,8 @@ class Graph:
         self.constants = Constants(original, [self.nodes[i] for i in self.order], self.shapes)
         self._made = {*self._producers, *self._initializers}
         self._users: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        self._lookers: defaultdict[str, set[int]] = defaultdict(set)  # see the type or the shape
+        # they see the type or the shape
+        self._lookers: defaultdict[str, set[int]] = defaultdict(set)
         for i, node in enumerate(self.nodes):
             for name in (*reads(node), *names_inside(node)):
                 self._users[name][i] += 1
@@ -89,7 +90,7 @@ class Graph:
         inputs = (value.name for value in model.graph.input)
         self._taken = {*inputs, *constant_names(model.graph), *self._producers, *self._users}
         self._numbered: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
-        self._moved: dict[str, str] = {}  # a value that is gone: one of its type and shape
+        self._moved: dict[str, str] = {}  # a removed value: another value of its type and shape
         self._left_over: set[int] = set()
 
     def _sorted(self) -> list[int]:
@@ -113,22 +114,22 @@ class Graph:
         return [i for i, node in enumerate(self.nodes) if is_op(node, "BatchNormalization")]
 
     def name(self, i: int) -> str:
-        """Return what a node is called in dictionaries and messages."""
+        """Return a node's name in dictionaries and messages."""
         return self._called[i]
 
     def described(self, i: int) -> str:
-        """Return what a node is called in messages, with its operator."""
+        """Return a node's name in messages, with its operator."""
         return f"{self.nodes[i].op_type} {self.name(i)!r}"
 
     def producer(self, name: str) -> int:
-        """Return the node that makes a value for one other alone."""
+        """Return the node that makes a value, if only one other node uses the value."""
         if name not in self._producers:
             raise LeftError(f"nothing is before {name!r}")
         self.only_user(name)
         return self._producers[name]
 
     def only_user(self, name: str) -> int:
-        """Return the one node that uses a value, or say who else does."""
+        """Return the only node that uses a value, or raise LeftError naming the other uses."""
         users = self._users[name]
         if _GRAPH_OUTPUT in users:
             raise LeftError(f"{name!r} is a graph output")
@@ -142,7 +143,7 @@ class Graph:
     # ---- changes
 
     def set_constant(self, i: int, position: int, values: Array, name: str) -> None:
-        """Give a node a constant: in the place of its old one, if it alone uses that."""
+        """Give a node a constant: in place of its old one, if no other node uses that."""
         inputs = self.nodes[i].input
         old = inputs[position] if position < len(inputs) else ""
         if self._is_own(i, old) and tuple(self._initializers[old].dims) == values.shape:
@@ -151,7 +152,7 @@ class Graph:
         new = self._unused(old or name)
         self._initializers[new] = self._graph.initializer.add()
         self._initializers[new].CopyFrom(numpy_helper.from_array(values, new))
-        if not self._settable:  # of an IR version that wants initializers among the inputs
+        if not self._settable:  # in IR versions where initializers must be inputs, too
             kind = self._initializers[new].data_type
             self._graph.input.append(helper.make_tensor_value_info(new, kind, values.shape))
         self._users[new][i] += 1
@@ -166,7 +167,7 @@ class Graph:
         return name in self._initializers and self._users[name] == {i: 1}
 
     def take_over(self, i: int, later: int) -> None:
-        """Let a node make what a later one made, and drop that."""
+        """Let a node make the output of a later one, and drop the later one."""
         old, made = self.nodes[i].output[0], self.nodes[later].output[0]
         self._producers.pop(old)
         self.drop(later)
@@ -175,7 +176,7 @@ class Graph:
         self._producers[made] = i
 
     def bypass(self, i: int, source: str, later: int) -> None:
-        """Let a later node's first input be what a node is made from, and drop the node."""
+        """Let a later node take a node's input in place of its output, and drop the node."""
         value = self.nodes[i].output[0]
         self.nodes[later].input[0] = source
         self._users[source][later] += 1
@@ -184,7 +185,7 @@ class Graph:
         self.drop(i)
 
     def drop(self, i: int) -> None:
-        """Take a node out of use, and the constants that only it used."""
+        """Remove a node, and the constants that only it used."""
         waiting = [i]
         while waiting:
             i = waiting.pop()
@@ -199,7 +200,7 @@ class Graph:
                 waiting.extend(self._left_without_use(name))
 
     def _unlink(self, name: str, i: int) -> list[int]:
-        """Note that a node uses a value no more; return what is now of no use, if it is a node."""
+        """Remove a node from a value's users; return the value's node if it is now unused."""
         users = self._users[name]
         users[i] -= 1
         if not users[i]:
@@ -227,7 +228,7 @@ class Graph:
         return name
 
     def sweep(self) -> None:
-        """Remove from the model what the changes left over, and let none look at it."""
+        """Remove unused nodes and values from the model, and the references to them."""
         for name in [*self._moved]:
             for i in self._lookers[name]:
                 for position in looks(self.nodes[i]):
@@ -254,10 +255,10 @@ def _check_made_once(graph: onnx.GraphProto) -> None:
 
 
 def _names(nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    """Return what each node is called: its name if no other has it, or else its first output.
+    """Return a name for each node: its own if it is unique, else that of its first output.
 
-    A batch norm whose name is the output that another one goes by goes by its own output, too: no
-    two are called the same.
+    If the name of a batch norm is the output name by which another one is called, it is called by
+    its own output, too. So all names differ.
     """
     counts = Counter(node.name for node in nodes)
     called = [

@@ -1,4 +1,4 @@
-"""The convolutions and linear layers of a graph, as batch norms fold into them."""
+"""The convolutions and linear layers of a graph, into which batch norms fold."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _MOST_INPUTS = {"Conv": 3, "ConvTranspose": 3, "Gemm": 3, "MatMul": 2}
 
 
 class Linear(NamedTuple):
-    """A layer that a batch norm may be folded into, its numbers in float64.
+    """A layer that a batch norm may be folded into, with its numbers in float64.
 
     Attributes
     ----------
     weight : ndarray
     bias : ndarray of shape (channels,), or None
     dtype : dtype
-        Of the weight in the model.
+        The type of the weight in the model.
     rank : int
-        Of the output.
+        The rank of the output.
     out_axis, in_axis : int
-        Of the weight.
+        Axes of the weight.
     groups : int
     padded : bool
         Whether it pads with zeros.
@@ -50,7 +50,7 @@ class Linear(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """How many channels the output has."""
+        """Return the number of output channels."""
         repeats = self.groups if self.out_axis else 1
         return int(self.weight.shape[self.out_axis]) * repeats
 
@@ -60,7 +60,7 @@ class Linear(NamedTuple):
 
 
 def per_channel(values: Array, rank: int, channels: int, what: str) -> Array:
-    """Return what is broadcast to a value with these axes as one float64 number a channel."""
+    """Return a constant that is broadcast to this rank as one float64 number per channel."""
     shape = (1,) * (rank - values.ndim) + values.shape
     size = values.size
     if len(shape) != rank or size not in (1, channels) or shape[1] != size:
@@ -144,7 +144,7 @@ def _pads(node: onnx.NodeProto) -> bool:
 
 
 def write_linear(graph: Graph, i: int, linear: Linear) -> None:
-    """Give a layer its new numbers, and a MatMul the bias that it cannot have."""
+    """Write a layer's new numbers; a MatMul becomes a Gemm to have a bias."""
     node, name = graph.nodes[i], graph.name(i)
     for position, (values, role) in enumerate(
         zip(linear.numbers(), ("weight", "bias"), strict=True), 1

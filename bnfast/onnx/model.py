@@ -1,4 +1,4 @@
-"""What the protocol buffers of an ONNX model say."""
+"""Read the protocol buffers of an ONNX model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "NDArray[Any]"
 
-_OLDEST_OPSET = 7  # BatchNormalization-6 and older decide by `is_test` and `consumed_inputs`
+_OLDEST_OPSET = 7  # BatchNormalization-6 and older use `is_test` and `consumed_inputs`
 _DEEPEST = 100
-_STANDARD = ("", "ai.onnx")  # domains of ONNX's own operators
+_STANDARD = ("", "ai.onnx")  # the domains of ONNX's own operators
 FLOATS = ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")
 _READ = (*FLOATS, "INT32", "INT64")
 
 
 class LeftError(Exception):
-    """Why a batch norm is left as it is."""
+    """Why a batch norm is not folded."""
 
 
 # ---- models
 
 
 def checked_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a model that is one, and of an opset whose batch norms are known."""
+    """Return the model if it is an ONNX model of an opset whose batch norms are known."""
     if not isinstance(model, onnx.ModelProto):
         raise TypeError(
             f"model is of type {type(model).__name__}; expected an onnx.ModelProto, "
@@ -46,7 +46,7 @@ def checked_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check_depth(model: onnx.ModelProto) -> None:
-    """Refuse what no file can hold, and what copying would overflow the stack with."""
+    """Refuse deep nesting: no file can hold it, and copying it would overflow the stack."""
     graphs: list[Any] = [model.graph, *model.functions]
     for _ in range(_DEEPEST):
         graphs = [inner for graph in graphs for node in graph.node for inner in subgraphs(node)]
@@ -62,16 +62,16 @@ def opset(model: onnx.ModelProto) -> int:
 
 
 def inputs_are_settable(model: onnx.ModelProto) -> bool:
-    """Whether a caller may set the graph inputs that are initializers too.
+    """Whether a caller may set graph inputs that are also initializers.
 
-    Before IR version 4 every initializer had to be an input, so that being one says nothing, and
-    runtimes take them for constants.
+    Before IR version 4 every initializer had to be a graph input. Being an input then means
+    nothing, and runtimes treat initializers as constants.
     """
     return not 0 < model.ir_version < 4
 
 
 def hidden_batch_norms(model: onnx.ModelProto) -> Iterator[tuple[str, str]]:
-    """Yield the names of the batch norms that are not in the main graph, and where they are."""
+    """Yield the names of the batch norms outside the main graph, and where they are."""
     for node in model.graph.node:
         why = f"it is in a subgraph of {node.op_type} {name_of(node)!r}"
         for graph in subgraphs(node):
@@ -94,17 +94,17 @@ def is_op(node: onnx.NodeProto, *kinds: str) -> bool:
 
 
 def first_output(node: onnx.NodeProto) -> str:
-    """Return the first value that a node makes; empty if it makes none."""
+    """Return the first output of a node; an empty string if it has none."""
     return str(node.output[0]) if node.output else ""
 
 
 def name_of(node: onnx.NodeProto) -> str:
-    """Return a node's name, or what else tells it from others."""
+    """Return a node's name, or another string that identifies it."""
     return node.name or first_output(node) or node.op_type
 
 
 def attribute(node: onnx.NodeProto, name: str, kind: str, default: Any) -> Any:
-    """Return an attribute of a node, if it is of this kind, or the default where there is none."""
+    """Return an attribute of a node if it is of this kind, or the default if there is none."""
     found = [a for a in node.attribute if a.name == name]
     if not found:
         return default
@@ -117,7 +117,7 @@ def attribute(node: onnx.NodeProto, name: str, kind: str, default: Any) -> Any:
 
 
 def looks(node: onnx.NodeProto) -> list[int]:
-    """Return at which inputs a node sees the type or the shape alone, not the numbers."""
+    """Return the inputs of which a node sees only the type or the shape, not the numbers."""
     positions = {"Shape": 0, "Size": 0, "CastLike": 1}
     if not is_op(node, *positions) or positions[node.op_type] >= len(node.input):
         return []
@@ -131,7 +131,7 @@ def reads(node: onnx.NodeProto) -> list[str]:
 
 
 def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """Yield the graphs that a node has in its attributes."""
+    """Yield the graphs in a node's attributes."""
     for a in node.attribute:
         if a.type == onnx.AttributeProto.GRAPH:
             yield a.g
@@ -148,7 +148,7 @@ def with_inner(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def names_inside(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield the names in a node's subgraphs: its own and those it takes from around it."""
+    """Yield the names in a node's subgraphs: their own and those from outer graphs."""
     for outer in with_inner([node]):
         for graph in subgraphs(outer):
             yield from (value.name for value in (*graph.input, *graph.output))
@@ -167,13 +167,13 @@ def constant_names(graph: onnx.GraphProto) -> list[str]:
 
 
 def kind_name(kind: int) -> str:
-    """Return what an element type is called, or its number if it is none."""
+    """Return the name of an element type, or its number if it has none."""
     known = {number: name for name, number in onnx.TensorProto.DataType.items()}
     return str(known.get(kind, kind))
 
 
 def to_array(tensor: onnx.TensorProto, what: str) -> Array:
-    """Return the numbers of a tensor, if they are here and of a type that is read."""
+    """Return the numbers of a tensor, if they are in the model and of a known type."""
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         raise LeftError(f"{what} is external data that is not loaded")
     kind = kind_name(tensor.data_type)

@@ -1,4 +1,4 @@
-"""The operator BatchNormalization, evaluated."""
+"""Evaluate the operator BatchNormalization."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ def batch_normalization(
     momentum : float
         The weight of the *old* running value.
     training_mode : {0, 1}
-        Whether to normalise with the batch.
+        1 normalises with the batch.
 
     Returns
     -------
     y : ndarray
         Shape and dtype of `x`.
     running_mean, running_var : ndarray, shape (C,)
-        In training alone: then the three are returned as a tuple. Dtype of `mean` and of `var`;
+        Only in training, when the three are returned as a tuple. Dtype of `mean` and of `var`;
         ``running = running * momentum + batch * (1 - momentum)``, computed in float64 and rounded
-        once, the batch variance divided by m. An empty batch changes neither.
+        once. The batch variance is divided by m. An empty batch changes neither.
 
     Raises
     ------
     TypeError, ValueError
         As `normalize` and `batch_norm_forward`; if `training_mode` is neither 0 nor 1, or
-        `momentum` not finite.
+        `momentum` is not finite.
     """
     if training_mode not in (0, 1):
         raise ValueError(f"training_mode is {training_mode!r}; expected 0 or 1")
@@ -66,7 +66,8 @@ def batch_normalization(
         return normalize(batch, mean, var, scale, B, eps=epsilon).reshape(x.shape)
     old = _options.real("momentum", momentum)
     if batch.ndim > 1 and batch.size == batch.shape[1] > 0:
-        # One value a channel is its own mean, and the operator, unlike PyTorch, takes it.
+        # With one value per channel, the mean is that value. PyTorch refuses it; the ONNX operator
+        # does not.
         own = batch.reshape(-1)
         y = normalize(batch, own, np.zeros_like(own), scale, B, eps=_options.eps(epsilon, True))
         stats = BatchStats.from_population(own, np.zeros_like(own), epsilon)

@@ -1,4 +1,4 @@
-"""The ways between batch norms and the layers beside them, and what a batch norm may pass there."""
+"""The nodes between batch norms and the layers beside them, and how a batch norm may pass them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from .graph import Graph
     from .shapes import Dims
 
-_MOST_NODES = 256  # that one batch norm looks at, so that many of them do not take quadratic time
+_MOST_NODES = 256  # the limit for one batch norm, so that many of them do not take quadratic time
 _RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 class Stream(NamedTuple):
-    """The channels of a value, which come out of layers; they are axis 1.
+    """The channels of a value (axis 1) and the layers that make them.
 
     Attributes
     ----------
     rank : int
-        How many axes the value has.
+        The number of axes of the value.
     parts : tuple of tuple of int
-        The nodes and how many channels come out of each, in the order of the channels.
+        The nodes and the number of channels from each, in the order of the channels.
     """
 
     rank: int
@@ -37,14 +37,14 @@ class Stream(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """How many channels there are."""
+        """Return the number of channels."""
         return sum(channels for _, channels in self.parts)
 
 
 def nodes_before(graph: Graph, i: int) -> list[int]:
-    """Return the nodes from the layers before a batch norm to it, each after what it reads.
+    """Return the nodes from the layers before a batch norm to it, each after its inputs.
 
-    Each of them makes its value for the next one alone.
+    The output of each is used by the next one only.
     """
     found: list[int] = []
     waiting = [graph.nodes[i].input[0]]
@@ -57,7 +57,7 @@ def nodes_before(graph: Graph, i: int) -> list[int]:
 
 
 def _passed(graph: Graph, i: int) -> list[str]:
-    """Return the values whose channels a node passes on; none where a layer should be."""
+    """Return the inputs whose channels a node passes on; none if it should be a layer."""
     node = graph.nodes[i]
     if is_op(node, "Add", "Mul"):
         return [variable_and_constant(graph, i)[0]]
@@ -67,7 +67,7 @@ def _passed(graph: Graph, i: int) -> list[str]:
 
 
 def passed_on(graph: Graph, i: int, streams: dict[str, Stream]) -> Stream | None:
-    """Return the channels after a node that moves none of them; None where it is a layer."""
+    """Return the channels after a node that does not move them; None if it is a layer."""
     node, described = graph.nodes[i], graph.described(i)
     if not is_op(node, "Slice", "Concat", *_RESHAPES):
         return None
@@ -110,7 +110,7 @@ def _joined(axis: int, described: str, streams: list[Stream]) -> Stream:
 
 
 def _keeps_channels(dims: Dims, made: Dims, channels: int) -> bool:
-    """Whether a value of the same numbers in other axes has the same ones in each channel."""
+    """Whether a reshape of a value keeps the same numbers in each channel."""
     if min(len(dims), len(made)) < 2 or made[1] != channels:
         return False
     if dims[0] is not None and dims[0] == made[0]:
@@ -125,7 +125,7 @@ def _product(dims: Dims) -> int | None:
 
 
 def is_affine(graph: Graph, i: int) -> bool:
-    """Whether a node adds a constant, or multiplies by one."""
+    """Whether a node adds a constant, or multiplies by a constant."""
     node = graph.nodes[i]
     return (
         is_op(node, "Add", "Mul")
@@ -135,7 +135,7 @@ def is_affine(graph: Graph, i: int) -> bool:
 
 
 def variable_and_constant(graph: Graph, i: int) -> tuple[str, str]:
-    """Return what an Add or a Mul adds a constant to, or multiplies by one, and the constant."""
+    """Return the variable input of an Add or a Mul, and its constant."""
     if not is_affine(graph, i):
         verb = "adds" if is_op(graph.nodes[i], "Add") else "multiplies by"
         raise LeftError(f"{graph.described(i)} {verb} no constant")
@@ -144,14 +144,14 @@ def variable_and_constant(graph: Graph, i: int) -> tuple[str, str]:
 
 
 def data_input(graph: Graph, i: int) -> str:
-    """Return the value that a batch norm, an Add or a Mul changes."""
+    """Return the input that a batch norm, an Add or a Mul changes."""
     if is_op(graph.nodes[i], "Add", "Mul"):
         return variable_and_constant(graph, i)[0]
     return str(graph.nodes[i].input[0])
 
 
 def affine_layer(graph: Graph, i: int, rank: int, channels: int) -> BatchNorm:
-    """Return the layer that an Add or a Mul is, of mean 0 and variance 1."""
+    """Return an Add or a Mul as a layer with mean 0 and variance 1."""
     what = f"the constant of {graph.described(i)}"
     numbers = graph.constants.array(variable_and_constant(graph, i)[1], what)
     each = per_channel(numbers, rank, channels, what)
@@ -160,7 +160,7 @@ def affine_layer(graph: Graph, i: int, rank: int, channels: int) -> BatchNorm:
 
 
 def share(layer: BatchNorm, first: int, channels: int) -> BatchNorm:
-    """Return the layer of some of a layer's channels."""
+    """Return a layer with some of the channels of another."""
     if (first, channels) == (0, layer.num_features):
         return layer
     state = {
@@ -181,7 +181,7 @@ def _layer_with(channels: int, state: dict[str, Array], eps: float = 0.0) -> Bat
 
 
 def following(graph: Graph, value: str) -> list[int]:
-    """Return the Adds and Muls of constants that alone use a value, in a row."""
+    """Return the chain of Adds and Muls of constants that follows a value and alone uses it."""
     found: list[int] = []
     while True:
         try:

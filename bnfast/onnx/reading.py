@@ -1,4 +1,4 @@
-"""The batch norms of a model as layers."""
+"""Read the batch norms of a model as layers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def read(model: onnx.ModelProto) -> dict[str, BatchNorm]:
     Returns
     -------
     dict of str to BatchNorm
-        By the node's name, or its output's where the name is empty or another node goes by it, in
-        the order of the graph. With ONNX's ``ddof=0``, the node's ``eps``, the node's
-        momentum in our sense (``1 - momentum``), and float32 numbers, or float64 where all of the
-        node's are. In evaluation mode, except where the node's ``training_mode`` is 1.
+        Keyed by the node's name, or by its output's if the name is empty or another node has it, in
+        the order of the graph. The layers have ONNX's ``ddof=0``, the node's ``eps``, the node's
+        momentum in our sense (``1 - momentum``), and float32 numbers, or float64 if all of the
+        node's are. They are in evaluation mode, except where the node's ``training_mode`` is 1.
 
     Warns
     -----
@@ -44,7 +44,7 @@ def read(model: onnx.ModelProto) -> dict[str, BatchNorm]:
     Raises
     ------
     TypeError
-        If `model` is no `onnx.ModelProto`.
+        If `model` is not an `onnx.ModelProto`.
     ValueError
         If it uses an opset before 7, makes a value twice, or makes one from itself.
     """
@@ -62,13 +62,13 @@ def read(model: onnx.ModelProto) -> dict[str, BatchNorm]:
 
 
 def layer_of(graph: Graph, i: int, dtype: DTypeLike | None = None) -> BatchNorm:
-    """Return a batch norm node as a layer, if all it needs is known."""
+    """Return a batch norm node as a layer, if everything that it needs is known."""
     node = graph.nodes[i]
     if len(node.input) != 5 or not first_output(node):
         raise LeftError(
             f"it has {len(node.input)} inputs and {len(node.output)} outputs; expected 5 and 1"
         )
-    if not attribute(node, "spatial", "INT", 1):  # opsets 7 and 8: statistics of every pixel
+    if not attribute(node, "spatial", "INT", 1):  # opsets 7 and 8: statistics per pixel
         raise LeftError("it has statistics for each pixel: spatial is 0")
     roles = ("scale", "B", "mean", "var")
     numbers = [

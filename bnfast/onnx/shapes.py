@@ -1,4 +1,4 @@
-"""The types and the axes of a model's values, as far as they are known before it runs."""
+"""The types and axes of a model's values, as far as they are known before it runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from google.protobuf.message import EncodeError
 from onnx.checker import ValidationError
 from onnx.shape_inference import InferenceError, infer_shapes
 
-Dims: TypeAlias = "tuple[int | str | None, ...]"  # a str stands for one number, None for any
+# a str stands for one unknown number, None for any number
+Dims: TypeAlias = "tuple[int | str | None, ...]"
 
 
 class Shapes:
-    """What shape inference says of a model, which is asked when it is first needed.
+    """The results of shape inference, which runs when they are first needed.
 
     Parameters
     ----------
@@ -25,11 +26,11 @@ class Shapes:
         self._inferred: dict[str, onnx.TypeProto.Tensor] | None = None
 
     def kind(self, name: str) -> int:
-        """Return the element type of a value; 0, UNDEFINED, where it is not known."""
+        """Return the element type of a value; 0, UNDEFINED, if it is not known."""
         return int(self._type(name).elem_type)
 
     def dims(self, name: str) -> Dims | None:
-        """Return the axes of a value, if it is known how many there are."""
+        """Return the axes of a value, if their number is known."""
         known = self._type(name)
         return tuple(map(_dim, known.shape.dim)) if known.HasField("shape") else None
 
@@ -43,7 +44,8 @@ def _inferred(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
     try:
         graph = infer_shapes(model, data_prop=True).graph
     except (ValueError, EncodeError, InferenceError, ValidationError):
-        graph = model.graph  # past 2 GB, or wrong somewhere: what the model says itself
+        # inference failed (past 2 GB, or an error in the model): use what the model states
+        graph = model.graph
     known = {
         tensor.name: onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims).tensor_type
         for tensor in graph.initializer

@@ -1,8 +1,8 @@
 """bnfast for PyTorch: `enable` makes every batch norm of the process run on bnfast.
 
-``bnfast.torch.convert(model)`` does so for one model.
+``bnfast.torch.convert(model)`` does the same for one model.
 
-Needs PyTorch, which the extra ``bnfast[torch]`` brings; the rest of bnfast does not.
+This module needs PyTorch, which the extra ``bnfast[torch]`` installs. The rest of bnfast does not.
 """
 
 from .compiled import backend

@@ -1,4 +1,4 @@
-"""``python -m bnfast.torch script.py ...`` runs a script with `enable` called before."""
+"""``python -m bnfast.torch script.py ...`` calls `enable`, then runs a script."""
 
 import runpy
 import sys
@@ -8,7 +8,7 @@ from .process import enable
 
 
 def main() -> None:
-    """Run the script that the command line names, as ``python script.py ...`` would."""
+    """Run the script given on the command line, as ``python script.py ...`` would."""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m bnfast.torch script.py [argument ...]")
     enable()

@@ -1,10 +1,10 @@
-/* bnfast.torch._aten: registers the kernels and switches them on and off. */
+/* bnfast.torch._aten: register the kernels, and switch them on and off. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include "aten_kernels.h"
 
-/* Each once a process: kernels are never taken back, since another thread may be in a call. */
+/* Once per process. Kernels are never removed: another thread may be running one. */
 static bool installed, replaced;
 
 typedef struct {
@@ -39,7 +39,7 @@ static PyObject *find_driver(void)
     Py_RETURN_NONE;
 }
 
-/* True if done before, or now. */
+/* Return true if they are registered, now or before. */
 static bool register_kernels(const char *space, const entry *entries, bool *done)
 {
     torch_library library;

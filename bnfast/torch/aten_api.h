@@ -1,7 +1,7 @@
-/* PyTorch's C interface for extensions, as far as it is used here: found by name in the library
- * that the process has loaded, so that nothing is built against PyTorch or linked to it.
+/* The part of PyTorch's C interface for extensions that is used here. Its functions are found by
+ * name in the loaded library, so nothing is built against PyTorch or linked to it.
  *
- * The functions and what they take are those of torch/csrc/inductor/aoti_torch/c/shim.h and
+ * The functions and their arguments are those of torch/csrc/inductor/aoti_torch/c/shim.h and
  * torch/csrc/stable/c/shim.h. */
 #ifndef BNFAST_ATEN_API_H
 #define BNFAST_ATEN_API_H
@@ -10,12 +10,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef int32_t torch_status; /* 0: done; else torch.what() says why not */
-/* Handles, owned. */
+typedef int32_t torch_status; /* 0: success; otherwise torch.what() gives the error */
+/* Owned handles. */
 typedef struct torch_object *torch_tensor, *torch_list, *torch_string, *torch_library;
-/* An argument or a result: a number or a handle; of an optional one a pointer to it, or 0. */
+/* An argument or a result: a number or a handle. An optional one is a pointer to it, or 0. */
 typedef uint64_t torch_value;
-/* Takes its arguments off the stack, which it then owns, and leaves its results there. */
+/* Takes its arguments off the stack and owns them; leaves its results there. */
 typedef void torch_kernel(torch_value *stack, uint64_t arguments, uint64_t results);
 
 #define TORCH_FUNCTIONS(F)                                                                        \
@@ -73,11 +73,11 @@ typedef struct {
 
 extern torch_functions torch;
 
-/* The version that this file was written for, as PyTorch's functions take it: 2.13. */
+/* The PyTorch version that this file was written for, 2.13, in the form that its functions take. */
 #define TORCH_ABI ((uint64_t)2 << 56 | (uint64_t)13 << 48)
 
-/* Find all functions in a library that has been loaded.  NULL, or the name of what is missing: of
- * a function, or of the library itself. */
+/* Find all functions in a loaded library. Return NULL, or the name of what is missing: a function,
+ * or the library itself. */
 const char *torch_find(const char *library);
 
 #endif

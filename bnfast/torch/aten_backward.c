@@ -12,7 +12,7 @@ typedef struct {
     aten_layout layout;
     vector_kind vectors;
     torch_tensor save_mean;
-    const void *weight, *bias, *mean, *second; /* second: 1 / std, in evaluation the variance */
+    const void *weight, *bias, *mean, *second; /* second: 1 / std; in evaluation the variance */
     int gradients;
     bool wanted[MOST_GRADIENTS];
     const char *error;
@@ -136,7 +136,7 @@ static APART void compute_backward(const backward *b, bnf_call *call, void *dwei
     bnf_leave_float_env(found);
 }
 
-/* `rooms`: for what lies in another order than the result. */
+/* `rooms` holds copies of tensors whose memory order is not the result's. */
 static bool run_backward_in(backward *b, torch_tensor *results, torch_tensor *rooms)
 {
     const bool training = b->arguments->training;
@@ -216,7 +216,7 @@ static void free_backward(aten_backward_arguments *a)
     torch.delete_list((torch_list)(uintptr_t)a->wanted);
 }
 
-/* PyTorch's own kernel has another operator, which wants a weight, and a tensor of cuDNN's. */
+/* PyTorch's own kernel is under another operator, which needs a weight and a tensor for cuDNN. */
 static bool leave_backward(aten_backward_arguments *a, torch_tensor *results)
 {
     torch_tensor weight = NULL, reserve = NULL;

@@ -5,11 +5,11 @@
 
 typedef struct {
     const aten_forward_arguments *arguments;
-    aten_view x, residual; /* residual.tensor is NULL where there is none */
+    aten_view x, residual; /* residual.tensor is NULL if there is none */
     aten_layout layout;
     vector_kind vectors;
     const void *weight, *bias, *running_mean, *running_var;
-    const char *error; /* not PyTorch's own */
+    const char *error; /* our own error, not PyTorch's */
 } forward;
 
 static aten_outcome look_at_residual(forward *f, torch_tensor residual)
@@ -22,9 +22,9 @@ static aten_outcome look_at_residual(forward *f, torch_tensor residual)
     return aten_same_shape(&f->residual, &f->x) ? data : LEFT_SHAPE;
 }
 
-/* Where PyTorch's kernel was measured to be faster, and so slow that handing the call over is
- * nothing beside it: evaluation of float32 in channels_last.  The same on every machine, so that
- * bits are. */
+/* True where PyTorch's kernel measured faster and the call is so long that passing it on costs
+ * nothing in comparison: evaluation of float32 in channels_last. The rule is the same on every
+ * machine, so the bits are, too. */
 static bool is_faster_elsewhere(const forward *f)
 {
     enum { FROM_VALUES = 1 << 19 };
@@ -63,8 +63,8 @@ static aten_outcome look_at_forward(forward *f)
     return a->training ? RAN_TRAINING : RAN_EVALUATION;
 }
 
-/* Evaluation has no statistics of its own, and leaves a mark alone, where a backward that nobody
- * has enabled will look for it. */
+/* Evaluation has no batch statistics to keep. It keeps only the mark: a backward looks for it even
+ * if bnfast is no longer enabled. */
 static vector_kind kept_vectors(const forward *f)
 {
     return (vector_kind){f->vectors.type, f->arguments->training ? f->vectors.length : 0};
@@ -94,7 +94,8 @@ static void fill_forward(const forward *f, bnf_call *call)
     }
 }
 
-/* Running halves are moved in float64 and rounded once, in vectors that have done their work. */
+/* Half-type running statistics are updated in float64 and rounded once. The float64 values go
+ * into vectors of the call that are no longer needed. */
 static void move_running(const forward *f, bnf_call *call, void *mean, void *var)
 {
     const vector_kind kind = f->vectors;
@@ -142,7 +143,7 @@ static bool find_outputs(const forward *f, const torch_tensor *results, forward_
            !torch.get_data(results[2], &out->save_invstd);
 }
 
-/* `room`: for a residual that lies in another order than the result. */
+/* `room` holds a copy of a residual whose memory order is not the result's. */
 static bool run_forward_in(forward *f, torch_tensor *results, torch_tensor *room)
 {
     const aten_forward_arguments *a = f->arguments;
@@ -156,7 +157,7 @@ static bool run_forward_in(forward *f, torch_tensor *results, torch_tensor *room
         .has_var = !a->training,
     };
     forward_outputs out = {NULL};
-    /* What lies in another order is copied to where the result will be, and computed in place. */
+    /* An x in another memory order is copied to the result's memory and normalized in place. */
     if (!make_forward_results(f, results) || !find_outputs(f, results, &out) ||
         !aten_in_order(&f->x, &f->layout, &results[0], &call.x) ||
         (f->residual.tensor && !aten_in_order(&f->residual, &f->layout, room, &call.residual)) ||
@@ -190,9 +191,9 @@ static void free_forward(aten_forward_arguments *a)
     delete_optional(a->running_var);
 }
 
-/* ---- Forward, left to PyTorch: by other operators that have the kernels that ours replace */
+/* ---- Forward, left to PyTorch: by other operators, with the kernels that ours replace */
 
-/* Training wants running statistics: where there are none, some to be moved for nobody. */
+/* Training needs running statistics. If there are none, make some and ignore their update. */
 static bool make_running(const aten_forward_arguments *a, torch_tensor *mean, torch_tensor *var)
 {
     int32_t dtype;
@@ -243,7 +244,7 @@ static bool leave_forward(aten_forward_arguments *a, torch_tensor *results)
         return false;
     for (int i = 0; i < 3; i++)
         results[i] = to_tensor(stack[i]);
-    torch.delete_tensor(to_tensor(stack[3])); /* the reserve, cuDNN's */
+    torch.delete_tensor(to_tensor(stack[3])); /* the reserve, for cuDNN */
     return true;
 }
 
@@ -282,7 +283,7 @@ void aten_batch_norm(torch_value *stack, uint64_t arguments, uint64_t results)
     aten_forward(aten_read_forward(stack), stack);
 }
 
-/* Its running statistics are not optional. */
+/* In this operator the running statistics are not optional. */
 void aten_batch_norm_legit(torch_value *stack, uint64_t arguments, uint64_t results)
 {
     torch_value mean = 0, var = 0;

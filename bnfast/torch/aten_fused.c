@@ -1,4 +1,4 @@
-/* bnfast's own operators: what batch norm, an addition and an activation are as one call. */
+/* bnfast's own operators: batch norm, addition and activation in one call. */
 #include "aten_kernels.h"
 #include "aten_stack.h"
 

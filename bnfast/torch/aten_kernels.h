@@ -7,7 +7,7 @@
 #include "aten_tensors.h"
 #include "driver.h"
 
-/* What became of a call: it ran here, or was left to PyTorch's own kernel for a reason. */
+/* The outcome of a call: it ran here, or was left to PyTorch's own kernel for a reason. */
 #define ATEN_OUTCOMES(O)                                                                     \
     O(RAN_TRAINING, "training")                                                              \
     O(RAN_EVALUATION, "evaluation")                                                          \
@@ -23,10 +23,10 @@
 #define ATEN_OUTCOME(name, text) name,
 typedef enum { ATEN_OUTCOMES(ATEN_OUTCOME) OUTCOMES } aten_outcome;
 
-/* Once, before anything else here and before the kernels are registered. */
+/* Call once, before anything else here and before the kernels are registered. */
 void aten_setup(const bnf_driver *driver);
 
-bool aten_switch(bool on);      /* for the process; returns what it was */
+bool aten_switch(bool on);      /* for the process; returns the former value */
 bool aten_switch_here(bool on); /* for this thread */
 bool aten_is_on(void);
 long long aten_count(aten_outcome outcome);
@@ -37,33 +37,33 @@ void aten_forget_counts(void);
 extern const bnf_driver *aten_driver;
 #define ATEN_NO_MEMORY "bnfast: not enough memory for the numbers per channel"
 
-/* As in driver.c: no arithmetic is moved out of the environment that it is done in. */
+/* As in driver.c: keeps arithmetic inside its floating-point environment. */
 #define APART __attribute__((noinline))
 
 bool aten_runs_here(aten_outcome outcome);
-/* Whether the process or this thread wants its calls to run here. */
+/* Whether calls should run here, by the setting of the process or of this thread. */
 bool aten_is_wanted(void);
-/* Whether the kernels here take a tensor of data; any outcome that runs here if so. */
+/* Whether the kernels here take a data tensor; if so, any outcome that runs here. */
 aten_outcome aten_look_at_data(torch_tensor tensor, aten_view *view);
-/* As many as PyTorch would use in this thread. */
+/* The number of threads that PyTorch would use in this thread. */
 int aten_threads(void);
-/* Throws PyTorch's exception through the frames up to PyTorch: all has been freed before. */
+/* Throw PyTorch's exception through the frames up to PyTorch. Free everything before. */
 void aten_throw(const char *message);
-/* The end of a kernel: its results, or an error. */
+/* End a kernel: with its results, or with an error. */
 void aten_finish(const char *error, aten_outcome outcome, torch_tensor *results, int number,
                  torch_value *stack);
 
 /* ---- The kernels */
 
-/* What follows the normalization in the same pass; zero: nothing. */
+/* The operations after the normalization in the same pass; zero: none. */
 typedef struct {
-    bool fused; /* an operator of our own: nobody else has a kernel to leave a call to */
+    bool fused; /* an operator of our own: no other kernel can do the call */
     bnf_activation activation;
     double slope;
 } aten_rest;
 
 typedef struct {
-    torch_value x, weight, bias, running_mean, running_var; /* all but x optional */
+    torch_value x, weight, bias, running_mean, running_var; /* all are optional except x */
     bool training;
     double momentum, eps;
     torch_value residual; /* optional, if fused */
@@ -74,23 +74,23 @@ typedef struct {
     torch_value dy, x, weight, running_mean, running_var, save_mean, save_invstd;
     bool training;
     double eps;
-    torch_value wanted; /* a list: whether of x, weight, bias and, if fused, residual */
+    torch_value wanted; /* a list: are gradients of x, weight, bias (fused: residual) wanted */
     torch_value bias;   /* if fused */
     torch_value beside; /* if fused and the forward had a residual: its output, if that tells the
                            activation's derivative, else the residual */
     aten_rest rest;
 } aten_backward_arguments;
 
-/* Why a call cannot run here, as a message of an operator of our own. */
+/* Why a call cannot run here, as an error message of our own operator. */
 const char *aten_refusal(aten_outcome outcome);
 /* Whether the kernels have the activation of a fused call. */
 bool aten_has_activation(const aten_rest *rest);
 
-/* The arguments that PyTorch's operator and ours begin with. */
+/* The first arguments, which PyTorch's operator and ours have in common. */
 aten_forward_arguments aten_read_forward(const torch_value *stack);
 
-/* They own what is in the arguments, and leave three results on the stack, or four of a fused
- * backward. */
+/* They take ownership of the arguments, and leave three results on the stack; a fused backward
+ * leaves four. */
 void aten_forward(aten_forward_arguments arguments, torch_value *stack);
 void aten_backward(aten_backward_arguments arguments, torch_value *stack);
 

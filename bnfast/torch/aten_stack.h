@@ -1,4 +1,4 @@
-/* What PyTorch passes to a kernel and takes from it: numbers and handles in a row. */
+/* PyTorch's stack of arguments and results of a kernel: numbers and handles in a row. */
 #ifndef BNFAST_ATEN_STACK_H
 #define BNFAST_ATEN_STACK_H
 
@@ -29,7 +29,7 @@ static inline torch_value from_tensor(torch_tensor tensor)
 
 static inline torch_tensor to_tensor(torch_value value) { return (torch_tensor)(uintptr_t)value; }
 
-/* NULL where there is none, or one that is undefined, as autograd passes it. */
+/* NULL if there is no tensor, or an undefined one, as autograd passes it. */
 static inline torch_tensor to_optional(torch_value value)
 {
     bool defined = false;
@@ -65,7 +65,7 @@ static inline void delete_optional(torch_value value)
     torch.delete_value(box);
 }
 
-/* The one that was made, or else the one in an optional argument, which is used up. */
+/* The new tensor if one was made, else the tensor in the optional argument, which is freed. */
 static inline torch_value either(torch_tensor made, torch_value optional)
 {
     if (made) {

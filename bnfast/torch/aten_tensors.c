@@ -37,15 +37,15 @@ bool aten_look(torch_tensor tensor, aten_view *view)
     return true;
 }
 
-/* ---- Orders in memory */
+/* ---- Memory order */
 
-/* The axes of channels_last, the innermost first. */
+/* The axes of channels_last, innermost first. */
 static int64_t channels_last_axis(int64_t dim, int64_t i)
 {
     return i == 0 ? 1 : i == dim - 1 ? 0 : dim - i;
 }
 
-/* PyTorch's own rule, with its answers where axes of one value leave it open. */
+/* PyTorch's own rule, also where axes of length 1 leave the order ambiguous. */
 static bool looks_channels_last(const aten_view *x)
 {
     if ((x->dim != 4 && x->dim != 5) || x->strides[1] == 0)

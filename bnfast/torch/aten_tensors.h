@@ -1,4 +1,4 @@
-/* PyTorch's tensors as the kernels see them: where their values lie, and in what order. */
+/* PyTorch's tensors for the kernels: where their values are, and in what order. */
 #ifndef BNFAST_ATEN_TENSORS_H
 #define BNFAST_ATEN_TENSORS_H
 
@@ -11,18 +11,19 @@ enum { MOST_AXES = 8 };
 typedef struct {
     torch_tensor tensor;
     int64_t dim;
-    const int64_t *sizes, *strides; /* the tensor's own */
+    const int64_t *sizes, *strides; /* owned by the tensor */
     int32_t dtype;
-    bnf_type type; /* BNF_TYPES: none that the kernels take */
+    bnf_type type; /* BNF_TYPES: a type that the kernels do not take */
 } aten_view;
 
-/* How PyTorch's results lie: contiguous or channels_last, whichever is more like the input. */
+/* The layout of PyTorch's results: contiguous or channels_last, whichever is closer to the
+ * input. */
 typedef struct {
     bnf_shape shape;
     int64_t strides[MOST_AXES];
 } aten_layout;
 
-/* Look up PyTorch's names of the types. */
+/* Look up PyTorch's codes of the types. */
 void aten_tensors_setup(void);
 
 bool aten_look(torch_tensor tensor, aten_view *view);
@@ -30,11 +31,11 @@ aten_layout aten_result_layout(const aten_view *x);
 aten_layout aten_gradient_layout(const aten_view *x, const aten_view *dy);
 bool aten_same_shape(const aten_view *a, const aten_view *b);
 
-/* Whether all that a view reaches lies in its storage. */
+/* Whether all elements of a view are inside its storage. */
 bool aten_has_memory(const aten_view *view);
 
-/* A view's values in a layout: where they are, if they lie so, else in *room.  If that is NULL, it
- * becomes a new tensor, which is the caller's. */
+/* Find a view's values in a layout: in place if they have it, else copied to *room. If *room is
+ * NULL, it becomes a new tensor, which the caller owns. */
 bool aten_in_order(const aten_view *view, const aten_layout *layout, torch_tensor *room,
                    const void **values);
 

@@ -3,7 +3,7 @@
 
 #include "aten_stack.h"
 #include "aten_vectors.h"
-#include "simd_scalar.h" /* conversions of halves */
+#include "simd_scalar.h" /* conversions of half types */
 
 bool aten_new_vector(int64_t length, int32_t dtype, torch_tensor *made)
 {
@@ -110,10 +110,11 @@ bool aten_type_for_pytorch(torch_value x, const torch_tensor *vectors, int numbe
 
 /* ---- What the forward keeps for the backward
  *
- * save_mean and save_invstd are what PyTorch's own are, rounded.  The float64 numbers lie behind
- * save_mean in its storage after a mark, which says that the forward ran here.  They are used where
- * they round to what is visible: not where somebody overwrote save_mean or save_invstd; a copy or a
- * part has none.  In evaluation save_mean has no values, and the mark alone lies behind it. */
+ * save_mean and save_invstd hold PyTorch's values, rounded. The float64 values follow save_mean in
+ * its storage, after a mark which says that the forward ran here. They are used only if they round
+ * to the visible values, which fails if save_mean or save_invstd was overwritten. A copy or a part
+ * of save_mean does not have them. In evaluation save_mean has no values, and only the mark follows
+ * it. */
 
 typedef struct {
     uint64_t mark;
@@ -162,7 +163,7 @@ void aten_keep(void *save_mean, vector_kind kind, const double *mean, const doub
     memcpy(kept->values + kind.length, inv_std, bytes);
 }
 
-/* Where a storage begins; PyTorch does not tell of a tensor without values. */
+/* Where a storage begins. PyTorch does not give the address of an empty tensor. */
 static const void *storage_of(const aten_view *view)
 {
     const int64_t one = 1;
@@ -177,7 +178,7 @@ static const void *storage_of(const aten_view *view)
     return values;
 }
 
-/* NULL where there is nothing behind a vector. */
+/* NULL if nothing is kept after this vector. */
 static const kept_numbers *find_kept(const aten_view *save_mean)
 {
     int64_t offset, bytes;

@@ -1,4 +1,4 @@
-"""Forward and backward as graphs, by AOTAutograd, and fused."""
+"""Capture forward and backward as graphs with AOTAutograd, and fuse them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def compiler(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Return what computes a graph of Dynamo's, and its gradients."""
+    """Return a function that computes a graph from Dynamo, and its gradients."""
     aot = aot_autograd(
         fw_compiler=_compile,
         bw_compiler=_compile,
@@ -32,7 +32,7 @@ def compiler(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., An
 
 
 def _partition(joint: GraphModule, inputs: Any, **options: Any) -> tuple[GraphModule, GraphModule]:
-    """Fuse while forward and backward are one graph, so that both know of it."""
+    """Fuse while forward and backward are still one graph, so that both change together."""
     _fuse(joint)
     parts: tuple[GraphModule, GraphModule] = default_partition(joint, inputs, **options)
     return parts
@@ -44,7 +44,7 @@ def _compile_inference(gm: GraphModule, example_inputs: Sequence[Any]) -> Callab
 
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Return a graph as a function of a list, which it empties: memory is free when read last."""
+    """Return a graph as a function of a list, which it empties: used memory is freed early."""
     lower(gm.graph)
     gm.graph.set_codegen(_BoxedCodeGen())
     gm.recompile()

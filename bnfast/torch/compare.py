@@ -1,4 +1,4 @@
-"""Whether two models give the same outputs, but for rounding."""
+"""Check that two models give the same outputs, up to rounding."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 def check_same_outputs(model: nn.Module, other: nn.Module, example: Any) -> None:
     """Raise RuntimeError if two models do not give the same outputs for an example.
 
-    Rounding may take half the digits of the coarsest type that takes part: what is beyond is no
-    rounding, and it does not grow with the depth of networks that work.
+    Rounding may cost half the digits of the coarsest type used. A larger difference is an error,
+    not rounding: in networks that work, rounding does not grow with depth.
     """
     wanted, found = (leaves(_call(m, example)) for m in (model, other))
     if wanted.keys() != found.keys():
@@ -31,7 +31,7 @@ def check_same_outputs(model: nn.Module, other: nn.Module, example: Any) -> None
 
 
 def leaves(output: Any) -> dict[str, Tensor]:
-    """Return the tensors in an output, by the way to them."""
+    """Return the tensors in an output, keyed by their path."""
     flat, _ = pytree.tree_flatten_with_path(output)
     found: dict[str, Tensor] = {}
     for path, leaf in flat:
@@ -45,7 +45,7 @@ def leaves(output: Any) -> dict[str, Tensor]:
 
 
 def _call(model: nn.Module, example: Any) -> Any:
-    example = copy.deepcopy(example)  # which a forward may change
+    example = copy.deepcopy(example)  # a forward may change it
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         if isinstance(example, dict):

@@ -1,4 +1,4 @@
-"""The backend of `torch.compile` that fuses batch norms with what follows them."""
+"""The backend of `torch.compile` that fuses batch norms with the operations after them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> C
     Parameters
     ----------
     gm : torch.fx.GraphModule
-        What Dynamo captured.
+        The graph that Dynamo captured.
     example_inputs : sequence of Tensor
-        The inputs it was captured with.
+        The inputs that it was captured with.
     **options
-        None are known.
+        No options are accepted.
 
     Returns
     -------
     callable
-        Of the graph's inputs.
+        A function of the graph's inputs.
 
     Raises
     ------
@@ -46,12 +46,12 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> C
 
     See Also
     --------
-    report : what was fused in this process, and why not more.
+    report : what was fused in this process, and why the rest was not.
     """
     if options:
         name, given = next(iter(options.items()))
         raise ValueError(f"{name} is {given!r:.60}; expected none: the backend has no options")
-    from .capture import compiler  # what it needs of PyTorch takes a second to import
+    from .capture import compiler  # it imports parts of PyTorch that take a second to load
 
     return compiler(gm, example_inputs)
 
@@ -64,7 +64,7 @@ _apart: Counter[str] = Counter()
 
 
 def count(fused: Counter[str], apart: Counter[str]) -> None:
-    """Add what became of a graph's batch norms, and why not more, to what is known of others."""
+    """Add the counts of one graph: what its batch norms became, and why not more was fused."""
     with _lock:
         _fused.update(fused)
         _apart.update(apart)
@@ -75,6 +75,6 @@ def count(fused: Counter[str], apart: Counter[str]) -> None:
 
 
 def fused_so_far() -> tuple[dict[str, int], dict[str, int]]:
-    """Return what batch norms became in the graphs of this process, and why not more."""
+    """Return what batch norms became in the graphs of this process, and why some were not fused."""
     with _lock:
         return dict(_fused), dict(_apart)

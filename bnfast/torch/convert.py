@@ -1,4 +1,4 @@
-"""Swap a model's batch norms for bnfast's, and back."""
+"""Change a model's batch norms to bnfast's, and back."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _NO_MODEL = object()
 def convert(model: _Model, fuse: bool = False) -> _Model:
     """Make every batch norm of a model run on bnfast, in place.
 
-    Layers stay the objects they are, with their parameters, buffers, hooks and modes; only their
-    class changes, to one that runs the same operator on bnfast. Converting twice changes nothing
-    more. PyTorch's own ``BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` are converted, and
-    classes derived from them that have no forward of their own; `enable` serves the others, too.
+    Layers stay the same objects, with their parameters, buffers, hooks and modes. Only their class
+    changes, to one that runs the same operator on bnfast. Converting a second time changes nothing.
+    PyTorch's own ``BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` are converted, and
+    subclasses that have no forward of their own. `enable` also serves all other batch norms.
 
     Parameters
     ----------
@@ -53,14 +53,14 @@ def convert(model: _Model, fuse: bool = False) -> _Model:
     Raises
     ------
     TypeError
-        If `model` is no `torch.nn.Module`.
+        If `model` is not a `torch.nn.Module`.
     ValueError
-        If `fuse` is true. The model is then as it was.
+        If `fuse` is true. The model is then unchanged.
 
     See Also
     --------
     report : what was converted, what was not, and why.
-    revert : the way back.
+    revert : undo the conversion.
     """
     _check_model(model)
     if fuse:
@@ -85,12 +85,12 @@ def revert(model: _Model) -> _Model:
     Returns
     -------
     torch.nn.Module
-        `model`, its layers PyTorch's own again, with the state they have now.
+        `model`. Its layers are PyTorch's own again and keep their present state.
 
     Raises
     ------
     TypeError
-        If `model` is no `torch.nn.Module`.
+        If `model` is not a `torch.nn.Module`.
     """
     _check_model(model)
     theirs = {ours: their for their, ours in OURS.items()}
@@ -103,14 +103,14 @@ def revert(model: _Model) -> _Model:
 
 @dataclass(frozen=True)
 class Report:
-    """What `convert` made of a model.
+    """What `convert` did to a model.
 
     Attributes
     ----------
     converted : tuple of str
         Names of the layers that run on bnfast.
     left : dict of str to str
-        Names of the batch norms that do not, and why.
+        Names of the batch norms that do not run on bnfast, and why.
     """
 
     converted: tuple[str, ...]
@@ -127,13 +127,13 @@ def report() -> Activity: ...
 @overload
 def report(model: nn.Module) -> Report | FrozenReport: ...
 def report(model: Any = _NO_MODEL) -> Activity | Report | FrozenReport:
-    """Say which batch norms of a model run on bnfast, and why others do not.
+    """Report which batch norms of a model run on bnfast, and why others do not.
 
-    Without a model, say how many calls of this process `enable` made run on bnfast, and why others
-    were left to PyTorch.
+    Without a model, report how many calls in this process ran on bnfast through `enable`, and why
+    others were left to PyTorch.
 
-    Only modules derived from PyTorch's batch norms are named. A batch norm of another kind, such as
-    a `FrozenBatchNorm2d`, or a call of ``torch.nn.functional.batch_norm`` in a forward is not seen.
+    Only modules derived from PyTorch's batch norms are named. Other kinds of batch norm, such as a
+    `FrozenBatchNorm2d`, and calls of ``torch.nn.functional.batch_norm`` in a forward are not seen.
 
     Parameters
     ----------
@@ -142,18 +142,18 @@ def report(model: Any = _NO_MODEL) -> Activity | Report | FrozenReport:
     Returns
     -------
     Activity, Report or FrozenReport
-        An Activity without a model, a FrozenReport of one that `freeze` returned. The model
-        itself goes by the name "(model)". ``print`` shows it a line each.
+        An Activity without a model, a FrozenReport for a model that `freeze` returned. The model
+        itself is named "(model)". ``print`` shows one line per layer.
 
     Raises
     ------
     TypeError
-        If `model` is no `torch.nn.Module`.
+        If `model` is not a `torch.nn.Module`.
     """
     if model is _NO_MODEL:
         return activity()
     _check_model(model)
-    from .freeze import frozen_report  # which needs this module
+    from .freeze import frozen_report  # imports this module
 
     if (frozen := frozen_report(model)) is not None:
         return frozen
@@ -181,11 +181,11 @@ def _check_model(model: Any) -> None:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, BatchNormOnCPU)  # or a class made of it, as parametrizations do
+    return isinstance(module, BatchNormOnCPU)  # or a class derived from it, as parametrizations do
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Return why convert leaves a batch norm alone; None for those it takes and other modules."""
+    """Return why convert skips a batch norm; None for those it converts and for other modules."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", "")
@@ -209,7 +209,7 @@ _derived: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def derived(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of a user's, with our forward: one of each, made when it is asked for."""
+    """Return the user's class with our forward. Each class is made once, at its first use."""
     if kind not in _derived:
         members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "derived_from": kind}
         made = type(kind.__name__, (BatchNormOnCPU, kind), {**members, "__reduce_ex__": _reduce})
@@ -218,9 +218,9 @@ def derived(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce(module: Any, protocol: int) -> Any:
-    """Pickle by the user's class: nobody could find ours by its name."""
+    """Pickle by the user's class: pickle cannot find ours by its name."""
     constructor, args, *rest = super(type(module), module).__reduce_ex__(protocol)
-    if args[:1] != (type(module),):  # a way of the user's own
+    if args[:1] != (type(module),):  # the user's own __reduce__
         return constructor, args, *rest
     return _rebuilt, (module.derived_from, constructor, *args[1:]), *rest
 

@@ -1,7 +1,7 @@
 """Which module calls feed which, in every forward of a model, for every input.
 
-`following` has the graphs of all that a forward can do; none of them is ever run. What cannot be
-followed is not guessed: `reach` says which modules such a forward may get at.
+`following` gives the graphs of all paths through a forward. The graphs are never run. If a forward
+cannot be followed, there is no guess: `reach` says which modules it may use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .reach import reached_by_hooks, reached_from
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What a parameter may be asked for that a change of its values does not change.
+# Attributes of a parameter that do not depend on its values.
 _LASTING = {"device", "dtype", "shape", "ndim", "is_cuda", "requires_grad"}
 
 
@@ -28,16 +28,16 @@ class Flow:
     ----------
     model : torch.nn.Module
     is_whole : callable
-        Which modules are known by what they are, and not to be followed.
+        Says which modules are known by their class and need not be followed.
 
     Attributes
     ----------
     calls : dict of int to list of torch.fx.Node
         By `id` of a module, the calls of it in all graphs. ``node.meta["module"]`` is the module.
     read : set of int
-        Modules whose tensors a forward uses other than by calling them.
+        Modules whose tensors a forward uses without calling the module.
     lost : dict of int to str
-        Modules that a forward may get at which could not be followed, and which one that is.
+        Modules that may be used by a forward that could not be followed, and which forward it is.
     """
 
     def __init__(self, model: nn.Module, is_whole: Callable[[nn.Module], bool]) -> None:
@@ -53,7 +53,7 @@ class Flow:
                 sequences.append((name, module))
             else:
                 self._follow(name, module)
-        # Whoever could be followed into the call of a sequence was followed through it.
+        # A forward that was followed up to the call of a sequence was also followed through it.
         for name, module in sequences:
             if id(module) in self.lost:
                 self._follow(name, module)
@@ -72,9 +72,9 @@ class Flow:
             self._add(module, graph)
 
     def changed(self, put_in: set[int]) -> list[tuple[str, nn.Module]]:
-        """Return the modules whose forwards do something else since some others were put in.
+        """Return the modules whose forwards behave differently since other modules were replaced.
 
-        As those do that look at what class a module is of, or at its attributes.
+        Forwards that look at the class of a module, or at its attributes, may do so.
         """
         found = []
         for name, (module, before) in self._followed.items():
@@ -99,7 +99,7 @@ class Flow:
 
 
 def _steps(module: nn.Module, graphs: list[fx.Graph], put_in: set[int]) -> list[list[Any]]:
-    """Return what graphs do, but for the calls of some modules."""
+    """Return the steps of graphs, without the calls of some modules."""
     return [
         [
             (node.op, node.target)
@@ -111,7 +111,7 @@ def _steps(module: nn.Module, graphs: list[fx.Graph], put_in: set[int]) -> list[
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether a module may call others that fold: no container, which cannot be called."""
+    """Whether a module may call others that fold. Containers cannot be called."""
     without: Any = nn.Module.forward
     if isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()):
         return False

@@ -1,6 +1,7 @@
-"""A batch norm's arithmetic merged into a layer beside it, and which layers can do that.
+"""Merge a batch norm's arithmetic into a layer beside it, and check which layers allow it.
 
-As in `bnfast.inference`: computed in float64 and rounded once, to the type of the layer's weight.
+As in `bnfast.inference`, all is computed in float64 and rounded once, to the type of the layer's
+weight.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .following import has_hooks, is_called_plainly
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# The layers that fold, and the rank of what they take with a batch.
+# The layers that fold, and the rank of their input with a batch axis.
 _LINEAR: dict[type[nn.Module], int] = {
     nn.Linear: 2,
     nn.Conv1d: 3,
@@ -26,14 +27,14 @@ _LINEAR: dict[type[nn.Module], int] = {
     nn.ConvTranspose3d: 5,
 }
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# What a subclass that is still one of these has not overridden.
+# Methods that a subclass must not override if it is to fold.
 _METHODS = ("forward", "_conv_forward", "_output_padding")
 _RANKS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
 _STATE = ("running_mean", "running_var", "weight", "bias")
 
 
 class Affine(NamedTuple):
-    """What a batch norm does in inference: ``(x - mean) * scale + shift``, in float64."""
+    """What a batch norm computes in inference: ``(x - mean) * scale + shift``, in float64."""
 
     mean: Tensor
     scale: Tensor
@@ -41,7 +42,7 @@ class Affine(NamedTuple):
 
     @property
     def at_zero(self) -> Tensor:
-        """What becomes of zero."""
+        """The output for an input of zero."""
         return self.shift - self.mean * self.scale
 
 
@@ -49,14 +50,14 @@ class Affine(NamedTuple):
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is one of the batch norms that a model is searched for."""
+    """Whether `freeze` treats a module as a batch norm."""
     if isinstance(module, torch.jit.ScriptModule):
         return "BatchNorm" in getattr(module, "original_name", "")
     return isinstance(module, _BatchNorm) or _frozen_kind(module) is not None
 
 
 def why_no_affine(norm: nn.Module) -> str | None:
-    """Return why a batch norm is not a fixed affine map that can be moved; None if it is."""
+    """Return why a batch norm is not a fixed affine map that can be folded; None if it is."""
     kind = type(norm).__name__
     if isinstance(norm, torch.jit.ScriptModule):
         return "it is scripted"
@@ -72,7 +73,7 @@ def why_no_affine(norm: nn.Module) -> str | None:
 
 
 def affine_of(norm: Any) -> Affine:
-    """Return what a batch norm of `why_no_affine`'s choice does."""
+    """Return the affine map of a batch norm that passed `why_no_affine`."""
     mean, var, weight, bias = (_wide(getattr(norm, name)) for name in _STATE)
     scale = 1 / torch.sqrt(var + _eps(norm))
     scale = scale if weight is None else scale * weight
@@ -80,11 +81,11 @@ def affine_of(norm: Any) -> Affine:
 
 
 def successor(norm: Any, after: nn.Module | None = None) -> nn.Module:
-    """Return the module that stands for a folded batch norm: what it did besides, or nothing.
+    """Return the module that replaces a folded batch norm: its other operations, or none.
 
-    A linear layer folds only for inputs of two axes: with three, the batch norm's channels are the
-    middle axis and the linear layer's the last. `Flatten` is nothing for the former, and gives the
-    latter a shape that nobody takes for the right one.
+    A linear layer folds only for inputs with two axes. With three, the batch norm's channels are
+    the middle axis and the linear layer's are the last. `Flatten` leaves two axes as they are; for
+    three it gives a shape that is clearly wrong.
     """
     first = nn.Flatten() if isinstance(after, nn.Linear) else nn.Identity()
     rest = _extras(norm)
@@ -99,7 +100,8 @@ def _extras(norm: Any) -> list[nn.Module]:
 
 
 def _eps(norm: Any) -> float:
-    return float(norm.eps) if hasattr(norm, "eps") else 1e-5  # which transformers' has written out
+    # transformers has it as a constant in its code
+    return float(norm.eps) if hasattr(norm, "eps") else 1e-5
 
 
 def _wide(values: Tensor | None) -> Any:
@@ -115,21 +117,21 @@ def _root(kind: type) -> str:
 
 
 def _is_torch_forward(norm: nn.Module) -> bool:
-    """Whether a batch norm is run by PyTorch's forward, or by bnfast's, which is the same."""
+    """Whether a batch norm runs PyTorch's forward, or bnfast's, which computes the same."""
     definer = _definer(norm)
     ours = definer.__module__.startswith("bnfast.torch.")
     return ours or definer.__module__ == nn.BatchNorm2d.__module__
 
 
 def _is_timm(norm: nn.Module) -> bool:
-    """Whether it is timm's batch norm with dropout and an activation behind it."""
+    """Whether it is timm's batch norm, followed by dropout and an activation."""
     definer = _definer(norm)
     known = ("BatchNormAct2d", "FrozenBatchNormAct2d")
     return _root(definer) == "timm" and definer.__name__ in known
 
 
 def _frozen_kind(module: nn.Module) -> str | None:
-    """Return what kind of frozen batch norm a module is, if one whose forward is known."""
+    """Return the class name of a frozen batch norm whose forward is known, else None."""
     definer = _definer(module)
     root, name = _root(definer), definer.__name__
     known = (
@@ -164,7 +166,7 @@ def why_not_after(layer: Any, norm: nn.Module) -> str | None:
 
 
 def why_not_before(layer: Any, norm: nn.Module) -> str | None:
-    """Return why a batch norm does not fold into the layer after it."""
+    """Return why a module does more with its input than its state shows; None if it does not."""
     if _extras(norm):
         return "it has an activation or dropout behind it"
     inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
@@ -226,13 +228,13 @@ def _outputs(layer: Any) -> int:
 
 
 def _sees_padding(layer: Any) -> bool:
-    """Whether outputs of a layer see anything but a whole kernel of inputs."""
+    """Whether some outputs of a layer see less than a whole kernel of inputs."""
     if isinstance(layer, nn.Linear):
         return False
     if isinstance(layer, _TRANSPOSED):
         return True
     if layer.padding_mode != "zeros" or layer.padding == "valid":
-        return False  # the other modes repeat inputs
+        return False  # the other padding modes repeat inputs
     return layer.padding == "same" or any(layer.padding)
 
 
@@ -240,7 +242,7 @@ def _sees_padding(layer: Any) -> bool:
 
 
 def fold_after(layer: Any, norm: nn.Module) -> str | None:
-    """Let a layer do what the batch norm after it does; return why not where it cannot."""
+    """Merge the batch norm after a layer into it; return why if it cannot be done."""
     affine = affine_of(norm)
     weight = _wide(layer.weight)
     along = _along(affine.scale, weight, isinstance(layer, _TRANSPOSED), layer, output=True)
@@ -249,22 +251,23 @@ def fold_after(layer: Any, norm: nn.Module) -> str | None:
 
 
 def fold_before(layer: Any, norm: nn.Module) -> str | None:
-    """Let a layer do what the batch norm before it does; return why not where it cannot."""
+    """Merge the batch norm before a layer into it; return why if it cannot be done."""
     affine = affine_of(norm)
     weight, transposed = _wide(layer.weight), isinstance(layer, _TRANSPOSED)
     along = _along(affine.scale, weight, transposed, layer, output=False)
     bias = torch.zeros(_outputs(layer)) if layer.bias is None else layer.bias
     bias = _wide(bias)
-    if not transposed:  # those fold only where zero stays zero
+    if not transposed:  # transposed ones fold only if zero stays zero
         through = weight * _along(affine.at_zero, weight, transposed, layer, output=False)
         bias = bias + through.flatten(1).sum(1)
     return _replace(layer, weight * along, bias)
 
 
 def _along(values: Tensor, weight: Tensor, transposed: bool, layer: Any, output: bool) -> Tensor:
-    """Lay one value a channel out beside a weight.
+    """Reshape one value per channel so that it multiplies a weight.
 
-    Its axis 0 has all channels of one side, its axis 1 those that a group has of the other.
+    Axis 0 of the weight has all channels of one side, axis 1 the channels of one group of the
+    other.
     """
     rest = (1,) * (weight.dim() - 2)
     if output != transposed:
@@ -280,7 +283,7 @@ def _replace(layer: Any, weight: Tensor, bias: Tensor) -> str | None:
     if not all(bool(values.isfinite().all()) for values in new):
         return f"the weights folded would not be finite in {dtype}"
     old = layer.weight
-    layer.weight = _frozen(torch.empty_like(old).copy_(new[0]))  # in the memory format it had
+    layer.weight = _frozen(torch.empty_like(old).copy_(new[0]))  # keep the memory format
     layer.bias = _frozen(new[1].to(old.device))
     return None
 
@@ -292,9 +295,9 @@ def _frozen(values: Tensor) -> nn.Parameter:
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 to nearest even, once.
 
-    PyTorch makes halves by way of float32, which would be twice. Rounded to odd on the way there
-    (toward zero, with a last bit that tells whether anything was lost), no number lies on the
-    middle between two halves unless it did before.
+    PyTorch converts float64 to half types by way of float32, which would round twice. Here the
+    float32 step rounds to odd: toward zero, with the last bit set if anything was lost. Then no
+    number falls on the midpoint of two halves unless it was there before.
     """
     if dtype in _TYPES[:2]:
         return values.to(dtype)

@@ -1,10 +1,10 @@
-"""One forward, followed by `torch.fx` through all that it can do.
+"""Follow one forward with `torch.fx` along every path through it.
 
-It runs on a copy, with proxies that have no values in place of its inputs and with the modules it
-calls left as they are. Wherever it asks something that only an input could answer (a condition, the
-type of an argument), it is followed once for each answer. A forward that does more than its graphs
-could show (keeps what it computed, changes what it keeps, makes numbers of its inputs, compares
-objects by identity) is not followed.
+The forward runs on a copy. Its inputs are proxies without values, and the modules it calls are not
+entered. Each time it asks something that depends on an input (a condition, the type of an
+argument), it is followed once for each answer. Some forwards cannot be shown by graphs and are not
+followed: those that keep what they computed, change what they keep, make numbers from inputs, or
+compare objects by identity.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from .reach import kept_aside
 _Module = TypeVar("_Module", bound=nn.Module)
 _MOST_PATHS = 64
 _MOST_QUESTIONS = 64
-# What an argument may be besides a proxy's unknown tensor, for a forward that asks.
+# The types that an argument may claim, for a forward that asks.
 _KINDS: tuple[type, ...] = (Tensor, list, tuple, dict)
 
 
 def is_sequence(module: nn.Module) -> bool:
-    """Whether a module does what `torch.nn.Sequential` does."""
+    """Whether a module behaves like `torch.nn.Sequential`."""
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
@@ -43,13 +43,13 @@ def is_sequence(module: nn.Module) -> bool:
 
 
 def is_called_plainly(module: nn.Module) -> bool:
-    """Whether a call of a module runs the forward of its class, and hooks."""
+    """Whether calling a module runs its class's forward and its hooks, and nothing else."""
     plain = type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
     return plain and "forward" not in vars(module)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes in or out of a module."""
+    """Whether hooks see the inputs or outputs of a module."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(vars(module).get(kind) for kind in kinds)
 
@@ -58,9 +58,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def graphs_of(module: nn.Module) -> list[fx.Graph] | str:
-    """Return the graphs of a module's forward, one for each way through it, or why there are none.
+    """Return the graphs of a module's forward, one for each path, or why there are none.
 
-    A way that ends in an exception which the forward raises itself has no result to be right about.
+    A path that ends in an exception raised by the forward itself has no result and needs no graph.
     """
     if not is_called_plainly(module):
         return "it was replaced"
@@ -75,7 +75,7 @@ def graphs_of(module: nn.Module) -> list[fx.Graph] | str:
         except Exception as error:  # noqa: BLE001, the user's code may raise anything
             if not _is_raised_by_user(error):
                 return _in_words(error)
-        if tracer.refused:  # and the forward went on as if it were nothing
+        if tracer.refused:  # and the forward caught the error and went on
             return tracer.refused
         answers = _next_path(answers, tracer.sizes)
         if not answers:
@@ -84,14 +84,14 @@ def graphs_of(module: nn.Module) -> list[fx.Graph] | str:
 
 
 def _compares_identity(module: nn.Module) -> bool:
-    """Whether a forward asks `is` of anything but None: proxies are nothing else."""
+    """Whether a forward uses `is` with anything but None: a proxy is never another object."""
     row = list(dis.get_instructions(inspect.unwrap(type(module).forward)))
     asked = [before for before, ask in pairwise(row) if ask.opname == "IS_OP"]
     return any(before.opname != "LOAD_CONST" or before.argval is not None for before in asked)
 
 
 def _next_path(answers: list[int], sizes: list[int]) -> list[int]:
-    """Return the answers that come next, the last ones changing first; none after all of them."""
+    """Return the next answers, changing the last ones first; an empty list after all of them."""
     while answers and answers[-1] == sizes[len(answers) - 1] - 1:
         answers.pop()
     return [*answers[:-1], answers[-1] + 1] if answers else []
@@ -117,7 +117,7 @@ def _is_torch(frame: Any) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Follows one way through a forward: that of the answers given, to which it adds."""
+    """Follows one path through a forward: the given answers, then new ones, which it appends."""
 
     def __init__(self, answers: list[int]) -> None:
         super().__init__()
@@ -151,13 +151,13 @@ class _Tracer(fx.Tracer):
         return graph
 
     def _keeps_outputs(self) -> bool:
-        """Whether somebody still has what a module gave back."""
+        """Whether an output of a module is still referenced somewhere."""
 
         def kept() -> bool:
             return any(made() is not None for made in self.made)
 
         if kept():
-            gc.collect()  # it may be garbage in a cycle
+            gc.collect()  # it may be garbage in a reference cycle
         return kept()
 
     def answer(self, size: int) -> int:
@@ -188,7 +188,7 @@ class _Tracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         if obj.node.op != "placeholder" or not obj.node.args:
             return bool(self.answer(2))
-        if obj.node not in self.options:  # an option with a default stays what it is
+        if obj.node not in self.options:  # an option with a default keeps its answer
             self.options[obj.node] = bool(self.answer(2))
         return self.options[obj.node]
 
@@ -198,7 +198,7 @@ class _Tracer(fx.Tracer):
 
 
 def _may_be_none(module: nn.Module, parameter: inspect.Parameter) -> bool:
-    """Whether an argument is None by default, or is asked whether it is."""
+    """Whether an argument is None by default, or is compared with None."""
     if parameter.default is not parameter.empty or parameter.kind in (
         parameter.VAR_POSITIONAL,
         parameter.VAR_KEYWORD,
@@ -213,7 +213,7 @@ def _may_be_none(module: nn.Module, parameter: inspect.Parameter) -> bool:
 
 
 def _state_of(module: nn.Module) -> dict[Any, Any]:
-    """Return what all parts of a module hold, by identity."""
+    """Return all attributes of all submodules, by identity."""
     spaces = ("_parameters", "_buffers", "_modules")
     found: dict[Any, Any] = {}
     for part in module.modules():
@@ -222,17 +222,17 @@ def _state_of(module: nn.Module) -> dict[Any, Any]:
         for name, value in vars(part).items():
             inner = value.items() if name in spaces else [("", value)]
             for key, held in inner:
-                if "constant" not in f"{name}{key}":  # what fx itself puts there
+                if "constant" not in f"{name}{key}":  # added by fx itself
                     found[id(part), name, key] = id(held)
     return found
 
 
 def _made_there(*args: Any, **options: Any) -> None:
-    """Stand in a graph for a module that a forward makes, such as a loss, with nothing of ours."""
+    """Stand in a graph for a module that the forward creates, such as a loss."""
 
 
 class _Proxy(fx.Proxy):
-    """A value that nobody knows; who asks for its type is told one after the other."""
+    """A value that is not known. When asked for its type, it gives each possible type in turn."""
 
     tracer: _Tracer
 
@@ -261,9 +261,9 @@ class _Proxy(fx.Proxy):
 
 
 def _without_values(module: nn.Module) -> nn.Module:
-    """Return a copy to be followed: what a forward does to it is done to nothing else.
+    """Return a copy to follow, so that side effects of a forward stay in the copy.
 
-    The tensors of what it calls have no values in it, so that a number made of them shows.
+    The tensors of submodules have no values in it, so that making a number from them fails.
     """
     memo: dict[int, Any] = {}
     for called in module.modules():
@@ -275,13 +275,13 @@ def _without_values(module: nn.Module) -> nn.Module:
 
 
 def copied(module: _Module, memo: dict[int, Any] | None = None) -> _Module:
-    """Return a deep copy, also of modules that keep what was computed with gradients."""
+    """Return a deep copy, also of modules that hold tensors computed with gradients."""
     memo = {} if memo is None else memo
     for part in module.modules():
         for value in vars(part).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    with torch.no_grad():  # or what is scripted would have copies that are no leaves
+    with torch.no_grad():  # else copies in scripted modules would not be leaves
         return copy.deepcopy(module, memo)
 
 

@@ -1,4 +1,4 @@
-"""A model made ready for inference: its batch norms folded into the layers beside them."""
+"""Prepare a model for inference: fold its batch norms into the layers beside them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .following import copied
 from .reach import kept_aside
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_REPORT = "_bnfast_frozen"  # an attribute of plain dicts, which unpickle without bnfast
+_REPORT = "_bnfast_frozen"  # plain dicts, which unpickle without bnfast
 
 
 @dataclass(frozen=True)
 class FrozenReport:
-    """What `freeze` made of a model.
+    """What `freeze` did to a model.
 
     Attributes
     ----------
     folded : dict of str to str
-        Names of the batch norms that are gone, and of the layers that do their work.
+        Names of the batch norms that were folded, and of the layers that do their work now.
     left : dict of str to str
-        Names of the batch norms that are still there, and why.
+        Names of the batch norms that remain, and why.
     """
 
     folded: dict[str, str]
@@ -44,7 +44,7 @@ class FrozenReport:
 
 
 def frozen_report(model: nn.Module) -> FrozenReport | None:
-    """Return what `freeze` made of a model; None for one that it did not make."""
+    """Return what `freeze` did to a model; None for a model that it did not return."""
     kept = vars(model).get(_REPORT)
     return None if kept is None else FrozenReport(dict(kept["folded"]), dict(kept["left"]))
 
@@ -52,19 +52,19 @@ def frozen_report(model: nn.Module) -> FrozenReport | None:
 def freeze(model: _Model, *, example: Any = None) -> _Model:
     """Return a copy of a model for inference, its batch norms folded into the layers beside them.
 
-    In evaluation a batch norm is an affine map of each channel, which the convolution, transposed
-    convolution or linear layer before it can do, or, where that is exact, the one after it. The
-    copy is in evaluation mode and wants no gradients; its modules, forwards, hooks and attributes
-    are the model's own, so it takes whatever the model takes. Where a batch norm was folded stands
-    a `torch.nn.Identity`, or `Flatten` behind a linear layer (see Notes). It pickles, exports
-    (`torch.export`) and loads where bnfast is not installed. If any are left, calls of the copy go
-    through `backend`, where each is one operation with its addition and activation; a copy or a
-    pickle of the copy is without that.
+    In evaluation a batch norm is an affine map per channel. The convolution, transposed convolution
+    or linear layer before it can do that map; so can the layer after it, where that is exact. The
+    copy is in evaluation mode and its parameters need no gradients. Its modules, forwards, hooks
+    and attributes are those of the model, so it accepts the same inputs. A folded batch norm is
+    replaced by a `torch.nn.Identity`, or by a `Flatten` after a linear layer (see Notes). The copy
+    can be pickled, exported (`torch.export`) and loaded where bnfast is not installed. If some
+    batch norms remain, calls of the copy go through `backend`, which makes each one operation with
+    its addition and activation. A copy or a pickle of the copy does not use the backend.
 
     Parameters
     ----------
     model : torch.nn.Module
-        In any mode; it is left as it is.
+        In any mode. It is not changed.
     example : Tensor, tuple, list or dict, optional
         Inputs for the model: a tensor is its only argument, a tuple or list its arguments, a dict
         its arguments by name. The outputs of model and copy are then compared.
@@ -72,13 +72,13 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     Returns
     -------
     torch.nn.Module
-        Equal to the model in evaluation, to rounding. `report` of it says what was folded and why
+        Equal to the model in evaluation, to rounding. `report` shows what was folded, and why
         other batch norms were not.
 
     Raises
     ------
     TypeError
-        If `model` is no `torch.nn.Module`, or is scripted.
+        If `model` is not a `torch.nn.Module`, or is scripted.
     ValueError
         If `model` has lazy layers that have not seen their first input.
     RuntimeError
@@ -87,20 +87,20 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
 
     Notes
     -----
-    A batch norm is folded only where every forward of the model that could call it or the layer
-    beside it was followed, for every input, and always calls the two together. Forwards are
-    followed by `torch.fx` on copies, once for every answer to a question about inputs, and never
-    replaced; meanwhile no other thread should run a module. Forwards that cannot be followed are
-    read, for what they may get at. What is outside of forwards is not known: a part of the copy
-    that is called alone may be without a batch norm that another part folded, and a global or an
-    attribute that is changed later may send a forward another way. Whether gradients are recorded
-    is taken to be all the same to a forward.
+    A batch norm is folded only if every forward that could call it, or the layer beside it, was
+    followed for every input, and always calls the two together. `torch.fx` follows forwards on
+    copies, once for every answer to a question about inputs. Forwards are never replaced. No other
+    thread should run a module during this time. If a forward cannot be followed, its code is read
+    to find the modules that it may use. Code outside of forwards is not seen: a part of the copy
+    that is called alone may lack a batch norm that was folded into another part, and changing a
+    global or an attribute later may make a forward behave differently. A forward is assumed not to
+    depend on whether gradients are recorded.
 
-    A `BatchNorm1d` beside a linear layer takes inputs of two axes, or of three, where it works on
-    another axis than the linear layer. It is folded for the former. For the latter, possible
-    only where both axes have the same length, `Flatten` changes the shape. A convolution also takes
-    one input without a batch, which its batch norm refuses or, in one dimension, takes for a batch:
-    the copy is for batches.
+    A `BatchNorm1d` beside a linear layer takes inputs with two axes, or with three, where it works
+    on another axis than the linear layer. It is folded for two axes. Three axes are possible only
+    if both axes have the same length; `Flatten` then changes the shape. A convolution also takes
+    one input without a batch axis. Its batch norm refuses such an input or, in one dimension, takes
+    it for a batch. The copy is for batches.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def freeze(model: _Model, *, example: Any = None) -> _Model:
     _check_model(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is scripted; expected a torch.nn.Module as it is before torch.jit")
-    if type(model).__name__ == "OptimizedModule":  # of torch.compile, around the model
+    if type(model).__name__ == "OptimizedModule":  # from torch.compile, which wraps the model
         model = model._orig_mod
     _check_not_lazy(model)
     frozen, report = _folded(model)
@@ -132,21 +132,21 @@ def _check_not_lazy(model: nn.Module) -> None:
 
 
 def _compile_rest(frozen: nn.Module) -> None:
-    """Let calls of a model go through our backend, as `torch.nn.Module.compile` does.
+    """Route calls of a model through our backend, as `torch.nn.Module.compile` does.
 
-    Copies and pickles are without it. Dynamo passes over frames of PyTorch's own modules, such as
-    a `Sequential`'s, unless one that is not PyTorch's calls them.
+    Copies and pickles do not have it. Dynamo skips frames of PyTorch's own modules, such as
+    `Sequential`, unless code outside PyTorch calls them.
     """
 
     def plain(*args: Any, **options: Any) -> Any:
         return frozen._call_impl(*args, **options)
 
-    # Dynamo counts captures by code object: each model has its own.
+    # Dynamo counts captures per code object, so each model gets its own.
     plain.__code__ = plain.__code__.replace(co_name=type(frozen).__name__)
     compiled = torch.compile(plain, backend=backend)
 
     def call(*args: Any, **options: Any) -> Any:
-        traced = torch.jit.is_tracing()  # which refuses what is compiled
+        traced = torch.jit.is_tracing()  # tracing refuses compiled functions
         return (plain if traced else compiled)(*args, **options)
 
     frozen._compiled_call_impl = call
@@ -165,7 +165,7 @@ class _Place(NamedTuple):
 
 
 def _folded(model: _Model) -> tuple[_Model, FrozenReport]:
-    """Return a copy with all folded that can be, and what that is."""
+    """Return a copy with every possible batch norm folded, and the report."""
     kept: dict[str, str] = {}
     while True:
         frozen = copied(model).eval().requires_grad_(False)
@@ -176,7 +176,7 @@ def _folded(model: _Model) -> tuple[_Model, FrozenReport]:
 
 
 def _fold_all(model: nn.Module, kept: dict[str, str]) -> tuple[FrozenReport, dict[str, str]]:
-    """Fold in place; return the report, and the batch norms whose absence a forward notices."""
+    """Fold in place; return the report and the batch norms that a forward cannot do without."""
     places = _places(model)
     norms = [place for place in places.values() if folding.is_batch_norm(place.module)]
     report = FrozenReport({}, {})
@@ -204,7 +204,7 @@ def _places(model: nn.Module) -> dict[int, _Place]:
 
 
 class _Pairs:
-    """Batch norms and the layers beside them, in all that the forwards of a model do."""
+    """Batch norms and the layers beside them, in all forwards of a model."""
 
     def __init__(self, model: nn.Module, places: dict[int, _Place]) -> None:
         self._flow = Flow(model, folding.is_batch_norm)
@@ -217,7 +217,7 @@ class _Pairs:
         self._owners = Counter(id(p) for m in owned for p in m._parameters.values())
 
     def fold(self, place: _Place) -> tuple[_Place | None, str]:
-        """Fold a batch norm, if it can be; return where into, or why not."""
+        """Fold a batch norm if possible; return the layer that takes it, or why there is none."""
         norm = place.module
         why = folding.why_no_affine(norm) or self._why_unknown(norm)
         if why is not None:
@@ -242,12 +242,12 @@ class _Pairs:
         return None, before or "there is no single linear layer or convolution right beside it"
 
     def _only(self, modules: set[nn.Module | None]) -> nn.Module | None:
-        """Return the one layer among these that could take a batch norm in."""
+        """Return the module if there is only one and a batch norm can fold into it, else None."""
         one = modules.pop() if len(modules) == 1 else None
         return one if one is not None and folding.is_linear(one) else None
 
     def _why_unknown(self, module: nn.Module) -> str | None:
-        """Return why a module may be used in ways that are not known."""
+        """Return why a module may be used in unknown ways; None if all its uses are known."""
         place = self._places[id(module)]
         if place.holder is None:
             return "it is the model itself, with nothing beside it"
@@ -262,7 +262,7 @@ class _Pairs:
         return self._flow.lost.get(id(module))
 
     def _why_not_after(self, layer: nn.Module, norm: nn.Module) -> str | None:
-        """Return why a batch norm does not fold into the layer that it follows everywhere."""
+        """Return why a batch norm does not fold into the layer before it in all calls."""
         if why := self._why_unknown(layer):
             return why
         for node in self._flow.calls[id(layer)]:
@@ -271,7 +271,7 @@ class _Pairs:
         return folding.why_not_after(layer, norm)
 
     def _why_not_before(self, layer: nn.Module, norm: nn.Module) -> str | None:
-        """Return why a batch norm does not fold into the layer that follows it everywhere."""
+        """Return why a batch norm does not fold into the layer after it in all calls."""
         if why := self._why_unknown(layer):
             return why
         path = self._places[id(layer)].path
@@ -283,14 +283,14 @@ class _Pairs:
         return folding.why_not_before(layer, norm)
 
     def _replaced(self, place: _Place, layer: nn.Module) -> _Place:
-        """Put in a batch norm's place what it did besides."""
+        """Replace a batch norm by its other operations, or by none."""
         made = folding.successor(place.module, layer)
         assert place.holder is not None
         place.holder._modules[place.name] = self._made[place.path] = made
         return self._places[id(layer)]
 
     def noticed(self) -> dict[str, str]:
-        """Return the folded batch norms that a forward does something else without, and which."""
+        """Return the folded batch norms whose replacement changes what a forward does, and why."""
         put_in = {id(part) for made in self._made.values() for part in made.modules()}
         found: dict[str, str] = {}
         for name, module in self._flow.changed(put_in) if put_in else ():
@@ -300,7 +300,7 @@ class _Pairs:
         return found
 
     def make_plain(self, norm: nn.Module) -> None:
-        """Make a layer of bnfast's one of PyTorch's, where nothing but its input is given to it."""
+        """Make a layer of bnfast's a layer of PyTorch's again, if it only ever gets its input."""
         calls = self._flow.calls.get(id(norm), [])
         known = id(norm) not in self._flow.lost and all(map(_is_simple, calls))
         if type(norm) in OURS.values() and known:
@@ -308,12 +308,12 @@ class _Pairs:
 
 
 def _module(node: Any) -> nn.Module | None:
-    """Return the module that a node calls, if it does."""
+    """Return the module that a node calls; None if it calls none."""
     return node.meta.get("module") if isinstance(node, fx.Node) else None
 
 
 def _is_simple(node: fx.Node) -> bool:
-    """Whether a call has one argument, the output of something else."""
+    """Whether a call has one argument, the output of another node."""
     return len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
 
 

@@ -1,7 +1,7 @@
-"""Batch norm, an addition and an activation as one operator, and its gradients.
+"""Batch norm, addition and activation as one operator, and its gradients.
 
-``torch.ops.bnfast.batch_norm_act`` and its backward are C, below autograd: the graphs of
-`bnfast.torch.backend` call them. `batch_norm_act` puts autograd on top, for the layers.
+``torch.ops.bnfast.batch_norm_act`` and its backward are written in C, below autograd. The graphs
+of `bnfast.torch.backend` call them. `batch_norm_act` adds autograd, for the layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bnfast._types import Activation
 
     Vector: TypeAlias = Tensor | None
-    # Of x, weight, bias and residual; None where nobody asked.
+    # The gradients of x, weight, bias and residual; None where not needed.
     Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 _library = torch.library.Library("bnfast", "DEF")
@@ -98,9 +98,9 @@ _CLASSES = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(x: Any) -> bool:
-    """Whether x is an ordinary dense tensor whose numbers the kernels can read now.
+    """Whether x is an ordinary dense tensor whose values the kernels can read now.
 
-    One without memory, as a symbolic zero or a parameter whose storage was freed, is not.
+    A tensor without memory (a symbolic zero, a parameter whose storage was freed) is not.
     """
     return (
         type(x) in _CLASSES
@@ -113,7 +113,7 @@ def is_plain(x: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether tensors may stand for more than their numbers: functorch, forward mode, jit."""
+    """Whether a tensor may stand for more than its values: functorch, forward mode, jit."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
@@ -122,7 +122,7 @@ def is_transformed() -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether a mode wants to see every operation: fake tensors, proxies, counters."""
+    """Whether a mode must see every operation: fake tensors, proxies, counters."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
@@ -130,12 +130,12 @@ def is_recorded() -> bool:
 
 
 def takes(x: Any, residual: Any, vectors: tuple[Vector, ...], training: bool) -> bool:
-    """Whether the operator takes these tensors as they are; all others are PyTorch's to refuse.
+    """Whether the operator takes these tensors as they are; PyTorch handles or refuses the others.
 
     Parameters
     ----------
     x, residual
-        What a layer was given.
+        The layer's arguments.
     vectors : tuple
         weight, bias, running_mean and running_var.
     training : bool
@@ -152,7 +152,7 @@ def takes(x: Any, residual: Any, vectors: tuple[Vector, ...], training: bool) ->
         and len(kinds) <= 1
         and kinds <= allowed
         and all(v is None or v.shape == x.shape[1:2] for v in vectors)
-        # PyTorch refuses them a gradient, which nobody would notice the lack of.
+        # PyTorch raises for running statistics that require grad; so must we.
         and not any(v is not None and v.requires_grad for v in vectors[2:])
         and (residual is None or (residual.shape == x.shape and residual.dtype is x.dtype))
     )
@@ -169,7 +169,7 @@ def name_and_slope(activation: Activation) -> tuple[str | None, float]:
 
 
 def activate(y: Tensor, activation: Activation) -> Tensor:
-    """Apply an activation by PyTorch's own operation."""
+    """Apply an activation with PyTorch's own operation."""
     name, slope = name_and_slope(activation)
     if name is None:
         return y
@@ -199,7 +199,7 @@ def residual_and_output(kept: Any, activation: Any) -> tuple[Any, Any]:
 
 
 def rest(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-    """Add and activate by PyTorch's own operations."""
+    """Add and activate with PyTorch's own operations."""
     return activate(y if residual is None else y + residual, activation)
 
 
@@ -273,7 +273,7 @@ class _BatchNormAct(torch.autograd.Function):
             x, weight, bias, running_mean, running_var, *rest
         )
         fixed: tuple[Vector, Vector] = (None, None)
-        if not training:  # copies: a training forward in between may move them
+        if not training:  # copies: a training forward before the backward may change them
             fixed = tuple(v.clone() for v in (running_mean, running_var) if v is not None)
         kept = beside(y, residual, activation[0])
         ctx.save_for_backward(x, weight, bias, *fixed, save_mean, save_invstd, kept)
@@ -284,7 +284,7 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         name = ctx.options[2]
         *needs, to_residual = ctx.needs_input_grad[:4]
-        passes = to_residual and name is None  # the gradient of a sum is that of its terms
+        passes = to_residual and name is None  # the gradient of a sum is the gradient of each term
         needs = [*needs, to_residual and not passes]
         again = torch.is_grad_enabled()
         plain = is_plain(dy) and not is_recorded() and not is_transformed()
@@ -305,7 +305,7 @@ def _kernel(ctx: Any, dy: Tensor, needs: list[bool]) -> Gradients:
 
 
 def _formula(ctx: Any, dy: Tensor, needs: list[bool]) -> Gradients:
-    """Compute the same by PyTorch's operators, whose gradients can be differentiated again."""
+    """Compute the gradients with PyTorch's operators, which can be differentiated again."""
     x, weight, bias, mean, var, *_, kept = ctx.saved_tensors
     training, eps, name, slope = ctx.options
     with torch.enable_grad():
@@ -330,5 +330,5 @@ def _before_activation(dy: Tensor, z: Tensor, kept: Tensor | None, activation: A
 
 
 def _alias(t: Tensor) -> Tensor:
-    """Return t as a variable of its own, so that a gradient stops there and not at t's past."""
+    """Return t as a variable of its own, so that a gradient stops there and not at t's history."""
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Turn batch norm + addition + activation into one operation, in graphs of AOTAutograd's."""
+"""Turn batch norm + addition + activation into one operation, in AOTAutograd's graphs."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _aten = torch.ops.aten
 
 @dataclass
 class Found:
-    """A batch norm, what it is fused with, and where that is in the backward."""
+    """A batch norm, what it is fused with, and their gradients in the backward."""
 
     norm: Norm
-    last: Node  # whose value the fused operation gives
-    gradient: Node | None  # the batch norm's
+    last: Node  # the fused operation gives its value
+    gradient: Node | None  # of the batch norm
     addition: Node | None = None
     residual: Node | None = None
     activation: Activation | None = None
     slope: float = 0.0
-    mask: Node | None = None  # the activation's gradient
+    mask: Node | None = None  # the gradient of the activation
 
     @property
     def kind(self) -> str:
-        """What it is, in words."""
+        """Describe it in words."""
         parts = ["batch norm"]
         parts += ["addition"] if self.residual is not None else []
         parts += [self.activation.name] if self.activation is not None else []
@@ -50,15 +50,15 @@ class Found:
 
 
 class Apart(Exception):
-    """Why operations are not fused."""
+    """The reason why operations are not fused."""
 
 
 def fuse(graph: Graph, seen: Callable[[str, str | None], None]) -> None:
-    """Let every batch norm in a graph, and what follows it, be one of bnfast's operations.
+    """Replace every batch norm in a graph, and what follows it, by one bnfast operation.
 
     The graph may be a forward, or a forward and its backward, whose patterns are replaced
     together. `seen` is called for each batch norm with what it became ("" if it was left) and why
-    not more.
+    it was not fused further.
     """
     _read_directly(graph)
     for node in [n for n in graph.nodes if n.target in NORMS]:
@@ -76,9 +76,9 @@ def fuse(graph: Graph, seen: Callable[[str, str | None], None]) -> None:
 
 
 def _read_directly(graph: Graph) -> None:
-    """Take away what autograd read saved values through: no value changes in these graphs.
+    """Remove the copies through which autograd read saved values: these graphs change no value.
 
-    In-place activations make it copy what they overwrite. Inputs do change, at the end.
+    With in-place activations autograd copies what they overwrite. Only inputs change, at the end.
     """
     for node in [n for n in graph.nodes if n.target in (_aten.detach.default, _aten.clone.default)]:
         source = node.args[0]
@@ -95,7 +95,7 @@ def _read_directly(graph: Graph) -> None:
 
 
 def _keep_type(graph: Graph, norm: Norm) -> None:
-    """Have new statistics in the type of the old, where PyTorch expected float32 and a cast."""
+    """Keep new statistics in the type of the old ones; PyTorch expected float32 and a cast."""
     for index, old in ((3, norm.running_mean), (4, norm.running_var)):
         new = norm.results.get(index)
         if new is None:
@@ -111,7 +111,7 @@ def _keep_type(graph: Graph, norm: Norm) -> None:
 
 
 def _find(norm: Norm) -> tuple[Found, str | None]:
-    """Return the most that can be fused, and why it is not more."""
+    """Return the largest pattern that can be fused, and why it is not larger."""
     y = norm.results.get(0, norm.node)
     gradient = next(iter(norm.gradients()), None)
     found = Found(norm, y, gradient)
@@ -175,7 +175,7 @@ def _with_activation(found: Found) -> Found:
 
 
 def _mask(found: Found, last: Node, activation: Activation, slope: float) -> Node | None:
-    """Return the gradient of an activation, if the graph has it."""
+    """Return the node that computes the gradient of an activation, if the graph has it."""
     masks = [
         node
         for source in (found.last, last)
@@ -196,20 +196,20 @@ def _mask(found: Found, last: Node, activation: Activation, slope: float) -> Nod
 
 
 def _check_order(norm: Norm, last: Node) -> None:
-    """See that nothing reads the other results before the place of the fused operation."""
+    """Check that nothing reads the other results before the fused operation."""
     for index, result in norm.results.items():
         if index != 0 and any(user < last for user in result.users):
             raise Apart("its statistics are read before")
 
 
 def _check_regions(a: Node, b: Node) -> None:
-    """See that both are recomputed together, or neither."""
+    """Check that either both or neither are recomputed."""
     if any(a.meta.get(key) != b.meta.get(key) for key in ("recompute", "ac_graph_id")):
         raise Apart("the end of a checkpoint lies between them")
 
 
 def _ahead(node: Node) -> list[Node]:
-    """Return what reads a node in the forward."""
+    """Return the nodes in the forward that read a node."""
     return [u for u in node.users if not _is_backward(u)]
 
 
@@ -225,7 +225,7 @@ def _name(node: Node) -> str:
     return str(getattr(node.target, "_opname", node.target))
 
 
-# ---- One in their place
+# ---- Replacing it
 
 
 def _replace(graph: Graph, found: Found) -> None:
@@ -237,7 +237,7 @@ def _replace(graph: Graph, found: Found) -> None:
         dead = [gradient] if mask is None else [gradient, mask]
     else:
         dead = []
-        if mask is not None:  # is left, and the output tells as well
+        if mask is not None:  # it stays, and can read the output instead
             for node in between:
                 mask.replace_input_with(node, results[0])
     dead += [found.last, *between, *norm.results.values()]
@@ -247,7 +247,7 @@ def _replace(graph: Graph, found: Found) -> None:
 
 
 def _replace_forward(graph: Graph, found: Found) -> dict[Any, Node]:
-    """Put the operation where all that it reads is there; return its results."""
+    """Insert the operation after everything that it reads; return its results."""
     norm, last = found.norm, found.last
     name = None if found.activation is None else found.activation.name
     alone = found.addition is None and found.activation is None
@@ -305,10 +305,10 @@ def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[
 
 
 def _result(graph: Graph, node: Node, index: int, like: Node, x: Any = None) -> Node:
-    """Return a result of an operation, laid out as the graph has it in its books, if like x.
+    """Return a result of an operation; if it is like x, with the strides that the graph recorded.
 
-    PyTorch records a batch norm of a permuted tensor as permuted, and computes one that is not:
-    views behind it would fail.
+    PyTorch records a batch norm of a permuted tensor as permuted, but computes one that is not.
+    Without this, views of it would fail.
     """
     result = graph.call_function(operator.getitem, (node, index))
     result.meta = dict(like.meta)
@@ -322,6 +322,6 @@ def _result(graph: Graph, node: Node, index: int, like: Node, x: Any = None) -> 
 
 
 def _describe(node: Node, like: Node, values: Sequence[Any]) -> None:
-    """Give a new node what PyTorch knew of the old: its place, its checkpoint, its results."""
+    """Copy to a new node what PyTorch knew of the old: its place, checkpoint and results."""
     node.meta = {k: v for k, v in like.meta.items() if k != "tensor_meta"}
     node.meta["val"] = tuple(values)

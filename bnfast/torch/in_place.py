@@ -1,4 +1,4 @@
-"""Undo what functionalization cost: values that nobody else reads are changed in place again."""
+"""Undo the cost of functionalization: change values in place again if nothing else reads them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def functional(
     running_var: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """Do as the operator, but leave statistics alone: the new ones are two results more.
+    """Compute as the operator, but leave the statistics: return the new ones as further results.
 
-    Graphs hold it while operations may still be left out, sorted or done twice. It stays where
-    somebody reads the new statistics.
+    Graphs use it while operations may still be removed, reordered or duplicated. It stays if the
+    new statistics are read.
     """
     new = [None if s is None else s.clone() for s in (running_mean, running_var)]
     return (*_batch_norm_act(x, weight, bias, *new, *options), *(s for s in new if s is not None))
@@ -39,7 +39,7 @@ def laid_out(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Ten
 
 
 def lower(graph: Graph) -> None:
-    """Let a forward or backward graph, no longer to be cut or sorted, change tensors in place."""
+    """Let a forward or backward graph change tensors in place, once its final form is known."""
     _move_statistics(graph)
     _count_batches(graph)
     _reuse_memory(graph)
@@ -65,16 +65,16 @@ def _move_statistics(graph: Graph) -> None:
             if index in results and not results[index].users:
                 graph.erase_node(results.pop(index))
         if 3 in results or 4 in results:
-            continue  # somebody reads the new statistics: `functional` makes them
-        if node.args[5] and node not in moving:  # in training, and nobody reads them
+            continue  # the new statistics are read: `functional` returns them
+        if node.args[5] and node not in moving:  # in training, and they are not read
             _give(node, None, None)
         node.target = _batch_norm_act
 
 
 def _chain(first: Node) -> tuple[list[Node], list[Node]]:
-    """Return the calls that move statistics from input to input, and the copies that store them.
+    """Return the calls that pass statistics from one to the next, and the copies that store them.
 
-    Both are empty where anything else reads the statistics, before, between or after.
+    Both are empty if anything else reads the statistics, before, between or after the calls.
     """
     stored = first.args[3:5]
     if any(not isinstance(s, Node) or s.op != "placeholder" for s in stored):
@@ -110,7 +110,7 @@ def _give(node: Node, running_mean: Any, running_var: Any) -> None:
 
 
 def _count_batches(graph: Graph) -> None:
-    """Let all counters of batches that only go up by one do so in one call."""
+    """Update all counters of batches that only increase by one in one call."""
     counters, copies = [], []
     for copy in graph.find_nodes(op="call_function", target=_aten.copy_.default):
         counter, new = copy.args[:2]
@@ -137,7 +137,7 @@ def _count_batches(graph: Graph) -> None:
 
 # ---- Everything else
 
-# Operators that give new memory, and not a view of what they read.
+# Operators that return new memory, not a view of their input.
 _FRESH = {
     _batch_norm_act,
     torch.ops.bnfast.batch_norm_act_backward.default,
@@ -182,7 +182,7 @@ def _reuse_memory(graph: Graph) -> None:
 
 
 def _is_free(term: Any, reader: Node) -> bool:
-    """Whether a value's memory is its own, read here for the last time, and fits the result."""
+    """Whether a value owns its memory, is read here for the last time, and fits the result."""
     if not isinstance(term, Node) or set(term.users) != {reader} or not alike(term, reader):
         return False
     maker = term.args[0] if term.target is operator.getitem else term

@@ -29,12 +29,12 @@ _paused: ContextVar[bool] = ContextVar("bnfast_statistics_paused", default=False
 
 @contextmanager
 def paused_statistics() -> Iterator[None]:
-    """Leave running statistics and batch counts alone inside a ``with`` block.
+    """Do not change running statistics and batch counts inside a ``with`` block.
 
-    Layers in training normalise by their batch as always. For forwards that are not a new batch:
-    a second look at one, or one recomputed by checkpointing (see `checkpoint_contexts`). It holds
-    for the calling thread and for layers of this module; a graph that `torch.compile` made does
-    not look.
+    Layers in training normalise by their batch as always. Use it for a forward that is not a new
+    batch: the same batch again, or one recomputed by checkpointing (see `checkpoint_contexts`). It
+    applies to the calling thread and to layers of this module. A graph that `torch.compile` made
+    does not check it.
     """
     token = _paused.set(True)
     try:
@@ -54,10 +54,10 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
 
 class BatchNormOnCPU(_BatchNorm):
-    """What the layers of this module have in common: their forward.
+    """The forward that the layers of this module share.
 
-    It is PyTorch's, with PyTorch's operator in it, which runs on bnfast meanwhile. Where a graph is
-    recorded there is nothing of bnfast in it.
+    It is PyTorch's forward with PyTorch's operator, which runs on bnfast during the call. A
+    recorded graph contains nothing of bnfast.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -109,7 +109,7 @@ class BatchNormOnCPU(_BatchNorm):
         return fused.rest(y, residual, activation)
 
     def _counted(self, x: Tensor) -> Tensor:
-        """Run PyTorch's forward here; it counts a batch before it looks whether it can take it."""
+        """Run PyTorch's forward here; undo its batch count on error: it counts before it checks."""
         try:
             y: Tensor = _aten.run_here(_BatchNorm.forward, self, x)
         except (RuntimeError, ValueError):
@@ -126,14 +126,14 @@ class BatchNormOnCPU(_BatchNorm):
             self.num_batches_tracked.sub_(1)
 
     def _with_statistics_paused(self, x: Tensor) -> Tensor:
-        """Give the operator copies to move: autograd saves as much as when they do."""
+        """Give the operator copies of the statistics, so that autograd saves the usual values."""
         self._check_input_dim(x)
         running = (self.running_mean, self.running_var)
         mean, var = (None if v is None else v.clone() for v in running)
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, 0.0, self.eps)
 
     def _fusable(self, x: Tensor, residual: Tensor | None) -> tuple[Vector, ...] | None:
-        """Return weight, bias, running_mean and running_var if one operator takes it all."""
+        """Return weight, bias, running_mean and running_var if one operator can do the call."""
         state = (self.weight, self.bias, self.running_mean, self.running_var)
         training = self.training or state[2] is None
         options = (
@@ -166,14 +166,14 @@ class BatchNormOnCPU(_BatchNorm):
         return y
 
     def _as_leaf(self, x: Any, residual: Any, activation: Activation) -> Any:
-        """Stay one node in a graph of `torch.fx`, which sees only PyTorch's own classes so."""
+        """Emit the leaf node ourselves: `torch.fx` treats only torch.nn classes as leaf modules."""
         options = {"residual": residual, "activation": activation}
         given = {name: value for name, value in options.items() if value is not None}
         path = x.tracer.path_of_module(self)
         return x.tracer.create_proxy("call_module", path, (x,), given)
 
     def _momentum(self) -> Any:
-        """Return what a training forward moves the running statistics by."""
+        """Return the momentum of a training forward."""
         if self.momentum is not None:
             return self.momentum
         tracked = self.num_batches_tracked  # the cumulative average
@@ -184,7 +184,7 @@ class BatchNormOnCPU(_BatchNorm):
 
 
 def _check_residual(x: Any, residual: Any) -> None:
-    """Refuse what could not be added, before statistics move."""
+    """Refuse a residual that cannot be added, before statistics change."""
     if isinstance(residual, Tensor) and isinstance(x, Tensor):
         missing = x.dim() - residual.dim()
         fits = missing >= 0 and all(

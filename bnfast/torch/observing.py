@@ -1,4 +1,4 @@
-"""A model run for what its batch norms see, by their batches, and then left as it was."""
+"""Run a model to see the inputs of its batch norms, then restore its state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def observing(model: nn.Module, hooks: Mapping[_BatchNorm, Callable[..., None]]) -> Iterator[None]:
-    """Let layers normalise by their batches, pre-hooks see what they take; then undo all of it."""
+    """Let layers normalise by their batches and run pre-hooks on their inputs; then restore all."""
     with ExitStack() as stack:
         for context in (_modes_kept(model), _buffers_kept(model), torch.no_grad(), _eager()):
             stack.enter_context(cast("Any", context))
@@ -29,7 +29,7 @@ def observing(model: nn.Module, hooks: Mapping[_BatchNorm, Callable[..., None]])
 
 @contextmanager
 def _by_its_batch(layer: Any) -> Iterator[None]:
-    """Let a layer normalise by this process' batch and leave running statistics alone."""
+    """Let a layer normalise by this process' batch and keep its running statistics."""
     tracks, own = layer.track_running_stats, vars(layer).get("forward")
     kinds: tuple[Any, ...] = type(layer).__mro__
     synchronised = next((kind for kind in kinds if kind.__name__ == "SyncBatchNorm"), None)
@@ -56,7 +56,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards change in buffers: other batch norms' statistics, counters."""
+    """Restore buffers that forwards change: other batch norms' statistics, counters."""
     kept = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
@@ -69,11 +69,11 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffers, name, buffer, values in kept:
                 buffers[name] = buffer
-                if not torch.equal(buffer, values):  # or it may be what nobody can write to
+                if not torch.equal(buffer, values):  # a buffer without changes may be read-only
                     buffer.copy_(values)
 
 
 def _eager() -> Any:
-    """Let models that were compiled run as they are written, so that hooks see real tensors."""
+    """Let compiled models run eagerly, so that hooks see real tensors."""
     compiled = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

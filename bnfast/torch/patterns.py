@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 
-SLOPE = object()  # in a pattern: the number that is given on as the slope
+SLOPE = object()  # in a pattern: the argument that is read as the slope
 ANY = object()
 
 
@@ -68,7 +68,7 @@ ACTIVATIONS = tuple(
 
 
 def activation_of(node: Node) -> tuple[Activation, float] | None:
-    """Return what activation a node is, and its slope; None for any other operation."""
+    """Return the activation that a node computes, and its slope; None for any other operation."""
     for activation in ACTIVATIONS:
         slope = _slope(node, activation.forward, 1)
         if slope is not None:
@@ -96,7 +96,7 @@ def _slope(node: Node, pattern: tuple[Any, ...], tensors: int) -> float | None:
 
 
 def constants(node: Node) -> list[Any]:
-    """Return all arguments of an operator's call, those left out as its schema has them."""
+    """Return all arguments of an operator's call, with the schema's defaults for those left out."""
     overload: Any = node.target
     declared = overload._schema.arguments
     given = dict(zip((a.name for a in declared), node.args, strict=False)) | node.kwargs
@@ -111,13 +111,13 @@ _EVALUATION = _aten._native_batch_norm_legit_no_training.default
 BACKWARD = _aten.native_batch_norm_backward.default
 NORMS: frozenset[OpOverload] = frozenset((_FUNCTIONAL, _NO_STATISTICS, _EVALUATION))
 
-MOST_AXES = 8  # of the kernels' (aten_tensors.h)
+MOST_AXES = 8  # the kernels' limit (aten_tensors.h)
 _HALVES = (torch.float16, torch.bfloat16)
 _DTYPES = (torch.float32, torch.float64, *_HALVES)
 
 
 class Norm:
-    """A batch norm in a graph: its arguments, whatever its operator, and its results."""
+    """A batch norm in a graph: its arguments and results, for any of its operators."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -137,11 +137,11 @@ class Norm:
 
     @property
     def statistics(self) -> tuple[Any, Any]:
-        """What evaluation normalises by, and its backward: nothing in training."""
+        """The statistics that evaluation and its backward normalise by; None in training."""
         return (None, None) if self.training else (self.running_mean, self.running_var)
 
     def refused(self) -> str | None:
-        """Return why the kernels do not take it, None if they do."""
+        """Return why the kernels do not take it; None if they do."""
         trains = self.node.target is not _FUNCTIONAL or self.node.args[5] is True
         if self.node.kwargs or not trains or len(self.results) != len(self.node.users):
             return "an operator that is called in an unknown way"
@@ -174,13 +174,13 @@ def _is_vector(v: Tensor, channels: Any) -> bool:
 
 
 def value(node: Node) -> Tensor | None:
-    """Return the tensor, without numbers, that a node was recorded with."""
+    """Return the tensor, without values, that was recorded for a node."""
     found = node.meta.get("val")
     return found if isinstance(found, Tensor) else None
 
 
 def has_strides(x: Tensor, y: Tensor) -> bool:
-    """Whether y lies as the kernels' results for x do."""
+    """Whether y has the strides of the kernels' result for x."""
     made = torch.empty_like(x, memory_format=suggest_memory_format(x))
     return all(
         statically_known_true(a == b) for a, b in zip(made.stride(), y.stride(), strict=True)
@@ -188,7 +188,7 @@ def has_strides(x: Tensor, y: Tensor) -> bool:
 
 
 def alike(a: Node, b: Node) -> bool:
-    """Whether two nodes are certain to be tensors of one shape, type and order in memory."""
+    """Whether two nodes certainly have the same shape, type and memory order."""
     x, y = value(a), value(b)
     if x is None or y is None or x.dtype is not y.dtype or x.device != y.device:
         return False

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Layer(NamedTuple):
-    """One of the layers whose statistics are wanted, as the model names it."""
+    """A layer whose statistics are wanted, and its name in the model."""
 
     name: str
     module: _BatchNorm
@@ -43,46 +43,48 @@ def recompute_statistics(
     """Give a model's batch norms the exact mean and variance of a whole data set.
 
     Algorithm 2 (steps 8 to 11) of Ioffe and Szegedy (2015), with the batches' moments merged in
-    float64: the first layer gets the statistics of all batches as one, whatever their sizes and
-    order. (`torch.optim.swa_utils.update_bn` averages the batches' variances, which loses the
-    spread between their means and counts a small batch like a large one.)
+    float64. The first layer gets the statistics of all batches as one, for any batch sizes and
+    order. (`torch.optim.swa_utils.update_bn` averages the batches' variances. That loses the spread
+    between their means and gives a small batch the same weight as a large one.)
 
     Parameters
     ----------
     model : torch.nn.Module
-        Run once for every batch, without gradients. Meanwhile the `layers` normalise by the batch,
-        as in training, a `SyncBatchNorm` by this process' part. All other modules stay in the mode
-        they are in: call ``model.eval()`` before for statistics without dropout, as in inference,
-        or ``model.train()`` for those of training, as `update_bn` takes them.
+        Run once for every batch, without gradients. During the run the `layers` normalise by the
+        batch, as in training; a `SyncBatchNorm` by this process' part. All other modules keep their
+        mode: call ``model.eval()`` first for statistics without dropout, as in inference, or
+        ``model.train()`` for those of training, as in `update_bn`.
     batches : iterable
-        Gone through once. A tensor is the model's only argument; of a tuple or list, as of a data
-        loader, the first element is, as for `update_bn`; a dict has its arguments by name.
+        Iterated over once. A tensor is the model's only argument. Of a tuple or list, as from a
+        data loader, only the first element is used, as in `update_bn`. A dict has the arguments by
+        name.
     layers : iterable of torch.nn.Module or str, optional
-        Those to update, or their names in the model. All batch norms that have running
-        statistics if None: PyTorch's, bnfast's, and classes derived from them.
+        The layers to update, or their names in the model. If None, all batch norms that have
+        running statistics: PyTorch's, bnfast's, and classes derived from them.
     progress : bool or callable
         True counts batches on stderr; a callable is called with the number of batches done.
     group : torch.distributed.ProcessGroup or mpi4py.MPI.Comm, optional
-        The data set is what the ranks of this group have together (``torch.distributed.group``'s
-        ``WORLD`` for the default group). Each runs its own batches, as many as it has, and their
-        moments are merged at the end, in the order of ranks: all ranks get the same bits.
+        The data set is then the data of all ranks of this group together
+        (``torch.distributed.group``'s ``WORLD`` for the default group). Each rank runs its own
+        batches, any number of them. Their moments are merged at the end in the order of ranks, so
+        all ranks get the same bits.
 
     Raises
     ------
     TypeError
-        If `model` is no `torch.nn.Module`, or one of the `layers` no batch norm.
+        If `model` is not a `torch.nn.Module`, or one of the `layers` is not a batch norm.
     RuntimeError
         If a layer is called more than once for a batch, which would count it twice; if it has no
         running statistics, or was never called with values; if another rank could not take part.
     ValueError
         If there is no batch, if one of the `layers` is not in the model, or if a layer saw fewer
-        than two values a channel.
+        than two values per channel.
 
     Notes
     -----
-    Statistics are written after the last batch; whatever is raised before leaves them as they
-    were, on all ranks. Modes, other buffers and ``num_batches_tracked`` are in any case as they
-    were. The variance is the unbiased one, over ``count - 1``.
+    Statistics are written after the last batch. If anything raises before that, they stay unchanged
+    on all ranks. Modes, other buffers and ``num_batches_tracked`` are always restored. The variance
+    is the unbiased one, over ``count - 1``.
 
     See Also
     --------
@@ -158,7 +160,7 @@ def _check_updatable(target: _Layer) -> None:
             )
 
 
-# ---- What they see
+# ---- Their inputs
 
 
 def _totals(
@@ -168,7 +170,7 @@ def _totals(
     progress: bool | Callable[[int], object],
     alone: bool,
 ) -> list[Moments]:
-    """Run the model on all batches; return the moments of what each layer took."""
+    """Run the model on all batches; return the moments of each layer's inputs."""
     row = _row_of(batches)
     done = 0
     watched = [_Watched(target) for target in targets]
@@ -207,11 +209,12 @@ class _Watched:
         self._calls = 0
 
     def __call__(self, module: nn.Module, args: Any, options: dict[str, Any]) -> None:
-        """Take in what the layer is called with: a forward's pre-hook."""
+        """Add the input of a call to the moments. This is the forward pre-hook."""
         self._calls += 1
         x = args[0] if args else options.get("input")
         if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] == len(self.total.mean):
-            self.total = self.total.merge(_moments(x))  # what is wrong with others the layer says
+            # the layer itself reports what is wrong with other inputs
+            self.total = self.total.merge(_moments(x))
 
     def end_batch(self) -> None:
         if self._calls > 1:
@@ -228,16 +231,16 @@ def _moments(x: Tensor) -> Moments:
     if x.numel() == 0:
         return Moments.empty(x.shape[1])
     x = x.detach()
-    if not fused.is_plain(x):  # on another device, lazily negated, a subclass
+    if not fused.is_plain(x):  # on another device, lazily negated, or a subclass
         x = x.resolve_neg().to("cpu").as_subclass(Tensor)
         if x.layout is not torch.strided:
             x = x.to_dense()
         if x.dtype not in fused.DTYPES and x.is_floating_point():
-            x = x.float()  # the halves, exactly
+            x = x.float()  # exact for the half types
     return tensors.moments(x)
 
 
-# ---- What they get
+# ---- Their new statistics
 
 
 def _check_totals(targets: Sequence[_Layer], totals: Sequence[Moments]) -> None:
@@ -262,10 +265,10 @@ def _write(targets: Sequence[_Layer], totals: Sequence[Moments]) -> None:
 
 
 class _MergingAll(Merging):
-    """The merge of all ranks' moments of many layers, each with a count of its own.
+    """Merge all ranks' moments of many layers, each with a count of its own.
 
-    To `Merging` they are one layer: all means and then counts and numbers of channels in the place
-    of its means. Its `Exchange` tells the other ranks whatever is raised on this one.
+    To `Merging` they look like one layer, whose means are all means, then all counts, then all
+    numbers of channels. Its `Exchange` tells the other ranks of any error raised on this one.
     """
 
     def __init__(self, ranks: Ranks) -> None:

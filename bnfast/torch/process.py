@@ -1,4 +1,4 @@
-"""Every batch norm of the process on bnfast: kernels under PyTorch's own operators."""
+"""Run every batch norm of the process on bnfast: kernels under PyTorch's own operators."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _VARIABLE = "BNFAST_TORCH"
 
 _lock = threading.Lock()
 _replaced = False
-_spent: list[Any] = []  # what `_spend_warning` made, kept as long as the process
+_spent: list[Any] = []  # objects that `_spend_warning` made, kept for the life of the process
 
 
 def enable() -> None:
-    """Let every batch norm that PyTorch runs on the CPU run on bnfast, in this process.
+    """Run every batch norm that PyTorch computes on the CPU on bnfast, in this process.
 
     The operators behind ``torch.nn.BatchNorm*``, ``torch.nn.InstanceNorm*`` and
     ``torch.nn.functional.batch_norm`` get kernels of bnfast's; modules, autograd and all else stay
     PyTorch's. Calls that bnfast does not take run as they would without it; `report` counts them.
 
-    It may be called again, and from any thread, while others compute.
+    It may be called several times and from any thread, while other threads compute.
 
     See Also
     --------
-    disable : the way back.
-    enabled : for a while.
-    report : what ran where.
+    disable : undo this.
+    enabled : the same for a ``with`` block.
+    report : which calls ran on bnfast and which on PyTorch.
     """
     replace_kernels()
     _aten.switch_to(True)
@@ -48,21 +48,21 @@ def enable() -> None:
 def disable() -> None:
     """Let PyTorch's own kernels run again, in this process.
 
-    A backward may run on the other side than its forward did.
+    A backward may then run on other kernels than its forward.
     """
     _aten.switch_to(False)
 
 
 def is_enabled() -> bool:
-    """Say whether the batch norms of this process run on bnfast."""
+    """Return whether the batch norms of this process run on bnfast."""
     return _aten.is_on()
 
 
 @contextmanager
 def enabled() -> Iterator[None]:
-    """`enable` for a while: afterwards the process is as it was before.
+    """Call `enable` for a ``with`` block, then restore the former state.
 
-    Like `enable`, it holds for all threads.
+    Like `enable`, it applies to all threads.
     """
     replace_kernels()
     before = _aten.switch_to(True)
@@ -74,19 +74,19 @@ def enabled() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Activity:
-    """What became of this process' batch norms since `enable` or `convert` was first called.
+    """Where batch norm calls ran since `enable` or `convert` was first called in this process.
 
     Attributes
     ----------
     ran : dict of str to int
         How many calls ran on bnfast: in "training", "evaluation" and "backward".
     left : dict of str to int
-        How many were left to PyTorch's own kernels, by reason.
+        How many calls were left to PyTorch's own kernels, by reason.
     compiled : dict of str to int
         What batch norms became in graphs compiled by `backend`, as "batch norm + relu", and how
         often. A graph counts once, however often it runs.
     unfused : dict of str to int
-        How many of them were not fused, or with less than what follows, by reason.
+        How many of them were not fused, or only partly, by reason.
     """
 
     ran: dict[str, int]
@@ -104,17 +104,17 @@ class Activity:
 
 
 def activity() -> Activity:
-    """Return what ran where in this process."""
+    """Return how many calls ran where in this process."""
     return Activity(*_aten.counts(), *fused_so_far())
 
 
 def enable_if_asked() -> None:
-    """`enable` where the environment says so: ``BNFAST_TORCH=1``.
+    """Call `enable` if the environment asks for it: ``BNFAST_TORCH=1``.
 
     Raises
     ------
     ValueError
-        If the variable is neither 1 nor 0 nor empty.
+        If the variable is not 1, 0 or empty.
     """
     asked = os.environ.get(_VARIABLE, "").strip()
     if asked not in ("", "0", "1"):
@@ -123,7 +123,7 @@ def enable_if_asked() -> None:
         enable()
 
 
-# ---- Kernels are registered once and never taken back: other threads may be in them
+# ---- Kernels are registered once and never removed: other threads may be running them
 
 
 def install() -> None:
@@ -142,9 +142,9 @@ def install() -> None:
 
 
 def replace_kernels() -> None:
-    """Put bnfast's kernels under PyTorch's operators, if they are not there.
+    """Register bnfast's kernels under PyTorch's operators, once.
 
-    They hand every call back but those of a process or a thread that wants it otherwise.
+    They pass a call on to PyTorch unless the process or the thread asked for bnfast.
     """
     global _replaced
     if _replaced:
@@ -156,7 +156,7 @@ def replace_kernels() -> None:
 
 
 def _renew_lock() -> None:
-    """Make a new lock: a thread that held this one stayed behind in the parent."""
+    """Make a new lock: the thread that held the old one does not exist after a fork."""
     global _lock
     _lock = threading.Lock()
 
@@ -166,9 +166,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _spend_warning() -> None:
-    """Let PyTorch say for the only time in a process that a kernel was registered twice.
+    """Use up PyTorch's only warning per process that a kernel was registered twice.
 
-    It would be said of ours on C's stderr, which nobody could silence.
+    Otherwise PyTorch would print it for our kernels, on C's stderr, where it cannot be silenced.
     """
     if _spent:
         return

@@ -1,8 +1,8 @@
-"""Which modules a forward that cannot be followed may get at, read from its code.
+"""Find the modules that a forward may use, from its code, if it cannot be followed.
 
-To call a module inside another one, code must name the attribute it is in, or take a container
-apart, or look modules up by computed names. Whatever does none of these for one of the steps that
-lead to a module cannot touch it.
+To call a module inside another one, code must name its attribute, take a container apart, or look
+modules up by computed names. Code that does none of these for one step of the path to a module
+cannot use that module.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_UNREAD = (3, 15)  # the first Python whose instructions nobody here has looked at
+_UNREAD = (3, 15)  # the first Python version whose bytecode has not been checked here
 _MOST_FUNCTIONS = 2000
-_DEEPEST = 5  # attributes in attributes that may hold modules
+_DEEPEST = 5  # levels of attributes that are searched for modules
 _TAKES_APART = {
     "BINARY_SLICE",
     "BINARY_SUBSCR",
@@ -36,7 +36,7 @@ _TAKES_APART = {
     "UNPACK_SEQUENCE",
 }
 _TAKERS = {"iter", "next", "map", "filter", "zip", "reduce", "list", "tuple", "reversed", "values"}
-# What first tells how many arguments a call has.
+# The first instruction that holds a call's number of arguments.
 _CALL = next(name for name in ("PRECALL", "CALL", "CALL_FUNCTION") if name in dis.opmap)
 _LOOKS_UP = {
     "__dict__",
@@ -56,11 +56,11 @@ _LOOKS_UP = {
 }
 
 
-_COMPUTED = (attrgetter, methodcaller, partial)  # callables whose code says nothing
+_COMPUTED = (attrgetter, methodcaller, partial)  # callables whose code does not show what they use
 
 
 def reached_by_hooks(module: nn.Module) -> list[nn.Module]:
-    """Return the modules inside of a module that its hooks may get at."""
+    """Return the modules inside a module that its hooks may use."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hooks = [h for kind in kinds for h in vars(module).get(kind, {}).values()]
     if not hooks:
@@ -69,7 +69,7 @@ def reached_by_hooks(module: nn.Module) -> list[nn.Module]:
 
 
 def reached_from(module: nn.Module, functions: Any = None) -> list[nn.Module]:
-    """Return the modules that a module's forward may get at, itself among them."""
+    """Return the modules that a module's forward may use, itself included."""
     if sys.version_info >= _UNREAD:
         return list(module.modules())
     code = _Code(module, functions)
@@ -86,7 +86,7 @@ def reached_from(module: nn.Module, functions: Any = None) -> list[nn.Module]:
 
 
 def kept_aside(module: nn.Module) -> Iterator[nn.Module]:
-    """Find the modules that a module's attributes hold beside the tree of modules."""
+    """Find the modules in a module's attributes, outside the tree of modules."""
     known = {"_modules", "_parameters", "_buffers"}
     row = [(value, 0) for name, value in vars(module).items() if name not in known]
     seen: set[int] = set()
@@ -113,30 +113,30 @@ def _held_by(value: Any) -> Iterable[Any]:
 
 
 class _Code:
-    """What the code of a forward, and of all that it may call, says."""
+    """What the code of a forward, and of everything it may call, can use."""
 
     def __init__(self, module: nn.Module, functions: Any = None) -> None:
         self._names: set[str] = set()
         self._takes_apart = self._looks_up = False
         self._classes = {type(m) for m in module.modules()}
         self._functions: dict[int, FunctionType] = {}
-        if "forward" in vars(module):  # replaced
+        if "forward" in vars(module):  # forward was replaced
             self._looks_up = True
         self._own = set(type(module).__mro__) - {nn.Module, object}
         if functions is None:
-            functions = [vars(kind).get("forward") for kind in self._own]  # PyTorch's too
+            functions = [vars(kind).get("forward") for kind in self._own]  # also PyTorch's
         for function in functions:
             self._add(function, own=True)
             if isinstance(function, partial):
                 self._looks_up = True
         for kind in set().union(*(kind.__mro__ for kind in self._classes)):
-            # What no name calls: operators, item access, `__getattr__`.
+            # Methods that are called without their name: operators, item access, `__getattr__`.
             self._add_all(
                 value
                 for name, value in vars(kind).items()
                 if name[:2] == name[-2:] == "__" and name not in ("__init__", "__repr__")
             )
-        for part in module.modules():  # functions that it was given
+        for part in module.modules():  # functions stored in attributes
             for value in vars(part).values():
                 self._add(value)
                 self._looks_up |= isinstance(value, _COMPUTED)
@@ -153,7 +153,7 @@ class _Code:
         return self._looks_up or name in self._names or (is_container and self._takes_apart)
 
     def _add(self, value: Any, own: bool = False) -> None:
-        """Take in a function that may be called; one of PyTorch's or Python's only if own."""
+        """Add a function that may be called; one from PyTorch or Python only if `own`."""
         if isinstance(value, property):
             value = value.fget
         value = getattr(value, "__func__", value)
@@ -186,7 +186,7 @@ class _Code:
             elif isinstance(value, ModuleType) and not _is_known(value.__name__):
                 self._add_all(getattr(value, name, None) for name in globals_)
         for kind in self._classes:
-            # A child's forward is called as a whole, and what is there is not made again.
+            # A child's forward is called as a whole, and existing modules are not made again.
             called = names - {"forward", "__init__"}
             methods = (inspect.getattr_static(kind, name, None) for name in called)
             self._add_all(methods, own=kind in self._own)
@@ -197,7 +197,7 @@ class _Code:
 
 
 def _methods(kind: type) -> Iterable[Any]:
-    """Return what an object of a class may run on the modules that it is given."""
+    """Return the methods by which an object of a class may use modules that it is given."""
     return () if issubclass(kind, nn.Module) or _is_known(kind.__module__) else vars(kind).values()
 
 
@@ -215,7 +215,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Walk through the code of a function and of those defined in it."""
+    """Yield the code of a function and of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
@@ -223,7 +223,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _names(code: CodeType, space: dict[str, Any]) -> set[str]:
-    """Return the names that code uses, but for those of functions in Python modules and loggers."""
+    """Return the names that code uses, except attributes of Python modules and loggers."""
     names: set[str] = set()
     apart = False
     for instruction in dis.get_instructions(code):
@@ -240,7 +240,7 @@ def _names(code: CodeType, space: dict[str, Any]) -> set[str]:
 
 
 def _takes_apart(code: CodeType) -> bool:
-    """Whether code goes through anything or picks from it, other than a range and a shape."""
+    """Whether code iterates over anything or indexes it, except a range and a shape."""
     row = list(dis.get_instructions(code))
     counts = {
         end + 1
@@ -256,7 +256,7 @@ def _takes_apart(code: CodeType) -> bool:
 
 
 def _attributes_got(code: CodeType, space: dict[str, Any]) -> set[str] | None:
-    """Return the names that calls of getattr have written out; None if one computes its name."""
+    """Return the constant names in calls of getattr; None if a name is computed."""
     names: set[str] = set()
     row = list(dis.get_instructions(code))
     for start, instruction in enumerate(row):
@@ -272,10 +272,10 @@ def _attributes_got(code: CodeType, space: dict[str, Any]) -> set[str] | None:
 
 
 def _call(row: list[dis.Instruction], start: int) -> tuple[list[Any], int]:
-    """Follow a call whose function is loaded at `start` to its end.
+    """Find the arguments and the place of the call whose function is loaded at `start`.
 
-    Returns its arguments, None for each that is not a constant, and where the call is. Where that
-    cannot be told, there are no arguments and the place is 0.
+    An argument is None if it is not a constant. If the call cannot be read, there are no arguments
+    and the place is 0.
     """
     stack: list[Any] = []
     for i, instruction in enumerate(row[start + 1 :], start + 1):

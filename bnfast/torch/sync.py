@@ -1,4 +1,4 @@
-"""`SyncBatchNorm`: batch norm over the parts of a batch that the ranks of a group have."""
+"""`SyncBatchNorm`: batch norm over a batch whose parts are on the ranks of a group."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 class SyncBatchNorm(BatchNormOnCPU):
     """PyTorch's `torch.nn.SyncBatchNorm` for tensors on the CPU, over gloo.
 
-    In training the batch is that of all ranks of the process group: each brings a part of it, of
-    any size, none included. Outputs and gradients are those of one process with the parts
+    In training the batch is that of all ranks of the process group. Each rank has a part of it, of
+    any size; the part may be empty. Outputs and gradients are those of one process with the parts
     concatenated, to rounding, and statistics are the same bits on every rank. In evaluation, and
     without a process group, it is a plain layer. On another device it is PyTorch's.
 
@@ -48,22 +48,22 @@ class SyncBatchNorm(BatchNormOnCPU):
     num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
         As in `torch.nn.SyncBatchNorm`.
     process_group : torch.distributed.ProcessGroup, optional
-        Whose ranks; the default group at the time of a call if None.
+        The group of ranks. If None, the default group at the time of a call.
 
     Notes
     -----
-    No subclass of `torch.nn.SyncBatchNorm`: `DistributedDataParallel` refuses every model on the
-    CPU that has one of those. Constructor, state and rules are the same, and both are
+    It is not a subclass of `torch.nn.SyncBatchNorm`: `DistributedDataParallel` refuses every model
+    on the CPU that contains one. Constructor, state and rules are the same, and both are
     `torch.nn.modules.batchnorm._BatchNorm`.
 
-    In training all ranks must make the same calls, backwards included, also a rank without
-    values; a backward exchanges numbers where the input needs a gradient, which must be so on all
-    ranks or on none. Whatever one of them cannot do it refuses before anything is exchanged, and
-    tells the others, which raise RuntimeError: statistics and counters are as they were on all,
-    nobody is left waiting, and the next call finds all in step. Hooks of autograd's own
-    (`torch.autograd.graph.saved_tensors_hooks`) run once statistics have moved, on all ranks.
+    In training all ranks must make the same calls, backwards included. This holds for a rank
+    without values, too. A backward exchanges numbers if the input needs a gradient, which must be
+    so on all ranks or on none. If one rank cannot do a call, it raises before the exchange and
+    tells the other ranks, which raise RuntimeError. Statistics and counters are then unchanged on
+    all ranks, no rank is left waiting, and the next call works. Autograd's own hooks
+    (`torch.autograd.graph.saved_tensors_hooks`) run after statistics have changed, on all ranks.
     There are no second derivatives, and `torch.compile` leaves the layer out of its graphs in
-    training, as both would have to exchange numbers.
+    training: both would have to exchange numbers.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SyncBatchNorm(BatchNormOnCPU):
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
-        memo[id(self.process_group)] = self.process_group  # its ranks stay the ones they are
+        memo[id(self.process_group)] = self.process_group  # the group of ranks is not copied
         copied = type(self).__new__(type(self))
         copied.__dict__.update(deepcopy(self.__dict__, memo))
         return copied
@@ -125,7 +125,7 @@ class SyncBatchNorm(BatchNormOnCPU):
             return super().forward(input, residual, activation)
         if not isinstance(input, Tensor) or input.device.type in ("cpu", "meta"):
             over_ranks = self._over_ranks
-            if torch.compiler.is_compiling():  # as a decorator it would import Dynamo for everybody
+            if torch.compiler.is_compiling():  # a decorator would import Dynamo at import time
                 over_ranks = torch.compiler.disable(over_ranks)
             return over_ranks(input, residual, activation)
         y = nn.SyncBatchNorm.forward(self, input)
@@ -155,10 +155,10 @@ class SyncBatchNorm(BatchNormOnCPU):
     def _forward_call(
         self, x: Tensor, residual: Tensor | None, activation: Activation
     ) -> _ForwardCall:
-        """Read all that a training forward takes, and refuse what does not fit.
+        """Read the arguments of a training forward, and refuse those that do not fit.
 
-        After the exchange nobody could be told: nothing is looked at again, and there is room for
-        the output.
+        After the exchange an error could not be told to the other ranks. So nothing is read again,
+        and the output is already allocated.
         """
         if fused.is_transformed() or fused.is_recorded():
             raise RuntimeError(
@@ -243,16 +243,16 @@ OURS[nn.SyncBatchNorm] = SyncBatchNorm  # for convert and revert
 def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
     """Make every batch norm of a model a `SyncBatchNorm`, in place.
 
-    Layers stay the objects they are, with their parameters, buffers, hooks and modes; only their
-    class changes. As with `convert`, classes that were derived from PyTorch's are left alone.
+    Layers stay the same objects, with their parameters, buffers, hooks and modes. Only their class
+    changes. As in `convert`, classes that were derived from PyTorch's are not changed.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Or a single batch norm: PyTorch's or bnfast's ``BatchNorm1d``, ``2d`` and ``3d``, and
-        PyTorch's ``SyncBatchNorm``.
+        A model or a single batch norm: PyTorch's or bnfast's ``BatchNorm1d``, ``2d`` and ``3d``,
+        and PyTorch's ``SyncBatchNorm``.
     process_group : torch.distributed.ProcessGroup, optional
-        Whose ranks; the default group if None.
+        The group of ranks; the default group if None.
 
     Returns
     -------
@@ -278,7 +278,7 @@ def _plain(activation: Any) -> Activation:
 def _check_readable(name: str, tensor: Any) -> None:
     if fused.is_plain(tensor):
         return
-    if isinstance(tensor, Tensor):  # PyTorch's repr of one whose memory was freed would crash
+    if isinstance(tensor, Tensor):  # PyTorch's repr crashes for a tensor whose memory was freed
         found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
     else:
         found = _errors.kind(tensor)
@@ -292,7 +292,7 @@ def _needs_gradient(*inputs: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     given = [t for t in inputs if t is not None]
-    # As in PyTorch, there is no gradient where all were made in inference mode.
+    # As in PyTorch, there is no gradient if all tensors were made in inference mode.
     return any(t.requires_grad for t in given) and not all(t.is_inference() for t in given)
 
 
@@ -306,7 +306,7 @@ def _write(target: Tensor, values: NDArray[np.float64]) -> None:
 
 
 class _ForwardCall(NamedTuple):
-    """A training forward with all that it takes, read and checked, and room for its output."""
+    """A training forward: its checked arguments, and the memory for its output."""
 
     x: Tensor
     weight: Tensor | None
@@ -340,7 +340,7 @@ class _ForwardCall(NamedTuple):
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """The gradient of a training forward that has been computed."""
+    """The gradient of a training forward that was already computed."""
 
     @staticmethod
     def forward(
@@ -379,17 +379,17 @@ class _SyncBatchNorm(torch.autograd.Function):
                 dx = torch.empty_like(call.x)
                 sums = exchange.summed(*map(np.asarray, parts))
             dresidual = call.through_batch(dx, ctx.count, masked, sums)
-        else:  # nothing of it is the other ranks' business
+        else:  # this needs no other rank
             call = _backward_call(ctx, dy)
             _, *others, dresidual = call.over_part((False, *needs[1:3], masked))
             gradients = _typed(others, ctx.dtypes, needs)
-        if needs[3] and not masked:  # the gradient of a sum is that of its terms
+        if needs[3] and not masked:  # the gradient of a sum is the gradient of each term
             dresidual = call.dy
         return dx, *gradients, dresidual, None, None, None, None, None
 
 
 def _backward_call(ctx: Any, dy: Tensor) -> _BackwardCall:
-    """Read all that a backward takes, and refuse what the kernels cannot read."""
+    """Read the arguments of a backward, and refuse those that the kernels cannot read."""
     x, weight, bias, beside, mean, inv_std = ctx.saved_tensors
     call = _BackwardCall(dy.resolve_neg(), x, mean, inv_std, weight, bias, beside, ctx.activation)
     _check_readable("the output's gradient", call.dy)
@@ -402,7 +402,7 @@ def _backward_call(ctx: Any, dy: Tensor) -> _BackwardCall:
 
 
 class _BackwardCall(NamedTuple):
-    """A backward with all that it takes, read and checked."""
+    """A backward and its checked arguments."""
 
     dy: Tensor
     x: Tensor
@@ -414,7 +414,7 @@ class _BackwardCall(NamedTuple):
     activation: Activation
 
     def over_part(self, needs: tuple[bool, ...]) -> Gradients:
-        """Return gradients for a mean and a variance that are constants."""
+        """Return gradients for mean and variance taken as constants."""
         dx, dweight, dbias, dresidual = self._run(0, None, needs, None)
         return (
             None if dx is None else tensors.tensor(dx, self.x),
@@ -455,7 +455,7 @@ class _BackwardCall(NamedTuple):
 def _typed(
     parts: Sequence[Tensor | None], dtypes: Sequence[Any], needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Return the gradients of weight and bias as these are, None where not needed."""
+    """Return the gradients of weight and bias in these types, None where not needed."""
     return [
         part.to(dtype) if needed and part is not None else None
         for part, dtype, needed in zip(parts, dtypes, needs[1:3], strict=True)

@@ -1,4 +1,4 @@
-"""Tensors as NumPy arrays over the same memory, for what calls bnfast's functions on them."""
+"""Tensors as NumPy arrays over the same memory, so that bnfast's functions can take them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def array(x: Tensor | None) -> Any:
-    """Return a dense CPU tensor's memory as an array of the same axes, while the tensor is there.
+    """Return a dense CPU tensor's memory as an array, valid while the tensor lives.
 
-    None stays None.
+    None stays None. The array has the tensor's axes.
 
-    PyTorch's own way to an array takes from a storage for good that it can be resized. What has
-    gaps is copied.
+    `Tensor.numpy()` would make the storage impossible to resize, forever. A tensor with gaps is
+    copied.
     """
     if x is None:
         return None
@@ -40,7 +40,7 @@ def array(x: Tensor | None) -> Any:
 
 def _over(x: Tensor) -> Array:
     if x.dtype is torch.bfloat16:
-        import ml_dtypes  # NumPy has no such type of its own
+        import ml_dtypes  # NumPy has no bfloat16
 
         dtype = np.dtype(ml_dtypes.bfloat16)
     else:
@@ -66,5 +66,5 @@ def moments(x: Tensor) -> Moments:
 
 
 def torch_threads() -> AbstractContextManager[None]:
-    """Compute on as many threads as PyTorch would here."""
+    """Compute on as many threads as PyTorch would use here."""
     return _threads.num_threads(min(torch.get_num_threads(), _threads.MAX_THREADS))

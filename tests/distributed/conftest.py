@@ -1,4 +1,4 @@
-"""Fixtures: which rank is at fault."""
+"""Fixtures: the rank that fails."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""What ranks found together, held against one process on the whole batch, in the paper's words.
+"""Compare the results of ranks with one process on the whole batch, computed by the paper.
 
-And what they raised together: the rank at fault its own error, and the others whose it is.
+Also compare what they raised: the failing rank its own error, the others an error that names it.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ def check_gradients(p, of):
         ("bias_grad", exact.beta, bounds.beta),
     ):
         local = [rank[grad].astype(np.longdouble) for rank in of]
-        # Each rank's was rounded to the parameter's type on the way.
+        # Each rank's part was rounded to the parameter's type.
         stored = sum(unit(p.x.dtype) * np.abs(part) for part in local)
         assert_within(sum(local), want, bound + SECOND_ORDER * stored, grad)
 
@@ -61,7 +61,7 @@ def check_running_statistics(p, of, momentum):
     assert all(rank["num_batches_tracked"] == 1 for rank in of)
 
 
-# The rank at fault, which the fixture `bad` numbers.
+# The rank that fails; the fixture `bad` gives its number.
 AT_FAULT = pytest.mark.parametrize("at_fault", ["first", "last"])
 
 
@@ -78,7 +78,7 @@ def check_raised(raised, bad, own):
 
 
 def check_interrupted(raised, bad):
-    """Whether the others have gone on: all or none of them."""
+    """Return whether the other ranks completed the call; check that all of them did, or none."""
     assert raised[bad] == Raised("TimeoutError", "time is up")
     others = [found for rank, found in enumerate(raised) if rank != bad]
     gone_on = not isinstance(others[0], Raised)
@@ -87,6 +87,6 @@ def check_interrupted(raised, bad):
 
 
 def check_whole(parts, want):
-    """To a few roundings of terms as large as the largest."""
+    """Within a few roundings of terms as large as the largest."""
     got = np.concatenate(parts)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())

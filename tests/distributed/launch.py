@@ -1,6 +1,6 @@
-"""Real processes for the tests: a program on every rank, and what each of them found.
+"""Run a program on real processes, one per rank, and collect the results.
 
-A program is a module with a function for every scenario, taking a `Rank`. All of a program's
+A program is a module with a function for every scenario, which takes a `Rank`. All of a program's
 scenarios run in one launch, since a process takes seconds to import PyTorch. Run as a script,
 this file is one rank: it calls the scenarios in order and pickles what they return or raise.
 """
@@ -22,42 +22,42 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 LAUNCHES = [("torch", 2), ("torch", 3), ("mpi", 3)]
-SECONDS = 120  # after which something hangs; an unhindered launch takes ten
+SECONDS = 120  # after that it hangs; a normal launch takes ten
 
 
 class Rank(NamedTuple):
-    """Who a scenario is run by."""
+    """The rank that runs a scenario."""
 
     rank: int
     size: int
     group: Any
-    # Collective: a group of these ranks only; None on the others.
+    # Collective: makes a group of these ranks only; None on the others.
     group_of: Any
-    # Where all ranks can leave files for each other.
+    # A folder where all ranks can leave files for each other.
     directory: Path
 
 
 class Raised(NamedTuple):
-    """What a scenario's call raised."""
+    """An exception that a scenario's call raised."""
 
     kind: str
     text: str
 
 
 def attempt(call, *args, **options):
-    """What a call returns or raises."""
+    """Return what a call returns, or what it raised."""
     try:
         return call(*args, **options)
-    except Exception as error:  # noqa: BLE001  # which one is what the tests look at
+    except Exception as error:  # noqa: BLE001  # the tests compare it
         return Raised(type(error).__name__, str(error))
 
 
 @contextmanager
 def interrupted_soon(this, bad, name):
-    """A signal handler raises TimeoutError on one rank, while it waits for the others.
+    """Make a signal handler raise TimeoutError on one rank while it waits for the others.
 
-    What is yielded starts that on the rank at fault, and on the others waits until it was done.
-    Python runs the handler once the rank has got what it was waiting for.
+    Yields a function: on the failing rank it starts the interrupt, on the others it waits until the
+    interrupt was sent. Python runs the handler when the rank's wait is over.
     """
     done = this.directory / f"{name}-{bad}"
 
@@ -65,7 +65,7 @@ def interrupted_soon(this, bad, name):
         raise TimeoutError("time is up")
 
     def interrupt():
-        time.sleep(0.2)  # in which the rank gets where it waits
+        time.sleep(0.2)  # time for the rank to start waiting
         os.kill(os.getpid(), signal.SIGALRM)
         done.touch()
 
@@ -93,7 +93,7 @@ def interrupted_soon(this, bad, name):
 
 
 def missing(transport):
-    """Why there can be no launch, or None."""
+    """Why a launch is not possible, or None."""
     module = {"torch": "torch", "mpi": "mpi4py"}[transport]
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
@@ -103,7 +103,7 @@ def missing(transport):
 
 
 def launch(program, transport, size, directory):
-    """Run a program's scenarios on `size` ranks: a list of {scenario: result}, by rank."""
+    """Run a program's scenarios on `size` ranks; return {scenario: result} for each rank."""
     reason = missing(transport)
     if reason:
         pytest.skip(reason)
@@ -191,11 +191,11 @@ def _joined(transport, size, directory, rank):
 
     yield Rank(int(rank), size, None, group_of, Path(directory))
     dist.barrier()
-    os._exit(0)  # PyTorch aborts now and then where its threads are taken down
+    os._exit(0)  # PyTorch sometimes aborts when its threads end
 
 
 if __name__ == "__main__":
-    # The programs unpickle and pickle what this module defines under its own name.
+    # The programs pickle objects of this module by its own name.
     sys.path.insert(0, str(HERE))
     import launch as this_module
 

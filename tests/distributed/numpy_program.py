@@ -1,4 +1,4 @@
-"""What every rank does with NumPy arrays: `all_reduce` and `SyncBatchNorm`."""
+"""The scenarios of every rank with NumPy arrays: `all_reduce` and `SyncBatchNorm`."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ from launch import attempt
 import bnfast
 from bnfast.distributed import SyncBatchNorm, all_reduce
 
-# Rows of the batch on each of three ranks (or of two, the third one's going to the first).
+# Rows of the batch on each of three ranks (with two ranks, the first also has the third's).
 SPLITS = {"uneven": (5, 1, 3), "an empty rank": (4, 0, 5), "one rank only": (0, 9, 0)}
 SHAPES = {"planar": (9, 5, 4, 3), "interleaved": (9, 5)}
 PROBLEMS = {
@@ -27,7 +27,7 @@ MOMENTUM = 0.3
 
 
 def rows_of(split, rank, size):
-    """The slice of the batch that a rank has."""
+    """The slice of the batch on a rank."""
     counts = list(SPLITS[split])
     if size == 2:
         counts = [counts[0] + counts[2], counts[1]]
@@ -36,7 +36,7 @@ def rows_of(split, rank, size):
 
 
 def problem(name):
-    """One of PROBLEMS, a channel far from zero, and the rule by which ranks share it."""
+    """One of PROBLEMS, a channel far from zero, and its split over the ranks."""
     split, options = PROBLEMS[name]
     p = make_problem(**options)
     p.x[:, 1] += 1000
@@ -52,7 +52,7 @@ def layer_for(p, kind, **options):
 
 
 def step(layer, p, cut):
-    """One training step on some rows: all that comes out of it."""
+    """One training step on some rows; return all results."""
     residual = None if p.residual is None else p.residual[cut]
     y = layer(p.x[cut], residual)
     back = layer.backward(p.dy[cut])
@@ -94,7 +94,7 @@ def training_steps(this):
 
 
 def cumulative_average(this):
-    """Three batches; the same rows wander from rank to rank."""
+    """Three batches; the split changes with each."""
     p = make_problem(SHAPES["planar"])
     layer = SyncBatchNorm(p.channels, momentum=None, group=this.group)
     for i in range(3):
@@ -104,7 +104,7 @@ def cumulative_average(this):
 
 
 def a_group_of_one(this):
-    """Every rank alone: nothing differs from a plain layer, to the bit."""
+    """Every rank alone must give the bits of a plain layer."""
     mine = [this.group_of([rank]) for rank in range(this.size)][this.rank]
     found = {}
     for name in PROBLEMS:
@@ -116,7 +116,7 @@ def a_group_of_one(this):
 
 
 def a_part_of_the_ranks(this):
-    """A group of the first two ranks; a third one is not in it and need not call."""
+    """A group of the first two ranks. A third rank is not in it and need not call."""
     group = this.group_of([0, 1])
     if group is None:
         return None
@@ -148,7 +148,7 @@ BAD_CALLS = {
 
 
 def bad_input_on_one(this):
-    """The last rank's call is refused; then a good one, to see that nobody is out of step."""
+    """The last rank's call is refused. A good call follows, to check that the ranks still agree."""
     found = {}
     for name, spoil in BAD_CALLS.items():
         layer = SyncBatchNorm(3, group=this.group)
@@ -163,7 +163,7 @@ def bad_input_on_one(this):
 
 
 def bad_state_on_one(this):
-    """A layer whose running statistics somebody replaced by others of no use."""
+    """A layer whose running statistics were replaced by invalid ones."""
     found = {}
     for name, value in {
         "shape": np.zeros(2, np.float32),
@@ -193,7 +193,7 @@ def one_value_in_all(this):
 
 
 def one_value_each(this):
-    """Too few for a plain layer, enough together."""
+    """Too few for a plain layer, but enough together."""
     layer = SyncBatchNorm(3, group=this.group)
     return layer(np.full((1, 3), this.rank, np.float32))
 
@@ -205,7 +205,7 @@ def nothing_at_all(this):
 
 
 def not_a_number_on_one(this):
-    """It stays in its channel, on all ranks, and so does infinity."""
+    """NaN and infinity stay in their channel, on all ranks."""
     layer = SyncBatchNorm(3, group=this.group)
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     if this.rank == 0:

@@ -1,4 +1,4 @@
-"""What ranks do with NumPy arrays when one of them, the first or the last, cannot go on."""
+"""The scenarios with NumPy arrays in which one rank, the first or the last, fails."""
 
 import resource
 import sys
@@ -21,7 +21,7 @@ def rows(rank, batch=0):
 
 
 def gradient(rank):
-    """That of a rank's output."""
+    """The gradient of a rank's output."""
     return np.cos(rows(rank))
 
 
@@ -30,10 +30,10 @@ def ranks_at_fault(this):
 
 
 def tried(call, *args, **options):
-    """What a call returns or raises, whatever that is."""
+    """Return what a call returns, or any exception that it raised."""
     try:
         return call(*args, **options)
-    except BaseException as error:  # noqa: BLE001  # which one is what the tests look at
+    except BaseException as error:  # noqa: BLE001  # the tests compare it
         return Raised(type(error).__name__, str(error))
 
 
@@ -50,7 +50,7 @@ class Odd:
 
 
 class Once:
-    """An argument that can be read once."""
+    """An argument that can be read only once."""
 
     def __init__(self, value):
         self.value, self.read = value, False
@@ -74,7 +74,7 @@ class Once:
 
 
 class Interrupting:
-    """An array that, when read, has the call interrupted soon."""
+    """An array that starts an interrupt of the call when it is read."""
 
     def __init__(self, array, start):
         self.array, self.start = array, start
@@ -90,12 +90,12 @@ def read_only(a):
 
 
 def attribute(name, value):
-    """Somebody replaces an attribute of the layer."""
+    """Replace an attribute of the layer."""
     return lambda layer, call: setattr(layer, name, value)
 
 
 def argument(name, value):
-    """Somebody passes another argument."""
+    """Pass another argument."""
     return lambda layer, call: call.update({name: value})
 
 
@@ -109,7 +109,7 @@ def an_input_of_the_statistics(layer, call):
     layer.running_mean = call["x"][0]
 
 
-# What is done to the layer and its call, and the error of the rank that does it.
+# A change of the layer and its call, and the error of the rank that makes it.
 FORWARD = {
     "weight's shape": (attribute("weight", np.ones(2, np.float32)), "ValueError: weight has shape"),
     "weight's dtype": (attribute("weight", np.ones(3, int)), "TypeError: weight has dtype int64"),
@@ -258,7 +258,7 @@ def forward(this):
 
 
 def backward(this):
-    """A refused backward, then a good one, and a step after it."""
+    """A refused backward, then a good one, and another step."""
     found = {}
     for name, (spoil, _) in BACKWARD.items():
         for bad in ranks_at_fault(this):
@@ -279,7 +279,7 @@ def backward(this):
 
 
 def overwritten_input(this):
-    """One rank's forward left nothing for a backward; the next step is everybody's."""
+    """One rank's forward leaves no input for a backward; the next step must work on all ranks."""
     found = {}
     for bad in ranks_at_fault(this):
         layer = SyncBatchNorm(3, group=this.group)
@@ -306,7 +306,7 @@ def moments_of_all(this):
 
 
 def too_many_values_together(this):
-    """Each rank's count fits, and the sum of all does not."""
+    """Each rank's count is valid, but the sum of all is not."""
     mine = bnfast.Moments(2**62, [0.0], [1.0])
     raised = tried(all_reduce, mine, this.group)
     most = bnfast.Moments((2**63 - 1) // this.size, [0.0], [1.0])
@@ -314,7 +314,7 @@ def too_many_values_together(this):
 
 
 def options_read_once(this):
-    """What can be read only once is read before the exchange, and that value used after it."""
+    """Options are read once, before the exchange, and their values are used after it."""
     layer = SyncBatchNorm(3, group=this.group)
     layer.eps, layer.momentum, layer.ddof = Once(0.5), Once(MOMENTUM), Once(0)
     layer.weight, layer.activation = Once([1.0, 2.0, 3.0]), ("leaky_relu", Once(0.25))
@@ -323,12 +323,12 @@ def options_read_once(this):
 
 
 def numbers_that_raise(this):
-    """A caller who has floating-point errors raised, on one rank, is no reason to drift."""
+    """np.errstate(all="raise") on one rank must not let the ranks differ."""
     found = {}
     for bad in ranks_at_fault(this):
         large = SyncBatchNorm(3, group=this.group)
         tiny = SyncBatchNorm(3, group=this.group, dtype=np.float64)
-        x = rows(this.rank).astype(float) * 1e-160  # with a variance that is subnormal
+        x = rows(this.rank).astype(float) * 1e-160  # with a subnormal variance
 
         def strict(layer, x, bad=bad):
             with np.errstate(all="raise" if this.rank == bad else "warn"):
@@ -342,7 +342,7 @@ def numbers_that_raise(this):
 
 
 def types_that_differ(this):
-    """Each rank's results and statistics are of its own type."""
+    """Each rank's results and statistics have its own type."""
     dtype = np.float64 if this.rank == 0 else np.float32
     layer = SyncBatchNorm(3, group=this.group, dtype=dtype)
     x = rows(this.rank).astype(dtype)
@@ -365,7 +365,7 @@ def a_bad_batch_of_recomputing(this):
 
 @contextmanager
 def memory_for(more):
-    """Let this process have so many bytes more than it has, and no others."""
+    """Limit this process to so many bytes more than it has now."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -378,7 +378,7 @@ def memory_for(more):
 
 
 def memory_that_runs_out(this):
-    """There is no room for the output, or the gradient, of one rank alone."""
+    """One rank has no memory for the output, or for the gradient."""
     if sys.platform != "linux":
         return None
     found = {}
@@ -401,7 +401,7 @@ def memory_that_runs_out(this):
 
 
 def interrupted(this):
-    """A signal handler raises where one rank waits for the others."""
+    """A signal handler raises while one rank waits for the others."""
     found = {}
     for bad in ranks_at_fault(this):
         layer = SyncBatchNorm(3, momentum=MOMENTUM, group=this.group)
@@ -418,12 +418,12 @@ def interrupted(this):
 
 
 def interrupted_between_gathers(this):
-    """The same where sizes have been gathered and numbers not yet."""
+    """The same after sizes were gathered and before numbers are."""
     found, agree = {}, Merging._disagreement
     for bad in ranks_at_fault(this):
         layer = SyncBatchNorm(3, momentum=MOMENTUM, group=this.group)
         with interrupted_soon(this, bad, "between") as start:
-            starts = iter([start])  # once: it is asked for again after an interrupt
+            starts = iter([start])  # only once: it is called again after an interrupt
 
             def first(exchange, starts=starts):
                 for start in starts:

@@ -1,4 +1,4 @@
-"""What every rank does: `bnfast.torch.recompute_statistics` over a data set that ranks share."""
+"""The scenarios of `bnfast.torch.recompute_statistics` over a data set that ranks share."""
 
 import copy
 
@@ -52,7 +52,7 @@ def a_rank_without_batches(this):
 
 
 class _Broken:
-    """A data set that cannot be read to its end."""
+    """A data set that raises before its end."""
 
     def __iter__(self):
         yield data()[:4]
@@ -67,7 +67,7 @@ def _refused(this, bad, **wrong):
         given |= wrong
     error = attempt(recompute_statistics, model, **given, group=torch.distributed.group.WORLD)
     same = all((before[name] == value).all() for name, value in state_of(model).items())
-    # and the next call finds all in step
+    # and the next call works on all ranks
     recompute_statistics(
         model, batches_of(this.rank, this.size), group=torch.distributed.group.WORLD
     )
@@ -97,7 +97,7 @@ def nobody_has_values(this):
 
 
 def other_layers(this):
-    """Ranks that do not mean the same layers."""
+    """Ranks that give different layers."""
     model = network().eval()
     layers = [0] if this.rank else [0, 2]
     layers = [model[i] for i in layers]

@@ -64,8 +64,8 @@ def test_moments_on_any_axis(values, axis):
     assert_within(got.var(), s.var, s.var_error, "variance")
 
 
-def test_moments_of_unknown_many_rows(values):
-    """As what a data frame or a filter gives."""
+def test_moments_of_unknown_number_of_rows(values):
+    """As from a data frame or a filter."""
     x = da.from_array(values[:, :, 0], (7, 6))
     kept = x[x[:, 0] > 3]
     assert np.isnan(kept.shape[0])
@@ -80,8 +80,8 @@ def test_moments_of_no_channels():
     assert dask_moments(da.zeros((4, 0))).compute() == bnfast.Moments.empty(0)
 
 
-def test_a_block_is_gone_as_soon_as_it_is_summed():
-    """What makes a block and what sums it are one task, whose result is a few numbers."""
+def test_block_is_freed_after_its_sum():
+    """Making a block and summing it are one task, whose result is a few numbers."""
     x = da.map_blocks(lambda: None, chunks=((7,) * 20, (6,), (14,)), dtype=float)
     (optimized,) = dask.optimize(dask_moments(x))
     names = [str(key) for key in optimized.__dask_graph__()]
@@ -118,7 +118,7 @@ class TestRefusals:
     def x(self, values):
         return da.from_array(values, (7, 6, 14))
 
-    def test_of_what_is_no_dask_array(self, values):
+    def test_not_a_dask_array(self, values):
         with pytest.raises(TypeError, match=r"(?s)x is .* expected a Dask array"):
             dask_moments(values)
         with pytest.raises(TypeError, match=r"(?s)x is .* expected a Dask array"):
@@ -133,7 +133,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="at least 2 dimensions"):
             dask_moments(x[0, 0])
 
-    def test_of_an_axis_that_is_not_there(self, x):
+    def test_missing_axis(self, x):
         with pytest.raises(ValueError, match="axis is 3; expected"):
             dask_moments(x, axis=3)
         with pytest.raises(TypeError, match="axis is"):
@@ -144,7 +144,7 @@ class TestRefusals:
             dask_moments(x[x[:, 0, 0] > 3], axis=0)
 
     @pytest.mark.parametrize("name", ["mean", "var", "weight", "bias"])
-    def test_of_vectors_that_do_not_fit(self, x, name):
+    def test_vectors_of_wrong_shape(self, x, name):
         given = {"mean": np.ones(6), "var": np.ones(6), name: np.ones(5)}
         with pytest.raises(ValueError, match=rf"{name} has shape \(5,\); expected \(6,\)"):
             dask_normalize(x, **given)
@@ -156,10 +156,10 @@ class TestRefusals:
             dask_normalize(x, np.ones(6), np.ones(6), activation="gelu")
 
 
-class TestBlocksThatAreNot:
-    """What an array of unknown or wrong chunks holds is known when it is computed."""
+class TestInvalidBlocks:
+    """The contents of an array with unknown or wrong chunks are only known when it is computed."""
 
-    def test_as_many_rows_in_each_channel(self, values):
+    def test_different_rows_per_channel_refused(self, values):
         x = da.from_array(values[:, :, 0], (7, 6))
         halves = x[x[:, 0] > 3][:, :3], x[x[:, 3] > 3][:, 3:]
         assert len(halves[0].compute()) != len(halves[1].compute())
@@ -168,7 +168,7 @@ class TestBlocksThatAreNot:
             dask_moments(both).compute()
 
     @pytest.mark.parametrize("channels", [5, 7, 0])
-    def test_of_as_many_channels_as_the_shape(self, channels):
+    def test_other_channel_count_than_shape_refused(self, channels):
         def block(numbers):
             return np.ones((len(numbers), channels))
 
@@ -178,7 +178,7 @@ class TestBlocksThatAreNot:
         ):
             dask_moments(x).compute()
 
-    def test_of_the_same_channels(self):
+    def test_blocks_with_different_channels_refused(self):
         def block(numbers, block_id=None):
             return np.ones((len(numbers), 6 + block_id[0]))
 
@@ -187,7 +187,7 @@ class TestBlocksThatAreNot:
             dask_moments(x).compute()
 
     def test_countable(self):
-        """Blocks that are one value repeated may have more rows than any memory."""
+        """Blocks that repeat one value may have more rows than any memory."""
         many = bnfast.Moments(2**62, [0.0], [0.0])
         with pytest.raises(ValueError, match=f"count is {2**63}; expected at most"):
             _merge_to_records([[many], [many]], (0,), False)
@@ -199,7 +199,7 @@ ROWS, BLOCK = 64, 1000
 
 
 def block_of(row, seconds=0.0, pids=None):
-    """What a task reads: reproducible, slow enough to be killed in the middle."""
+    """What a task reads: reproducible, and slow enough to be killed halfway."""
     time.sleep(seconds)
     if pids is not None:
         with open(os.path.join(pids, f"{row}.{time.monotonic_ns()}"), "w") as file:
@@ -236,9 +236,9 @@ def client():
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.filterwarnings("default")  # of the cluster's own start and end
+@pytest.mark.filterwarnings("default")  # from the cluster's start and end
 class TestCluster:
-    def test_moments_are_spread_and_have_the_bits_of_one_thread(self, client, tmp_path):
+    def test_moments_on_all_workers_same_bits_as_one_thread(self, client, tmp_path):
         got = client.compute(dask_moments(array_of(0.02, str(tmp_path)))).result()
         assert got == dask_moments(array_of()).compute(scheduler="synchronous")
         pids = {path.read_text() for path in tmp_path.iterdir()}
@@ -256,8 +256,8 @@ class TestCluster:
         )
         np.testing.assert_allclose(z.var(axis=0), m.var() / (m.var() + 1e-5))
 
-    def test_a_killed_worker_loses_nothing(self, client, tmp_path):
-        """Killed with some blocks summed and others to come; the bits are those of no accident."""
+    def test_killed_worker_changes_no_bit(self, client, tmp_path):
+        """Killed after some blocks were summed; the bits are those of an undisturbed run."""
         future = client.compute(dask_moments(array_of(0.1, str(tmp_path))))
         while len(list(tmp_path.iterdir())) < ROWS // 4:
             assert future.status == "pending"

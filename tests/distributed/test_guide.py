@@ -1,4 +1,4 @@
-"""The code in docs/guide/distributed.md runs as it stands there."""
+"""The code in docs/guide/distributed.md runs as written."""
 
 import re
 import subprocess
@@ -12,12 +12,12 @@ MODEL = (
     "import torch\nmodel = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))\n"
 )
 STEP = "\nmodel(torch.randn(4, 3)).sum().backward()\n"
-# PyTorch aborts now and then where its threads are taken down; that is not what is tested.
+# PyTorch sometimes aborts when its threads end; that is not tested here.
 END = "\nimport os, torch\ntorch.distributed.barrier()\nos._exit(0)\n"
 
 
 def example(mark):
-    """The guide's one example that contains a text."""
+    """The guide's only example that contains a text."""
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     (found,) = [block for block in blocks if mark in block]
     return found

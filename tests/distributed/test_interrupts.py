@@ -1,7 +1,7 @@
-"""An exception between any two steps of one rank leaves all of them in step.
+"""After an exception between any two steps of one rank, the ranks still agree.
 
-Signal handlers raise theirs anywhere in Python code. Here ranks are threads, a tracer raises one
-before each instruction in turn, and after each the ranks make a good call.
+Signal handlers may raise anywhere in Python code. Here ranks are threads. A tracer raises before
+each instruction in turn, and after each exception the ranks make a good call.
 """
 
 import sys
@@ -22,7 +22,7 @@ SIZE = 2
 
 
 class Interrupt(BaseException):
-    """Nothing that anybody expects."""
+    """An exception that no code expects."""
 
 
 class Meeting:
@@ -36,14 +36,14 @@ class Meeting:
         def gather(mine, rows):
             self._sent[rank] = mine.copy()
             self._barrier.wait()
-            rows[...] = np.stack(self._sent)  # refused where one is at another gather
+            rows[...] = np.stack(self._sent)  # raises if one rank is at another gather
             self._barrier.wait()
 
         return Ranks(SIZE, gather)
 
 
 class Tracer:
-    """Raises before the n-th instruction after an exchange was begun."""
+    """Raises before the n-th instruction after an exchange began."""
 
     def __init__(self, n):
         self._left, self._begun, self.raised = n, False, False
@@ -63,15 +63,15 @@ class Tracer:
 
 
 def together(calls, tracer=None):
-    """What each rank's call returns or raises; the first one's is traced."""
+    """Return what each rank's call returns or raises; the first one's is traced."""
     found = [None] * len(calls)
 
     def run(rank):
         if rank == 0 and tracer is not None:
-            sys.settrace(tracer)  # of this thread
+            sys.settrace(tracer)  # only for this thread
         try:
             found[rank] = calls[rank]()
-        except BaseException as error:  # noqa: BLE001  # which one is what the tests look at
+        except BaseException as error:  # noqa: BLE001  # the tests compare it
             found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(calls))]
@@ -84,7 +84,7 @@ def together(calls, tracer=None):
 
 @pytest.fixture
 def meeting(monkeypatch):
-    """Groups are what their ranks are."""
+    """Use the ranks themselves as groups."""
     for module in ("layer", "merging"):
         monkeypatch.setattr(f"bnfast.distributed.{module}.ranks_of", lambda group: group)
     return Meeting()
@@ -121,7 +121,7 @@ def told(error):
 
 
 def test_of_a_forward(meeting):
-    """Statistics have moved on all ranks or on none, and the next batch moves them on all."""
+    """Statistics changed on all ranks or on none, and the next batch changes them on all."""
     good, afterwards = layers(meeting), []
     fresh = states(good)
     for _ in range(2):

@@ -21,20 +21,20 @@ PROBLEMS = pytest.mark.parametrize("name", program.PROBLEMS)
 
 @pytest.fixture(scope="module", params=LAUNCHES, ids=lambda way: f"{way[0]}-{way[1]}")
 def ranks(request, tmp_path_factory):
-    """What each scenario gave: a list of dicts, by rank."""
+    """The results of each scenario: a list of dicts, by rank."""
     transport, size = request.param
     return launch("numpy_program", transport, size, tmp_path_factory.mktemp(transport))
 
 
 @pytest.fixture
 def results(ranks, request):
-    """Of the scenario that a test is named after, by rank."""
+    """The results of the scenario that a test is named after, by rank."""
     name = request.node.originalname.removeprefix("test_")
     return [rank[name] for rank in ranks]
 
 
 def same_on_all(results):
-    """Every rank's arrays are the first one's, to the bit."""
+    """Every rank's arrays equal the first one's, to the bit."""
     for other in results[1:]:
         assert other.keys() == results[0].keys()
         for name, value in other.items():
@@ -51,7 +51,7 @@ def test_moments_of_all(results, split):
     assert first.count == x.size // x.shape[1]
     assert_within(first.mean, s.mean, s.mean_error, "mean")
     assert_within(first.var(), s.var, s.var_error, "variance")
-    # In the order of ranks, by the library's own merge.
+    # In the order of ranks, with the library's own merge.
     size = len(results)
     parts = [bnfast.moments(x[program.rows_of(split, rank, size)]) for rank in range(size)]
     assert first == bnfast.Moments.merge_all(parts)
@@ -67,7 +67,7 @@ def test_moments_without_channels(results):
 
 @PROBLEMS
 class TestTrainingSteps:
-    """One process on the whole batch is what the ranks together must equal, to rounding."""
+    """The ranks together must equal one process on the whole batch, to rounding."""
 
     @pytest.fixture
     def of(self, ranks, name):
@@ -94,12 +94,12 @@ class TestTrainingSteps:
 
 
 def test_cumulative_average(results):
-    """The mean of three batches' moments; who had which rows does not matter."""
+    """The mean of three batches' moments; the distribution of rows does not matter."""
     state = same_on_all(results)
     s = batch_statistics(make_problem(program.SHAPES["planar"]).x, 1)
     m = np.longdouble(make_problem(program.SHAPES["planar"]).m)
     mean, var = 2 * s.mean, (1 + 4 + 9) / np.longdouble(3) * s.var * m / (m - 1)
-    # Three averages, each rounded as one is; no intermediate value is above the largest batch's.
+    # Three averages, each rounded like one; no intermediate value is above the largest batch's.
     u = unit(np.float32)
     assert_within(state["running_mean"], mean, 3 * 4 * 3 * np.abs(s.mean) * u, "running_mean")
     assert_within(state["running_var"], var, 3 * 4 * 9 * s.var * u * 1.1, "running_var")
@@ -132,7 +132,7 @@ def test_no_moments_on_one(results):
 
 @pytest.mark.parametrize("name", program.BAD_CALLS)
 def test_bad_input_on_one(results, name):
-    """All raise, nothing changes, and the next call finds everybody in step."""
+    """All raise, nothing changes, and the next call works on all ranks."""
     *others, (refused, untouched, state) = [result[name] for result in results]
     assert refused.kind in ("TypeError", "ValueError")
     assert untouched
@@ -151,7 +151,7 @@ def test_bad_state_on_one(results, name):
 
 
 def test_bad_gradient_on_one(results):
-    """Then a good backward, to see that nobody is out of step."""
+    """Then a good backward, to check that the ranks still agree."""
     size = len(results)
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
     x = np.concatenate([rows + np.float32(rank) for rank in range(size)])
@@ -161,8 +161,8 @@ def test_bad_gradient_on_one(results):
         assert isinstance(raised, Raised)
         assert raised.text == TOLD.format(0) or rank == 0
         assert not weight_grad.any()
-        # dx is what is left of terms a million times as large: that of one process, to the
-        # roundings of terms of size |dy| * inv_std.
+        # dx is the difference of terms a million times as large. It must be that of one process, up
+        # to the roundings of terms of size |dy| * inv_std.
         own = want[4 * rank : 4 * rank + 4]
         bound = 8 * unit(np.float32) * np.abs(x).max() * stats.inv_std.max()
         assert_within(dx, own, bound, "dx")
@@ -234,7 +234,7 @@ def test_copies(results):
 
 
 class TestGroups:
-    """What needs no processes."""
+    """Tests that need no processes."""
 
     def test_none_without_a_default(self):
         with pytest.raises(RuntimeError, match="group is None, and there is no default"):

@@ -1,4 +1,4 @@
-"""What one rank cannot do, none does: over NumPy arrays, torch.distributed and MPI."""
+"""If one rank cannot do a call, no rank does it: NumPy arrays, torch.distributed and MPI."""
 
 import sys
 
@@ -14,13 +14,13 @@ import bnfast
 
 @pytest.fixture(scope="module", params=LAUNCHES, ids=lambda way: f"{way[0]}-{way[1]}")
 def ranks(request, tmp_path_factory):
-    """What each scenario gave: a list of dicts, by rank."""
+    """The results of each scenario: a list of dicts, by rank."""
     transport, size = request.param
     return launch("numpy_refusals", transport, size, tmp_path_factory.mktemp(transport))
 
 
 class Step:
-    """The step that all ranks together must have made, as one process does it."""
+    """The step that all ranks together must have made, computed in one process."""
 
     def __init__(self, size, residual=False, **options):
         self.size, self.residual = size, residual
@@ -50,7 +50,7 @@ def check_states(states, layer, batches):
 @AT_FAULT
 @pytest.mark.parametrize("name", program.FORWARD)
 def test_forward(ranks, name, bad):
-    """Statistics, counters, gradients and outputs stay; the next call has everybody in step."""
+    """Statistics, counters, gradients and outputs stay; the next call works on all ranks."""
     raised, same, y, states = zip(*(rank["forward"][name, bad] for rank in ranks), strict=True)
     check_raised(raised, bad, program.FORWARD[name][1])
     assert all(same)
@@ -175,7 +175,7 @@ def test_memory_that_runs_out(ranks, bad):
 
 @AT_FAULT
 def test_interrupted(ranks, bad):
-    """In the first gather the others are told, and in a backward's only one they cannot be."""
+    """In the first gather the others are told; in a backward's only gather they cannot be."""
     found = [rank["interrupted"][bad] for rank in ranks]
     raised, after_one, states, raised_back, dx = zip(*found, strict=True)
     step = Step(len(ranks), momentum=program.MOMENTUM)
@@ -190,7 +190,7 @@ def test_interrupted(ranks, bad):
 
 @AT_FAULT
 def test_interrupted_between_gathers(ranks, bad):
-    """Statistics have moved on all ranks or on none: those of the interrupted one, too."""
+    """Statistics changed on all ranks or on none, also on the interrupted one."""
     found = [rank["interrupted_between_gathers"][bad] for rank in ranks]
     raised, after_one, states = zip(*found, strict=True)
     step = Step(len(ranks), momentum=program.MOMENTUM)

@@ -1,4 +1,4 @@
-"""examples/out_of_core.py does what it says, in the memory it is allowed."""
+"""examples/out_of_core.py computes what it says, in the memory it is allowed."""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ def test_a_file_of_four_times_the_memory(processes, tmp_path):
     used = [int(peak) for peak in peaks.split(" + ")]
     assert len(used) == max(processes, 1)
     assert sum(used) <= ALLOWED
-    # A mean is one of results within 6 of 0, each rounded by 2**-24 of itself; a variance has the
+    # A mean is that of results within 6 of 0, each rounded by a relative 2**-24. A variance has the
     # square of the scale, rounded to float32 once, and the roundings of the same results.
     for what in ("from 0", "from 1"):
         (error,) = re.findall(rf"at most (\S+) {what} after", done.stdout)

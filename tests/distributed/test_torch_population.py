@@ -17,12 +17,12 @@ SIZES = [size for transport, size in LAUNCHES if transport == "torch"]
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"gloo-{size}")
 def ranks(request, tmp_path_factory):
-    """What each scenario gave: a list of dicts, by rank."""
+    """The results of each scenario: a list of dicts, by rank."""
     return launch("population_program", "torch", request.param, tmp_path_factory.mktemp("torch"))
 
 
 def check_states(states, batches):
-    """All the same bits; the first layer's those of the whole, the second's as in one process."""
+    """All bits are equal; the first layer has the whole's, the second's are as in one process."""
     for name, value in states[0].items():
         assert all(bits(state[name]) == bits(value) for state in states)
     x = program.data().numpy()

@@ -37,13 +37,13 @@ SIZES = [size for transport, size in LAUNCHES if transport == "torch"]
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"gloo-{size}")
 def ranks(request, tmp_path_factory):
-    """What each scenario gave: a list of dicts, by rank."""
+    """The results of each scenario: a list of dicts, by rank."""
     return launch("torch_program", "torch", request.param, tmp_path_factory.mktemp("torch"))
 
 
 @pytest.fixture
 def results(ranks, request):
-    """Of the scenario that a test is named after, by rank; the kernels it ran are as expected."""
+    """The results of the scenario that a test is named after, by rank; checks which kernels ran."""
     name = request.node.originalname.removeprefix("test_")
     found = [rank[name] for rank in ranks]
     if name not in RAN:
@@ -75,7 +75,7 @@ class TestTrainingSteps:
         check_running_statistics(p, of, MOMENTUM)
 
     def test_ran_on_bnfast(self, of, name):
-        """Moments, a pass that normalises, sums and the input's gradient: nothing by PyTorch."""
+        """bnfast runs all of moments, the normalising pass, sums and the input's gradient."""
         layout, _, options = program.PROBLEMS[name]
         wanted_layout = "planar" if layout == "contiguous" else "interleaved"
         activation = options["activation"]
@@ -90,7 +90,7 @@ class TestTrainingSteps:
             key = (np.dtype(options["dtype"]).name, wanted_layout)
             added = "residual" if options["residual"] else None
             forward = "+".join(filter(None, (activation, added))) or "plain"
-            # Sums, then dx; under an activation dx's pass writes the residual's gradient too.
+            # Sums, then dx. With an activation dx's pass also writes the residual's gradient.
             sums, dx = activation or "plain", forward if activation else "plain"
             assert ran == {
                 ("moments", *key, "plain"): 1,
@@ -105,7 +105,7 @@ def test_bfloat16_steps(results):
         pytest.skip("no bfloat16 kernels, or no ml_dtypes, in this build")
     assert len({bits(mean) for _, mean, _ in results}) == 1
     y = np.concatenate([part for part, _, _ in results]).astype(np.float64)
-    # Normalised values, each rounded to 8 bits: their mean and variance are those of rounding.
+    # Normalised values, each rounded to 8 bits: their mean and variance show only that rounding.
     assert np.abs(y.mean(axis=(0, 2, 3))).max() < 2.0**-8
     assert np.abs(y.var(axis=(0, 2, 3)) - 1).max() < 2.0**-6
 
@@ -121,10 +121,10 @@ def test_some_gradients(results):
 
 
 def test_data_parallel(results):
-    """The model of one process on whole batches, after four steps, in double.
+    """Equals a model in one process on whole batches, after four steps, in double.
 
     A gradient is a sum of at most 9 * 64 terms for each of 36 weights, a step adds one to its
-    parameter, and the convolutions sum 36 terms: about 1e3 roundings a step, 1e-13, which three
+    parameter, and the convolutions sum 36 terms: about 1e3 roundings per step, 1e-13, which three
     more steps at a rate of 0.1 amplify by less than 1e3.
     """
     model = program.network()
@@ -137,7 +137,7 @@ def test_data_parallel(results):
 
 
 def test_a_part_of_the_ranks(results):
-    """Means of the first two ranks' rows, 0, 1, 1 and 2; of the third one's alone, 2 and 3."""
+    """Means of the first two ranks' rows, 0, 1, 1 and 2; of the third's alone, 2 and 3."""
     want = [0.1, 0.1, 0.25]
     for got, mean in zip(results, want, strict=False):
         np.testing.assert_allclose(got, [mean] * 3, rtol=1e-6)
@@ -163,7 +163,7 @@ def test_bad_input_on_one(results, name):
 
 
 def test_another_device(results):
-    """Is PyTorch's, with PyTorch's rules."""
+    """PyTorch computes it, with its own rules."""
     assert all("expected input tensor to be on GPU" in raised.text for raised in results)
 
 

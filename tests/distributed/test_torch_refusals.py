@@ -1,4 +1,4 @@
-"""What one rank cannot do, none does: over PyTorch's tensors and gloo."""
+"""If one rank cannot do a call, no rank does it: PyTorch's tensors and gloo."""
 
 import sys
 
@@ -18,12 +18,12 @@ SIZES = [size for transport, size in LAUNCHES if transport == "torch"]
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"gloo-{size}")
 def ranks(request, tmp_path_factory):
-    """What each scenario gave: a list of dicts, by rank."""
+    """The results of each scenario: a list of dicts, by rank."""
     return launch("torch_refusals", "torch", request.param, tmp_path_factory.mktemp("torch"))
 
 
 class Step:
-    """The steps that all ranks together must have made, as PyTorch does them in one process."""
+    """The steps that all ranks together must have made, computed by PyTorch in one process."""
 
     def __init__(self, size):
         self.size, self.layer = size, torch.nn.BatchNorm1d(3, momentum=MOMENTUM)
@@ -60,7 +60,7 @@ def check_step(y, dx, states):
 @AT_FAULT
 @pytest.mark.parametrize("name", program.FORWARD)
 def test_forward(ranks, name, bad):
-    """Statistics and counters stay; the next call has everybody in step."""
+    """Statistics and counters stay; the next call works on all ranks."""
     found = [rank["forward"][name, bad] for rank in ranks]
     raised, same, y, refused, states = zip(*found, strict=True)
     check_raised(raised, bad, program.FORWARD[name][1])
@@ -99,7 +99,7 @@ def test_hooks_that_raise(ranks, bad):
 
 @AT_FAULT
 def test_interrupted(ranks, bad):
-    """In the first gather the others are told, and in a backward's only one they cannot be."""
+    """In the first gather the others are told; in a backward's only gather they cannot be."""
     found = [rank["interrupted"][bad] for rank in ranks]
     raised, after, states, raised_back, *good = zip(*found, strict=True)
     assert not check_interrupted(raised, bad)

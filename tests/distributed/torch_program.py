@@ -1,4 +1,4 @@
-"""What every rank does with PyTorch's tensors: `bnfast.torch`'s `SyncBatchNorm`."""
+"""The scenarios of every rank with PyTorch's tensors: `bnfast.torch`'s `SyncBatchNorm`."""
 
 import copy
 import functools
@@ -36,7 +36,7 @@ PROBLEMS = {
 
 
 def problem(name):
-    """One of PROBLEMS, its memory format, and the rule by which ranks share it."""
+    """One of PROBLEMS, its memory format, and its split over the ranks."""
     layout, split, options = PROBLEMS[name]
     shape = SHAPES["interleaved" if layout == "interleaved" else "planar"]
     p = make_problem(shape, **options)
@@ -87,7 +87,7 @@ def training_steps(this):
 
 
 def counted(scenario):
-    """What a scenario gives, and what kernels it ran: {direction: times}."""
+    """The results of a scenario, and the kernels that it ran: {direction: times}."""
 
     @functools.wraps(scenario)
     def run(this):
@@ -100,7 +100,7 @@ def counted(scenario):
 
 @counted
 def bfloat16_steps(this):
-    """Half data beside float32 parameters, where this build has kernels for them."""
+    """Half data with float32 parameters, if this build has kernels for them."""
     if torch.bfloat16 not in DTYPES:
         return None
     p = make_problem(SHAPES["planar"])
@@ -112,7 +112,7 @@ def bfloat16_steps(this):
 
 
 def some_gradients(this):
-    """Where no rank wants x's gradient nothing is exchanged; a rank with a part, more than one."""
+    """If no rank needs x's gradient nothing is exchanged; a rank with a part, more than one."""
     p = make_problem(SHAPES["planar"])
     x = torch.from_numpy(p.x[rows_of("uneven", this.rank, this.size)])
     found = {}
@@ -167,7 +167,7 @@ def train(model, cut=slice(None), scale=1.0):
 
 @counted
 def data_parallel(this):
-    """DistributedDataParallel around it; gradients are averaged, hence the scale."""
+    """DistributedDataParallel around it; it averages gradients, hence the scale."""
     model = convert_sync_batchnorm(network())
     wrapped = nn.parallel.DistributedDataParallel(model)
     losses = train(wrapped, rows_of("uneven", this.rank, this.size), float(this.size))
@@ -177,7 +177,7 @@ def data_parallel(this):
 
 @counted
 def a_part_of_the_ranks(this):
-    """A group of the first two ranks: the third one's layer is another group's."""
+    """A group of the first two ranks; the third one's layer is in another group."""
     first = dist.new_group([0, 1])
     rest = dist.new_group(list(range(2, this.size))) if this.size > 2 else None
     layer = SyncBatchNorm(3, process_group=first if this.rank < 2 else rest)
@@ -246,7 +246,7 @@ def evaluation(this):
 
 @counted
 def checkpointed(this):
-    """A recomputed forward is exchanged again, and counts once where asked to."""
+    """A recomputed forward is exchanged again, and counts once if requested."""
     layer = SyncBatchNorm(3)
     x = torch.arange(12.0).reshape(4, 3).requires_grad_()
     y = torch.utils.checkpoint.checkpoint(
@@ -258,7 +258,7 @@ def checkpointed(this):
 
 @counted
 def compiled(this):
-    """Left out of the graphs, and so still over all ranks."""
+    """Left out of the graphs, so it still runs over all ranks."""
     torch.manual_seed(0)
     layer = SyncBatchNorm(3)
     model = torch.compile(nn.Sequential(nn.Linear(3, 3), layer), backend="eager")

@@ -1,4 +1,4 @@
-"""What ranks do with PyTorch's tensors when one of them, the first or the last, cannot go on."""
+"""The scenarios with PyTorch's tensors in which one rank, the first or the last, fails."""
 
 import sys
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from bnfast.torch import SyncBatchNorm
 
 
 def tensor(a):
-    return torch.tensor(a)  # of memory that is PyTorch's
+    return torch.tensor(a)  # in memory of PyTorch's
 
 
 def parameter(name, value):
@@ -21,7 +21,7 @@ def parameter(name, value):
 
 
 def buffer(name, value):
-    """Somebody replaces a buffer, in whatever mode it was made."""
+    """Replace a buffer, made in any mode."""
     return lambda layer, call: layer._buffers.update({name: value})
 
 
@@ -42,7 +42,7 @@ with torch.inference_mode():
     INFERRED, INFERRED_COUNT = torch.ones(3), torch.zeros((), dtype=torch.int64)
     INFERRED_INPUT = torch.ones(4, 3)
 
-# What is done to the layer and its call, and the error of the rank that does it.
+# A change of the layer and its call, and the error of the rank that makes it.
 FORWARD = {
     "weight's shape": (parameter("weight", torch.ones(2)), "ValueError: weight has shape (2,)"),
     "weight's dtype": (parameter("weight", torch.ones(3).double()), "TypeError: weight has dtype"),
@@ -102,7 +102,7 @@ FORWARD = {
 
 
 def changed(x, layer):
-    """Somebody writes over the input."""
+    """Overwrite the input."""
     with torch.no_grad():
         x.mul_(2)
 
@@ -131,7 +131,7 @@ def made():
 
 
 def step(layer, this):
-    """What a good step gives."""
+    """The results of a good step."""
     x = tensor(rows(this.rank)).requires_grad_()
     y = layer(x)
     y.backward(tensor(gradient(this.rank)))
@@ -185,13 +185,13 @@ def nothing(t):
 
 
 def hooks_that_raise(this):
-    """Autograd's hooks run where it keeps tensors, after the exchange, and where it reads them."""
+    """Autograd's hooks run where it saves tensors, after the exchange, and where it reads them."""
     found = {}
     for bad in ranks_at_fault(this):
         given = tensor(gradient(this.rank))
 
         def kept_by(keep, read, bad=bad):
-            """A forward whose tensors go through hooks on the rank at fault."""
+            """A forward whose tensors go through hooks on the failing rank."""
             hooks = (keep, read) if this.rank == bad else (nothing, nothing)
             layer, x = made(), tensor(rows(this.rank)).requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
@@ -205,7 +205,7 @@ def hooks_that_raise(this):
 
 
 class Starting:
-    """A number, or a hook, that starts something when it is first asked."""
+    """A number, or a hook, that starts something at its first use."""
 
     def __init__(self, start, number=None):
         self.starts, self.number = iter([start]), number
@@ -220,7 +220,7 @@ class Starting:
 
 
 def interrupted(this):
-    """A signal handler raises where one rank waits for the others."""
+    """A signal handler raises while one rank waits for the others."""
     found = {}
     for bad in ranks_at_fault(this):
         layer, x = made(), tensor(rows(this.rank)).requires_grad_()
@@ -237,7 +237,7 @@ def interrupted(this):
 
 
 def memory_that_runs_out(this):
-    """There is no room for the output, or the gradient, of one rank alone."""
+    """One rank has no memory for the output, or for the gradient."""
     if sys.platform != "linux":
         return None
     found = {}

@@ -1,4 +1,4 @@
-"""Small valid ONNX models, and ways to spoil them."""
+"""Small valid ONNX models, and ways to make them invalid."""
 
 import numpy as np
 import onnx
@@ -44,7 +44,7 @@ BODIES = [
 
 
 def base(rng):
-    """Return one of the models; those without numbers in their text in one of three types."""
+    """Return one of the models. Those without numbers in their text have one of three types."""
     body = BODIES[rng.integers(len(BODIES))]
     types = {"float": np.float32, "double": np.float64, "float16": np.float16}
     name = "float" if "Constant" in body else str(rng.choice([*types]))
@@ -62,7 +62,7 @@ def base(rng):
 
 
 def spoiled(rng):
-    """Return a model with up to three things wrong, and what was done to it."""
+    """Return a model with up to three errors, and a list of them."""
     model, done = base(rng), []
     for _ in range(rng.integers(1, 4)):
         change = CHANGES[rng.integers(len(CHANGES))]
@@ -82,7 +82,7 @@ def a_copy(rng, model):
 
 
 def a_name(rng, model):
-    """Any name in the graph, none, or a new one."""
+    """Any name in the graph, an empty one, or a new one."""
     names = {"", "new", *(value.name for value in (*model.graph.input, *model.graph.output))}
     names |= {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
@@ -123,7 +123,7 @@ def add_names(rng, model):
 
 
 def rewire(rng, model):
-    """Collisions, cycles, missing values."""
+    """Make collisions, cycles, missing values."""
     node = a_node(rng, model)
     names = node.input if rng.random() < 0.6 else node.output
     if names:
@@ -190,7 +190,7 @@ def truncate_a_tensor(rng, model):
 
 
 def move_data(rng, model):
-    """Into another field, elsewhere, or part of it."""
+    """Move data into another field or elsewhere, or drop a part."""
     tensor = a_tensor(rng, model)
     kind = rng.integers(4)
     if kind == 0:
@@ -284,7 +284,7 @@ def change_the_opset(rng, model):
 
 
 def nest(rng, model):
-    """A subgraph with another one in it, that has a batch norm or takes a value."""
+    """Add a subgraph with another one in it, which has a batch norm or uses a value."""
     copied = a_copy(rng, model)
     outer = a_node(rng, model).attribute.add()
     outer.name, outer.type = "body", AttributeProto.GRAPH

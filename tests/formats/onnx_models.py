@@ -11,11 +11,11 @@ from onnx.reference import ReferenceEvaluator
 
 from bnfast.onnx import fold
 
-NUMBERS = "s, o, m, v"  # scale, B, mean and var of the batch norm most tests need
+NUMBERS = "s, o, m, v"  # scale, B, mean and var of the batch norm that most tests need
 
 
 def build(body, opset=17, ir=8, **weights):
-    """Parse a graph in ONNX's text form, BN for BatchNormalization, and give it initializers."""
+    """Parse a graph in ONNX's text form, with BN for BatchNormalization, and add initializers."""
     body = re.sub(r"\bBN\b", "BatchNormalization", body)
     model = onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}]> g {body}')
     for name, values in weights.items():
@@ -54,7 +54,7 @@ def listed(model):
 
 
 def run_runtime(model, feeds):
-    """Run a model as it is, without the runtime's own folding."""
+    """Run a model unchanged, without the runtime's own folding."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -70,10 +70,10 @@ def run_reference(model, feeds):
 
 
 def magnitudes(model, feeds, run):
-    """Return what the model's outputs are where every product and sum has one sign.
+    """Return the model's outputs when every product and sum has the same sign.
 
     Weights, biases and inputs are made positive and means negative; variances stay. Every term of
-    the true outputs is at most the term in its place here.
+    the true outputs is at most the corresponding term here.
     """
     positive = onnx.ModelProto()
     positive.CopyFrom(model)
@@ -99,14 +99,14 @@ def magnitudes(model, feeds, run):
 
 
 def assert_equivalent(folded, model, feeds, terms, run=run_runtime):
-    """The outputs of two models that are equal in exact arithmetic.
+    """Compare the outputs of two models that are equal in exact arithmetic.
 
     `terms` is the sum, over the layers on a path through the model, of the products in one of
     their outputs. A layer of K products and a bias errs by at most gamma(K + 1) times the sum of
-    its terms' sizes (Higham, section 4.2); a batch norm rounds six times, and weights folded
-    twice are rounded twice. In both models a later layer makes of an error at most what it makes
-    of a term of that size, so first-order errors are at most u (terms + 16 layers) of
-    `magnitudes`, for each model; no model here has more than eleven layers.
+    its terms' sizes (Higham, section 4.2). A batch norm rounds six times, and weights folded
+    twice are rounded twice. In both models a later layer amplifies an error at most as much as a
+    term of that size. So first-order errors are at most u (terms + 16 layers) of `magnitudes`, for
+    each model. No model here has more than eleven layers.
     """
     outputs = zip(run(folded, feeds), run(model, feeds), magnitudes(model, feeds, run), strict=True)
     for got, want, magnitude in outputs:
@@ -130,7 +130,7 @@ def outcomes_of(model):
 
 
 def assert_folds(model, feeds, terms, *, left=0, references=(run_runtime, run_reference)):
-    """Fold, and check everything that is promised of the result; return it."""
+    """Fold, check everything that is promised of the result, and return it."""
     before = model.SerializeToString(deterministic=True)
     folded, outcomes = outcomes_of(model)
     assert model.SerializeToString(deterministic=True) == before
@@ -151,14 +151,14 @@ def assert_folds(model, feeds, terms, *, left=0, references=(run_runtime, run_re
 
 
 def fed(model):
-    """Return the names and the shapes of what a caller feeds."""
+    """Return the names and the shapes of the inputs that a caller gives."""
     known = constants(model) if model.ir_version < 4 else {}
     inputs = (value for value in model.graph.input if value.name not in known)
     return [(value.name, [dim.dim_value for dim in dims(value)]) for value in inputs]
 
 
 def assert_left(model, reason, count=1):
-    """Nothing is folded, nothing is changed, and the reason is given."""
+    """Check that nothing is folded or changed, and that the reason is reported."""
     folded, outcomes = outcomes_of(model)
     assert [o.folded for o in outcomes] == [False] * count
     assert reason in outcomes[0].why

@@ -1,7 +1,7 @@
-"""Networks of known kinds, small, exported by PyTorch: ``python onnx_networks.py FOLDER``.
+"""Small networks of known kinds, exported by PyTorch: ``python onnx_networks.py FOLDER``.
 
-Each with its batch norms kept, by both exporters, as FOLDER/NETWORK.EXPORTER.onnx, beside its
-input and what PyTorch makes of it, FOLDER/NETWORK.npz.
+Each is exported with its batch norms kept, by both exporters, as FOLDER/NETWORK.EXPORTER.onnx. Its
+input and PyTorch's output are in FOLDER/NETWORK.npz.
 """
 
 import sys
@@ -46,7 +46,7 @@ class PreActivation(nn.Module):
 
 
 class Inception(nn.Module):
-    """Branches joined; with `late`, one batch norm behind the join instead of one in each."""
+    """Branches joined; with `late`, one batch norm after the join instead of one in each."""
 
     def __init__(self, into, late):
         super().__init__()
@@ -123,7 +123,7 @@ class Up(nn.Module):
 
 
 class Scale(nn.Module):
-    """Caffe's: one factor and one addend a channel."""
+    """As in Caffe: one factor and one addend per channel."""
 
     def __init__(self, channels):
         super().__init__()
@@ -174,7 +174,7 @@ def networks():
 
 
 def trained(net):
-    """Give a network's batch norms the statistics of something, and switch to evaluation."""
+    """Set statistics of a network's batch norms from data, and switch to evaluation."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for values in (module.weight, module.running_var):
@@ -187,7 +187,7 @@ def trained(net):
 def export(net, x, exporter, path):
     """Write a network with its batch norms kept."""
     if exporter == "torchscript":
-        keep = torch.onnx.TrainingMode.PRESERVE  # or the exporter folds
+        keep = torch.onnx.TrainingMode.PRESERVE  # otherwise the exporter folds
         torch.onnx.export(net, (x,), path, dynamo=False, training=keep, do_constant_folding=False)
         return
     batch = {0: torch.export.Dim("batch")} if exporter == "dynamic" else None

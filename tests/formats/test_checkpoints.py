@@ -23,7 +23,7 @@ RNG = np.random.default_rng(20150305)
 
 
 def python(folder, *arguments):
-    """Run Python in a process of its own, so that what starts threads at import is not ours."""
+    """Run Python in a separate process: some libraries start threads at import."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -38,7 +38,7 @@ def python(folder, *arguments):
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
-    """A function that has a library write its files once, and returns where they are."""
+    """A function that makes a library write its files once, and returns where they are."""
     folder = tmp_path_factory.mktemp("checkpoints")
     done = set()
 
@@ -65,7 +65,7 @@ def recipes(*words):
 
 
 def follow(folder, *words, needs_process=False):
-    """Run a recipe where the files are and return its variables."""
+    """Run a recipe in the folder of the files and return its variables."""
     code = recipes(*words)
     if needs_process:  # the library starts threads at import; its layers come back pickled
         keep = "{k: v for k, v in globals().items() if isinstance(v, bnfast.BatchNorm)}"
@@ -136,7 +136,7 @@ def test_numpy_archives(written):
 
 def test_torch(written):
     folder = written("torch")
-    # The recipe goes on from the first one, whose layer it loads again.
+    # The recipe continues the first one, whose layer it loads again.
     start = "layer = bnfast.BatchNorm2d(6)\n"
     code = start + recipes("torch.load") + "np.savez('got.npz', **layer.state_dict())\n"
     code = code.replace(start, "import bnfast\n" + start, 1)
@@ -170,7 +170,7 @@ def test_keras_without_keras(written):
 
 
 def test_keras_weights_file(written):
-    """Numbers in place of names: gamma, beta, moving mean, moving variance."""
+    """Numbers instead of names: gamma, beta, moving mean, moving variance."""
     h5py = pytest.importorskip("h5py")
     folder = written("keras", "jax")
     layer = BatchNorm(4, **{**conventions.KERAS, "eps": 0.01})

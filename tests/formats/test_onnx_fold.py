@@ -1,4 +1,4 @@
-"""Batch norms folded into the neighbours they have in an ONNX graph, and those that must not be."""
+"""Batch norms that fold into their neighbours in an ONNX graph, and those that must not."""
 
 import importlib.util
 import subprocess
@@ -27,7 +27,7 @@ CONV = """(float[N,6,7,5] x) => (float[N,4,H,W] y) {{
 PADDED = "<group=2, pads=[1,0,1,2], strides=[2,1]>"
 
 
-# The reference evaluator reads BatchNormalization-9 as if it were training (onnx 1.23).
+# The reference evaluator runs BatchNormalization-9 as if it were training (onnx 1.23).
 def evaluators(opset):
     return (om.run_runtime, om.run_reference) if opset >= 14 else (om.run_runtime,)
 
@@ -156,7 +156,7 @@ PADDINGS = ["Conv<pads=[1,1,1,1]>", 'Conv<auto_pad="SAME_UPPER">', "ConvTranspos
 
 @pytest.mark.parametrize("layer", PADDINGS)
 def test_before_padding(layer):
-    """Exact only where zero stays zero."""
+    """Exact only if zero stays zero."""
     body = f"(float[N,4,7,5] x) => (float[N,4,H,W] y) {{ c = BN(x, s, o, m, v) y = {layer}(c, w) }}"
     weights = {"w": om.normal(RNG, 4, 4, 3, 3), **om.numbers(RNG, 4)}
     assert_left(om.build(body, **weights), "maps 0 to 0")
@@ -186,7 +186,7 @@ def test_several_in_a_row():
     ]
 
 
-# ---- where constants come from, and who else uses them
+# ---- sources of constants, and their other users
 
 
 def test_shared_weights_are_not_changed_for_others():
@@ -204,7 +204,7 @@ def test_shared_weights_are_not_changed_for_others():
     assert len(folded.graph.node) == 4
 
 
-def test_weights_that_are_used_elsewhere_stay():
+def test_weights_used_elsewhere_stay():
     body = """(float[N,3] x) => (float[N,3] y, float[3,3] z) {
         c = MatMul(x, w) y = BN(c, s, o, m, v) z = Relu(w)
     }"""
@@ -229,7 +229,7 @@ def test_constant_nodes_identities_and_transposes():
     assert [node.op_type for node in folded.graph.node] == ["Gemm"]
 
 
-def test_weights_are_transposed_as_the_graph_says():
+def test_transposed_weights():
     body = """(float[N,3,5] x) => (float[N,2,4] y) {
         w = Transpose<perm=[1,2,0]>(w0) c = Conv(x, w) y = BN(c, s, o, m, v)
     }"""
@@ -255,7 +255,7 @@ def test_constants_used_in_subgraphs_stay():
     assert {"s", "o"} <= set(om.constants(folded))
 
 
-# ---- what is left
+# ---- not folded
 
 MATMUL = "(float[N,3] x) => (float[N,3] y) { c = MatMul(x, w) y = BN(c, s, o, m, v) }"
 
@@ -264,7 +264,7 @@ def linear(body=MATMUL, shape=(3, 3), **options):
     return om.build(body, w=om.normal(RNG, *shape), **om.numbers(RNG, 3), **options)
 
 
-def test_what_others_use_is_left():
+def test_values_with_other_users_not_folded():
     assert_left(
         linear(
             """(float[N,3] x) => (float[N,3] y, float[N,3] c) {
@@ -313,7 +313,7 @@ def test_what_others_use_is_left():
 
 @pytest.mark.parametrize("ir", [4, 8])
 @pytest.mark.parametrize("name", ["w", "s"])
-def test_what_callers_may_set_is_left(ir, name):
+def test_settable_inputs_not_folded(ir, name):
     model = linear(ir=ir)
     shape = om.constants(model)[name].shape
     model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
@@ -326,7 +326,7 @@ def test_what_callers_may_set_is_left(ir, name):
 
 
 def test_all_initializers_are_inputs_in_ir_version_3():
-    """They had to be: none is for a caller to set."""
+    """They had to be inputs: a caller cannot set any of them."""
     model = om.listed(linear(ir=3))
     om.assert_valid(model)
     assert len(read(model)) == 1
@@ -339,7 +339,7 @@ def test_all_initializers_are_inputs_in_ir_version_3():
     assert_left(model, "its scale, 's', is a graph input, which a caller may set")
 
 
-def test_what_is_computed_is_left():
+def test_computed_values_not_folded():
     body = """(float[N,3] x, float[3,3] w0) => (float[N,3] y) {{
         {} c = Gemm(x, {}) y = BN(c, {}, o, m, v)
     }}"""
@@ -352,7 +352,7 @@ def test_what_is_computed_is_left():
         assert_left(linear(body.format(computed, arguments, scale)), reason)
 
 
-def test_other_neighbours_are_left():
+def test_other_neighbours_not_folded():
     for body, reason in [
         ("{ c = Relu(x) y = BN(c, s, o, m, v) }", "Relu 'c' is no convolution"),
         ("{ c = BN(x, s, o, m, v) y = Relu(c) }", "Relu 'y' is no convolution"),
@@ -364,8 +364,8 @@ def test_other_neighbours_are_left():
         assert_left(linear(f"(float[3,3] x) => (float[3,3] y) {body}"), reason)
 
 
-def test_a_matmul_over_more_axes_is_left():
-    """Its channels are on the last axis, the batch norm's on axis 1, though both have three."""
+def test_matmul_over_more_axes_not_folded():
+    """Its channels are on the last axis, the batch norm's on axis 1; both have length three."""
     body = MATMUL.replace("[N,3]", "[N,3,3]")
     assert_left(linear(body), "MatMul 'c' gives 3 axes")
     unknown = MATMUL.replace("float[N,3] x", "float[] x").replace("float[N,3] y", "float[] y")
@@ -376,7 +376,7 @@ def test_a_matmul_over_more_axes_is_left():
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 3)])
-def test_an_addition_to_each_pixel_is_left(shape):
+def test_addition_per_pixel_not_folded(shape):
     body = (
         "(float[3,3] x) => (float[3,3] y) { c = MatMul(x, w) a = Add(c, b) y = BN(a, s, o, m, v) }"
     )
@@ -384,7 +384,7 @@ def test_an_addition_to_each_pixel_is_left(shape):
     assert_left(model, f"the constant of Add 'a' has shape {shape}, not one value a channel")
 
 
-def test_an_addition_that_makes_channels_is_left():
+def test_addition_that_makes_channels_not_folded():
     body = """(float[2,1,4,4] x) => (float[2,3,4,4] y) {
         c = Conv(x, w) a = Add(c, b) y = BN(a, s, o, m, v)
     }"""
@@ -394,7 +394,7 @@ def test_an_addition_that_makes_channels_is_left():
     )
 
 
-def test_training_is_left():
+def test_training_mode_not_folded():
     body = """(float[N,3] x) => (float[N,3] y) {
         c = MatMul(x, w) y, a, b = BN<training_mode=1>(c, s, o, m, v)
     }"""
@@ -404,7 +404,7 @@ def test_training_is_left():
     assert_left(linear(outputs, opset=9), "it is in training mode")
 
 
-def test_statistics_of_each_pixel_are_left():
+def test_statistics_per_pixel_not_folded():
     body = MATMUL.replace("BN(", "BN<spatial=0>(")
     model = linear(body, opset=7)
     assert_left(model, "spatial is 0")
@@ -412,7 +412,7 @@ def test_statistics_of_each_pixel_are_left():
         assert read(model) == {}
 
 
-def test_numbers_that_would_overflow_are_left():
+def test_numbers_that_would_overflow_not_folded():
     body = MATMUL.replace("float", "float16")
     weights = om.numbers(RNG, 3, dtype=np.float16) | {"s": np.full(3, 6e4, np.float16)}
     weights["v"] = np.full(3, 1e-3, np.float16)
@@ -423,7 +423,7 @@ def test_numbers_that_would_overflow_are_left():
     assert_left(model, "are not finite in float16")
 
 
-def test_numbers_that_do_not_fit_are_left():
+def test_numbers_of_wrong_shape_not_folded():
     model = om.build(MATMUL, w=om.normal(RNG, 3, 4), **om.numbers(RNG, 3))
     assert_left(model, "weight of shape (3, 4) has 4 output channels")
     model = om.build(MATMUL, w=om.normal(RNG, 3, 3), **om.numbers(RNG, 3) | {"s": np.ones(2, "f4")})
@@ -434,7 +434,7 @@ def test_numbers_that_do_not_fit_are_left():
     assert_left(model, "the weight of MatMul 'c', 'w', is of type INT32")
 
 
-def test_unloaded_data_are_left(tmp_path):
+def test_unloaded_data_not_folded(tmp_path):
     model = linear()
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, size_threshold=0)
@@ -442,7 +442,7 @@ def test_unloaded_data_are_left(tmp_path):
     assert om.batch_norms(fold(onnx.load(path))) == []
 
 
-def test_subgraphs_and_functions_are_left():
+def test_subgraphs_and_functions_not_folded():
     body = """(float[N,3] x, bool k) => (float[N,3] y) {
         y = If(k)<then_branch = then () => (float[N,3] zt) {
                       c = MatMul(x, w) zt = BN(c, s, o, m, v) },
@@ -495,7 +495,7 @@ def test_types(dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounded_once(dtype):
-    """Just above the middle between two numbers, where float32 is at the middle."""
+    """Just above the midpoint of two numbers, where float32 is at the midpoint."""
     kind = np.dtype(dtype if dtype != "bfloat16" else pytest.importorskip("ml_dtypes").bfloat16)
     step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype]
     body = f"""({dtype}[N,1] x) => ({dtype}[N,1] y) {{
@@ -515,7 +515,7 @@ def test_rounded_once(dtype):
         assert [float(a.reshape(())) for a in got.values()] == [expected, expected]
 
 
-def test_numbers_of_several_are_rounded_once():
+def test_several_batch_norms_rounded_once():
     """A batch norm before and two after: 1.5 units of float32's last place, not one and two."""
     body = """(float[N,1] x) => (float[N,1] y) {
         a = BN<epsilon=0.0>(x, s, o, m, v) b = MatMul(a, w)
@@ -529,7 +529,7 @@ def test_numbers_of_several_are_rounded_once():
     assert om.constants(folded)["w"] == np.float32(scale**3) == 1 + 2.0**-23
 
 
-def test_the_state_of_numpy_s_errors_decides_nothing():
+def test_independent_of_numpy_errstate():
     body = MATMUL.replace("float", "float16")
     weights = om.numbers(RNG, 3) | {"w": om.normal(RNG, 3, 3, dtype=np.float16)}
     weights["s"] = np.array([1e30, 1e-30, 1e-9], np.float32)
@@ -544,14 +544,14 @@ def test_the_state_of_numpy_s_errors_decides_nothing():
 
 
 def test_statistics_keep_their_own_type():
-    """float32 parameters beside float64 statistics: the mean is not rounded on the way."""
+    """float32 parameters with float64 statistics: the mean is not rounded."""
     body = "(double[N,3] x) => (double[N,3] y) { c = MatMul(x, w) y = BN(c, s, o, m, v) }"
     weights = om.numbers(RNG, 3) | om.numbers(RNG, 3, "s0, o0, m, v", np.float64)
     weights = {k: weights[k] for k in "somv"} | {"w": np.eye(3)}
     model = om.build(body, **weights)
     got = om.constants(fold(model))
     scale = weights["s"] / np.sqrt(weights["v"] + float(np.float32(1e-5)))
-    # A few roundings of float64, where a mean rounded to float32 would be off by 1e-8.
+    # A few roundings of float64; a mean rounded to float32 would be off by 1e-8.
     np.testing.assert_allclose(got["w"], np.diag(scale), rtol=1e-15)
     (bias,) = set(got) - {"w"}
     np.testing.assert_allclose(got[bias], weights["o"] - weights["m"] * scale, rtol=0, atol=1e-14)
@@ -621,7 +621,7 @@ def test_bad_arguments():
         fold(model)
 
 
-def test_the_report_names_each_one_once(capsys):
+def test_report_names_each_batch_norm_once(capsys):
     body = """(float[N,3] x) => (float[N,3] z) {
         c = MatMul(x, w) d = BN(c, s, o, m, v)
         r = Relu(d) z = BN(r, s, o, m, v)

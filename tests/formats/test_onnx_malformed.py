@@ -1,7 +1,7 @@
-"""Models that are wrong somewhere: what is still right is folded and read, and nothing else breaks.
+"""Models with errors: the correct parts are folded and read, and nothing else breaks.
 
-Where one batch norm alone is concerned, it is left and the reason is given; where it cannot be told
-what the graph computes, the model is refused.
+If only one batch norm is affected, it is left and the reason is given. If the meaning of the graph
+is unclear, the model is refused.
 """
 
 import itertools
@@ -48,7 +48,7 @@ def replace(model, name, values):
 
 
 def reasons(model):
-    """Fold, and return why each batch norm was left, by its name; None where it was folded."""
+    """Fold, and return why each batch norm was left, by its name; None if it was folded."""
     outcomes = []
     fold(model, report=outcomes.append)
     return {o.name: None if o.folded else o.why for o in outcomes}
@@ -99,7 +99,7 @@ def set_input(i, position, name):
 
 
 def make(*nodes):
-    """Put nodes in front, and let the second batch norm have its variance from there."""
+    """Add nodes at the front, and take the second batch norm's variance from them."""
 
     def spoil(model):
         for node in reversed(nodes):
@@ -114,7 +114,7 @@ def make_constant(**attributes):
 
 
 def other_node(i, kind, *inputs, **attributes):
-    """Put another node in the place of one."""
+    """Replace a node by another."""
 
     def spoil(model):
         output = model.graph.node[i].output[0]
@@ -199,7 +199,7 @@ LEFT = [
 
 
 @pytest.mark.parametrize(("spoil", "reason"), LEFT, ids=[reason for _, reason in LEFT])
-def test_one_is_left(spoil, reason):
+def test_malformed_one_not_folded_other_is(spoil, reason):
     model = two()
     spoil(model)
     before = model.SerializeToString(deterministic=True)
@@ -213,8 +213,8 @@ def test_one_is_left(spoil, reason):
 
 
 @pytest.mark.parametrize(("i", "other"), [(1, "y"), (5, "d")])
-def test_a_batch_norm_that_makes_nothing(i, other):
-    """It has no output to be called by."""
+def test_batch_norm_without_output(i, other):
+    """It has no output to be named after."""
     model = two()
     del model.graph.node[i].output[:]
     why = "it has 5 inputs and 0 outputs; expected 5 and 1"
@@ -223,15 +223,15 @@ def test_a_batch_norm_that_makes_nothing(i, other):
         assert set(read(model)) == {other}
 
 
-def test_other_nodes_that_make_nothing():
+def test_other_nodes_without_output():
     model = two()
     model.graph.node.append(helper.make_node("Relu", ["x"], []))
     model.graph.node.append(helper.make_node("Conv", [], []))
     assert reasons(model) == {"d": None, "y": None}
 
 
-def test_nodes_in_another_order():
-    """Which no checker lets pass, though it can be told what the graph computes."""
+def test_unsorted_nodes():
+    """Checkers refuse this, though the meaning of the graph is clear."""
     row = "c = Conv(x, w) d = BN(c, s, o, m, v) e = Mul(d, k) f = BN(e, s, o, m, v) r = Relu(f)"
     row += " g = BN(r, s, o, m, v) h = Add(g, k) i = BN(h, s, o, m, v) y = Conv(i, w)"
     numbers = {"w": om.normal(RNG, 3, 3, 1, 1), "k": om.normal(RNG, 3, 1, 1)} | om.numbers(RNG, 3)
@@ -245,7 +245,7 @@ def test_nodes_in_another_order():
 
 
 def test_shapes_that_cannot_be_inferred():
-    """What the model says itself is taken: nothing of a MatMul's output here."""
+    """The shapes stated in the model are used: here none for a MatMul's output."""
     body = "(float[N,3] x) => (float[N,3] z) { c = MatMul(x, w) y = BN(c, s, o, m, v) z = Relu(y) }"
     model = om.build(body, w=om.normal(RNG, 3, 3), **om.numbers(RNG, 3))
     assert reasons(model) == {"y": None}
@@ -311,11 +311,11 @@ def test_refused(spoil, message):
             call(model)
 
 
-# ---- models that are long
+# ---- long models
 
 
 @pytest.mark.parametrize("kind", ["Identity", "Transpose"])
-def test_a_constant_that_is_passed_on_five_thousand_times(kind):
+def test_chain_of_five_thousand_identities(kind):
     model, shape = two(), (3, 3, 1, 1)
     replace(model, "w", om.normal(RNG, *shape))
     names = ["w", *(f"w_{i}" for i in range(5000))]
@@ -349,8 +349,8 @@ def work(monkeypatch):
 
 
 @pytest.mark.parametrize("layer", ["before", "after", "between"])
-def test_a_row_of_batch_norms_is_linear_work(layer, work):
-    """One attempt for each, and one more when its neighbour has been folded."""
+def test_row_of_batch_norms_takes_linear_work(layer, work):
+    """One attempt for each, and one more after its neighbour was folded."""
     row = 300
     body = [] if layer == "after" else ["c = Conv(x, w)"]
     value = "x" if layer == "after" else "c"
@@ -380,7 +380,7 @@ ROWS = {
 
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("layer", ["Conv(x, w)", "Relu(x)"])
-def test_rows_of_other_nodes_are_linear_work(kind, layer, work):
+def test_rows_of_other_nodes_take_linear_work(kind, layer, work):
     row = 600
     body, value = [f"c = {layer}"], "c"
     for i in range(row):
@@ -402,7 +402,7 @@ def test_rows_of_other_nodes_are_linear_work(kind, layer, work):
     assert work["_made"] <= 1000
 
 
-# ---- anything else
+# ---- everything else
 
 
 def outcomes_of(model):
@@ -415,8 +415,8 @@ def outcomes_of(model):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_spoiled_models(seed):
-    """Nothing but ValueError and TypeError comes out; models stay as they are."""
+def test_random_invalid_models(seed):
+    """Only ValueError and TypeError are raised; models are not changed."""
     folded = 0
     for part in range(60):
         model, done = onnx_fuzz.spoiled(np.random.default_rng([seed, part]))

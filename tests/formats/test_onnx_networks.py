@@ -1,4 +1,4 @@
-"""Whole networks: what PyTorch's exporters write, and the models that come with onnx."""
+"""Whole networks: from PyTorch's exporters, and the models in the onnx package."""
 
 import importlib.util
 import subprocess
@@ -17,8 +17,8 @@ from onnx import numpy_helper  # noqa: E402
 
 from bnfast.onnx import fold, read  # noqa: E402
 
-# Folded in, and left: the batch norms before the first convolution of a block, whose input the
-# block adds or joins to its result.
+# Numbers of folded and of remaining batch norms. Those that remain come before the first
+# convolution of a block that adds or joins its input to its result.
 NETWORKS = {
     "residual": (10, 0),
     "preactivation": (3, 2),
@@ -73,13 +73,13 @@ def test_networks_from_pytorch(exported, name, exporter):
 
 
 @pytest.mark.slow
-def test_no_network_is_forgotten(exported):
+def test_all_networks_are_listed(exported):
     assert {path.name.split(".")[0] for path in exported.iterdir()} == set(NETWORKS)
 
 
 # ---- the light models of the onnx package: IR version 3, weights by ConstantOfShape
 
-# What is left comes before a ReLU, behind a value that other layers use too.
+# Those that remain come before a ReLU, after a value that other layers use, too.
 LIGHT = {
     "bvlc_alexnet": (0, 0),
     "densenet121": (59, 62),
@@ -94,7 +94,7 @@ LIGHT = {
 FOLDER = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 
 
-def test_no_light_model_is_forgotten():
+def test_all_light_models_are_listed():
     assert {path.stem.removeprefix("light_") for path in FOLDER.glob("*.onnx")} == set(LIGHT)
 
 
@@ -106,7 +106,7 @@ def test_light_models(name):
     assert (totals[True], totals[False]) == LIGHT[name]
     for outcome in outcomes:
         assert outcome.folded or "is used 2 times; Relu" in outcome.why
-    assert len(read(model)) == len(outcomes)  # and no warning, which would be an error
+    assert len(read(model)) == len(outcomes)  # without a warning, which would be an error
     if outcomes:
         ((x, shape),) = om.fed(model)
         got = assert_same_network(folded, model, {x: np.ones(shape, "f4")})
@@ -114,7 +114,7 @@ def test_light_models(name):
 
 
 def with_numbers(model, rng):
-    """Put random initializers in the place of what the model makes by ConstantOfShape."""
+    """Replace the values that the model computes by ConstantOfShape with random initializers."""
     shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     positive = {node.input[4] for node in om.batch_norms(model)}
     kept = [value for value in model.graph.input if value.name not in shapes]
@@ -141,7 +141,7 @@ def test_light_models_with_numbers(name):
     model = onnx.load(FOLDER / f"light_{name}.onnx")
     ((x, shape),) = om.fed(model)
     model = with_numbers(model, rng)
-    # Before the softmax, which would hide what is wrong.
+    # The output before the softmax, which would hide errors.
     if model.graph.node[-1].op_type == "Softmax":
         model.graph.node[-1].op_type = "Identity"
         del model.graph.node[-1].attribute[:]

@@ -1,4 +1,4 @@
-"""Batch norms behind Slice, Reshape, Concat, Mul and Add, and constants that the graph computes."""
+"""Batch norms after Slice, Reshape, Concat, Mul and Add, and constants that the graph computes."""
 
 import numpy as np
 import pytest
@@ -29,21 +29,21 @@ def kinds(model):
     return [node.op_type for node in model.graph.node]
 
 
-# ---- what stands between a layer and the batch norm behind it
+# ---- nodes between a layer and the batch norm after it
 
 FOUR = weights(w=(4, 3, 2, 2), b=(4,), k=(4, 1, 1), q=(1, 4, 1, 1), one=()) | om.numbers(RNG, 4)
 CONV = "(float[{n},3,5,5] x) => (float[] y) {{ c = Conv(x, w, b) {between} y = BN(d, s, o, m, v) }}"
 
 
 def conv(between, n="N", opset=17, **more):
-    """Return a model of a Conv with four channels and its batch norm, and the nodes between."""
+    """Return a model of a Conv with four channels, its batch norm, and the nodes between."""
     model = shaped(om.build(CONV.format(between=between, n=n), opset, **FOUR, **more))
     del model.graph.value_info[:]
     return model
 
 
 def shaped(model):
-    """Give a model's output, and all between, the shape that they have."""
+    """State the shapes of a model's output and of the values between."""
     model.graph.output[0].type.tensor_type.ClearField("shape")
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
@@ -75,7 +75,7 @@ BETWEEN = [
 
 
 @pytest.mark.parametrize(("between", "more"), BETWEEN, ids=[text for text, _ in BETWEEN])
-def test_between(between, more):
+def test_nodes_between(between, more):
     model = conv(between, **more)
     folded = assert_folds(model, IMAGES, 12 + 16)
     assert not {"BatchNormalization", "Mul", "Add"} & {*kinds(folded)}
@@ -89,7 +89,7 @@ def test_between(between, more):
         ("e = Unsqueeze(c, a0) d = Squeeze(e, a0)", {"a0": ints(3)}),
     ],
 )
-def test_between_where_all_axes_are_known(between, more):
+def test_nodes_between_with_known_axes(between, more):
     assert_folds(conv(between, 2, **more), IMAGES, 12)
 
 
@@ -134,12 +134,12 @@ def test_flattened_after_a_linear_layer():
         ("d = Div(c, k)", {}, "Div 'd' is no convolution or linear layer"),
     ],
 )
-def test_between_that_is_left(between, more, reason):
+def test_nodes_between_not_folded(between, more, reason):
     assert_left(conv(between, **more), reason)
 
 
 @pytest.mark.parametrize("used", ["c", "e", "d"])
-def test_what_is_used_elsewhere_stays(used):
+def test_values_used_elsewhere_stay(used):
     model = conv("e = Mul(c, k) d = Slice(e, first, last, axes)", **AXES)
     model.graph.node.append(helper.make_node("Relu", [used], ["z"]))
     model.graph.output.add().name = "z"
@@ -164,11 +164,11 @@ def test_what_is_used_elsewhere_stays(used):
         (("N", 4), ("N",), False),
     ],
 )
-def test_axes_are_kept_where_that_is_known(dims, made, kept):
+def test_kept_axes(dims, made, kept):
     assert _keeps_channels(dims, made, 4) == kept
 
 
-def test_a_batch_norm_looks_at_a_bounded_number_of_nodes():
+def test_number_of_nodes_searched_is_limited():
     row = " ".join(f"e{i} = Add(e{i - 1}, one)" for i in range(1, 300))
     model = conv(f"e0 = Mul(c, k) {row} d = Add(e299, one)")
     assert_left(model, "there are more than 256 nodes between it and its layers")
@@ -191,7 +191,7 @@ def joined(body=JOIN, axis=1, channels=13, **more):
 
 
 @pytest.mark.parametrize("axis", [1, -3])
-def test_joined(axis):
+def test_concat_of_layers(axis):
     model = joined(axis=axis)
     # The reference evaluator (onnx 1.23) splits the weights of several groups wrongly.
     folded = assert_folds(model, IMAGES, 24, references=(om.run_runtime,))
@@ -200,7 +200,7 @@ def test_joined(axis):
     assert outcome.why == "Conv 'a', ConvTranspose 'p', Conv 'u' before it"
 
 
-def test_joined_twice_and_normalised_on_the_way():
+def test_nested_concat_with_batch_norm_inside():
     body = """(float[N,5] x) => (float[N,12] y) {
         a = MatMul(x, w1) b = Gemm<transB=1, alpha=0.5>(x, w2, k) c = MatMul(x, w3)
         b1 = BN(b, s1, o1, m1, v1) d = Concat<axis=1>(a, b1) e = BN(d, s2, o2, m2, v2)
@@ -224,17 +224,17 @@ def test_joined_twice_and_normalised_on_the_way():
         ("d1 = Mul(d, k)", "d1 = Mul(d, a)", "Mul 'd1' multiplies by no constant"),
     ],
 )
-def test_joined_and_left(old, new, reason):
+def test_concat_of_layers_not_folded(old, new, reason):
     assert_left(joined(JOIN.replace(old, new)), reason)
 
 
-def test_numbers_of_joined_layers_that_do_not_fit():
+def test_concat_with_wrong_number_of_channels():
     model = joined(channels=12, k=om.normal(RNG, 13, 1, 1))
     assert_left(model, "the layers before it have 13 channels; expected 12")
 
 
-def test_all_parts_or_none():
-    """The last layer's numbers would overflow: the first ones stay as they are."""
+def test_joined_layers_fold_all_or_none():
+    """The last layer's numbers would overflow: the first layers stay unchanged, too."""
     body = """(float16[N,5] x) => (float16[N,6] y) {
         a = MatMul(x, w1) b = MatMul(x, w2) d = Concat<axis=1>(a, b) y = BN(d, s, o, m, v)
     }"""
@@ -245,11 +245,11 @@ def test_all_parts_or_none():
     assert_left(om.build(body, **numbers), "are not finite in float16")
 
 
-# ---- Adds and Muls behind a batch norm, and before a layer
+# ---- Adds and Muls after a batch norm, and before a layer
 
 
-def test_behind_a_folded_batch_norm():
-    """As Caffe's models scale."""
+def test_constants_after_folded_batch_norm():
+    """As in Caffe's models."""
     body = """(float[N,3,5,5] x) => (float[N,4,4,4] y) {
         c = Conv(x, w, b) d = BN(c, s, o, m, v) e = Mul(d, k) f = Add(e, q) y = Relu(f)
     }"""
@@ -257,7 +257,7 @@ def test_behind_a_folded_batch_norm():
     assert kinds(folded) == ["Conv", "Relu"]
 
 
-def test_behind_a_folded_batch_norm_and_not_one_a_channel():
+def test_constants_not_per_channel_after_folded_batch_norm():
     body = """(float[N,3,5,5] x) => (float[N,4,4,4] y, float[N,4,4,4] z) {
         c = Conv(x, w, b) d = BN(c, s, o, m, v) e = Mul(d, k) f = Add(e, p) y = Mul(f, k)
         z = Add(y, q)
@@ -302,8 +302,8 @@ EXPORTED = """
 
 
 @pytest.mark.parametrize("dtype", ["float", "double", "float16"])
-def test_the_zero_bias_of_the_current_exporter(dtype):
-    """Shape, Expand, CastLike, Expand: where `dynamo=True, optimize=False` and there is no bias."""
+def test_zero_bias_of_current_exporter(dtype):
+    """Shape, Expand, CastLike, Expand: for `dynamo=True, optimize=False` without a bias."""
     body = f"""({dtype}[N,4,5,5] x) => ({dtype}[N,4,5,5] y) {{
         zero = Constant<value=float {{0.0}}>()
         {EXPORTED.format(i=1, x="x", pad=1)} a = BN(c1, s, o, m, v) u = Relu(a)
@@ -321,8 +321,8 @@ def test_the_zero_bias_of_the_current_exporter(dtype):
     assert {"w1", "w2"} < set(om.constants(folded))
 
 
-def test_what_sees_a_type_or_a_shape_alone_sees_another_value():
-    """The batch norm goes, and with it the value whose type the second bias has."""
+def test_users_of_type_or_shape_get_another_value():
+    """The batch norm is removed, and with it the value whose type the second bias has."""
     body = f"""(float[N,4,5,5] x) => (float[N,4,5,5] y, int64[4] z, int64 k, float[4] t2) {{
         zero = Constant<value=float {{0.0}}>() a = BN(x, s, o, m, v)
         {EXPORTED.format(i=1, x="a", pad=0)} z = Shape(a) k = Size(c1)
@@ -396,14 +396,14 @@ def test_computed_constants(computed, more):
         ("e = Relu(d) b1 = Identity(e)", {}, "the bias of Conv 'c', 'e', is not a constant"),
     ],
 )
-def test_computed_and_left(computed, more, reason):
+def test_computed_constants_not_folded(computed, more, reason):
     body = CONV.format(between=computed, n="N").replace("c = Conv(x, w, b) ", "")
     body = body.replace("y =", "c = Conv(x, w, b1) y =").replace("BN(d,", "BN(c,")
     assert_left(om.build(body, d=om.normal(RNG, 4), **FOUR, **more), reason)
 
 
-def test_constants_that_few_bytes_blow_up(monkeypatch):
-    """There is a bound on each, and on all together, however many layers share one."""
+def test_size_of_expanded_constants_is_limited(monkeypatch):
+    """There is a limit on each, and on all together, however many layers share one."""
     body = """(float[N,3,5,5] x) => (float[N,4,4,4] y, float[N,4,4,4] z) {
         k2 = ConstantOfShape<value=float[1] {0.5}>(n) c = Conv(x, k2) y = BN(c, s, o, m, v)
         e = Conv(x, k2) z = BN(e, s, o, m, v)
@@ -417,7 +417,7 @@ def test_constants_that_few_bytes_blow_up(monkeypatch):
     assert_left(huge, "the shape [16384, 16384, 1, 1] is negative or too large", 2)
 
 
-def test_constants_that_few_nodes_copy(monkeypatch):
+def test_size_of_copied_constants_is_limited(monkeypatch):
     row = "".join(f"e{i} = Cast<to=1>(e{i - 1})" for i in range(1, 20))
     text = f"{{ c = Conv(x, w) {row} y = BN(c, e19, o, m, v) }}"
     model = om.build(
@@ -428,7 +428,7 @@ def test_constants_that_few_nodes_copy(monkeypatch):
     assert_left(model, "its scale, 'e12', is not computed: constants would have more than")
 
 
-def test_the_state_of_numpy_s_errors_decides_nothing():
+def test_independent_of_numpy_errstate():
     model = conv("d1 = BN(c, s, o, m, v) d = Relu(d1)", big=np.array([1e300, 1, 1, 1]))
     model.graph.node.insert(0, helper.make_node("Cast", ["big"], ["cast"], to=TensorProto.FLOAT))
     model.graph.node[2].input[1] = "cast"
@@ -450,7 +450,7 @@ def test_constants_whose_shape_is_used_stay(shape):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 if got.ndim == 2 else 0)
 
 
-def test_what_is_looked_at_alone_stays_where_other_outputs_are_used():
+def test_value_used_for_type_stays_if_other_outputs_are_used():
     body = f"""(float[N,8,5,5] x) => (float[N,4,5,5] y) {{
         zero = Constant<value=float {{0.0}}>() r, t = Split<axis=1>(x, sizes)
         {EXPORTED.format(i=1, x="t", pad=0).replace("CastLike(zero, t)", "CastLike(zero, r)")}
@@ -463,8 +463,8 @@ def test_what_is_looked_at_alone_stays_where_other_outputs_are_used():
 
 
 @pytest.mark.parametrize("shape", [(), (1, 3), (3,)])
-def test_constants_that_change_their_shape_get_a_new_name(shape):
-    """Before IR version 4 an initializer is an input as well, with the shape that it had."""
+def test_constants_with_new_shape_get_new_name(shape):
+    """Before IR version 4 an initializer is also an input, with its former shape."""
     body = "(float[N,3] x) => (float[N,3] y) { c = Gemm(x, w, b) y = BN(c, s, o, m, v) }"
     numbers = weights(w=(3, 3), b=shape) | om.numbers(RNG, 3)
     folded = assert_folds(
@@ -474,7 +474,7 @@ def test_constants_that_change_their_shape_get_a_new_name(shape):
 
 
 def test_weights_of_ir_version_3():
-    """As the light models of the onnx package are: every constant an input, weights computed."""
+    """Like the light models of the onnx package: every constant an input, weights computed."""
     body = """(float[N,3,5,5] x) => (float[N,4,4,4] y) {
         w1 = ConstantOfShape<value=float[1] {0.25}>(n) k1 = ConstantOfShape<value=float[1] {3.0}>(l)
         s1 = ConstantOfShape<value=float[1] {2.0}>(l) k2 = Unsqueeze<axes=[1, 2]>(k1)
@@ -495,7 +495,7 @@ KINDS += ["slice", "reshape", "relu"]
 
 
 class RandomNetwork:
-    """A row of random nodes, most of them on the value before; values by name, with their axes."""
+    """A row of random nodes, most of them on the previous value; values are kept by name."""
 
     def __init__(self, rng):
         self.rng, self.lines, self.numbers = rng, ["zero = Constant<value=float {0.0}>()"], {}

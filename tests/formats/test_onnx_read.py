@@ -1,4 +1,4 @@
-"""The batch norms of a model as layers, and the operator itself, against ONNX's own tests."""
+"""Batch norms of a model read as layers, and the operator itself, with ONNX's own tests."""
 
 import re
 import subprocess
@@ -81,7 +81,7 @@ def test_layers_are_the_nodes(opset):
     assert layers["first"].eps == float(np.float32(0.01))
     assert layers["first"].momentum == 0.25
     for key, value in conventions.ONNX.items():
-        # Attributes are float32, and the defaults with them.
+        # Attributes are float32, and so are the defaults.
         assert getattr(layers["y"], key) == pytest.approx(value, rel=1e-6, abs=0)
 
     x = om.normal(RNG, 2, 3, 4, 4)
@@ -119,7 +119,7 @@ def test_training_nodes_are_layers_in_training():
     assert not read(om.build(body.format(""), 15, **om.numbers(RNG, 3)))["y"].training
 
 
-def test_equal_names_are_told_apart():
+def test_equal_names_are_distinguished():
     model, _ = two()
     for node in model.graph.node:
         node.name = "bn"
@@ -142,20 +142,20 @@ def named(*nodes):
 @pytest.mark.parametrize(
     ("nodes", "names"),
     [
-        # one's name is the output of another, which has no other name
+        # the name of one is the output of another, which has no other name
         ([("y", "h"), ("", "y")], ["h", "y"]),
         ([("", "y"), ("y", "h")], ["y", "h"]),
-        # and the output that it goes by instead is the name of a third
+        # and the output it is then called by is the name of a third
         ([("y", "h"), ("", "y"), ("h", "z")], ["h", "y", "z"]),
         ([("a", "b"), ("b", "c"), ("c", "d"), ("", "a")], ["b", "c", "d", "a"]),
         ([("n", "a"), ("n", "b"), ("a", "c"), ("b", "n")], ["a", "b", "c", "n"]),
-        # no two go by the same: names stay
+        # no two have the same name: names stay
         ([("y", "h"), ("b", "y")], ["y", "b"]),
         ([("y", "h"), ("h", "y")], ["y", "h"]),
         ([("bn", "bn"), ("bn", "z")], ["bn", "z"]),
     ],
 )
-def test_names_are_told_apart_from_outputs(nodes, names):
+def test_names_are_distinguished_from_outputs(nodes, names):
     model = named(*nodes)
     assert list(read(model)) == names
     seen = []
@@ -163,7 +163,7 @@ def test_names_are_told_apart_from_outputs(nodes, names):
     assert [outcome.name for outcome in seen] == names
 
 
-def test_the_names_of_other_nodes_change_none():
+def test_names_of_other_nodes_have_no_effect():
     model = named(("y", "h"), ("b", "y"))
     model.graph.node.append(helper.make_node("Relu", ["y"], ["b"]))
     model.graph.node.append(helper.make_node("Relu", ["y"], ["z"], "h"))
@@ -175,7 +175,7 @@ def test_long_rows_of_clashing_names():
     assert list(read(named(*row, ("", "v0")))) == [*(f"v{i + 1}" for i in range(2000)), "v0"]
 
 
-def test_without_onnx_the_import_says_so():
+def test_import_error_without_onnx():
     code = "import sys; sys.modules['onnx'] = None; import bnfast; import bnfast.onnx"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
@@ -216,7 +216,7 @@ def node_tests():
     return {case.name: case for case in cases if "batchnorm" in case.name}
 
 
-def test_no_backend_test_is_forgotten(node_tests):
+def test_all_backend_tests_are_listed(node_tests):
     assert set(node_tests) == NODE_TESTS
 
 
@@ -243,7 +243,7 @@ def converted_tests():
 
 @pytest.mark.parametrize("name", sorted(converted_tests()))
 def test_backend_pytorch_converted(name):
-    """Models that PyTorch wrote, of IR 3 and opset 6 or so, with inputs and outputs."""
+    """Models that PyTorch wrote, of IR 3 and about opset 6, with inputs and outputs."""
     case = converted_tests()[name]
     folder = Path(case.model_dir)
     model = onnx.load(folder / "model.onnx")
@@ -276,7 +276,7 @@ def types():
 
 
 def _unless_supported(name):
-    """Half types are for the core to take; those it refuses are skipped."""
+    """The core decides on half types; those it refuses are skipped."""
     import ml_dtypes  # onnx needs it
 
     dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
@@ -304,7 +304,7 @@ def test_types_and_ranks(name, training, shape):
     got = got if training else (got,)
     assert len(got) == (3 if training else 1)
     # (x - mean) * scale + bias: five roundings of terms below 16 in the type of the data, or in
-    # float32 with one rounding at the end; the running statistics are rounded once.
+    # float32 with one rounding at the end. The running statistics are rounded once.
     u = float(ml_dtypes.finfo(dtype).eps) / 2
     for result, exactly, size in zip(got, want, (16, 1, 4), strict=False):
         assert result.dtype == dtype
@@ -312,7 +312,7 @@ def test_types_and_ranks(name, training, shape):
 
 
 def test_parameters_of_other_types():
-    """Opset 15: x, the parameters and the statistics may be of three types."""
+    """Opset 15: x, the parameters and the statistics may have three different types."""
     x = om.normal(RNG, 4, 3, 5)
     s, o, m, v = om.numbers(RNG, 3, dtype=np.float64).values()
     y, mean, var = batch_normalization(x, s, o, m, v, training_mode=1)
@@ -332,7 +332,7 @@ def test_one_dimension_is_one_channel():
     assert mean.shape == var.shape == (1,)
 
 
-def test_one_value_a_channel_is_its_own_mean():
+def test_one_value_per_channel():
     x = om.normal(RNG, 1, 3)
     s, o, m, v = om.numbers(RNG, 3).values()
     y, mean, var = batch_normalization(x, s, o, m, v, training_mode=1)
@@ -343,7 +343,7 @@ def test_one_value_a_channel_is_its_own_mean():
 
 
 def test_running_statistics_are_rounded_once():
-    """A mean just above the middle between two bfloat16, where float32 is at the middle."""
+    """A mean just above the midpoint of two bfloat16 values, where float32 is at the midpoint."""
     import ml_dtypes
 
     x = np.array([[1 + 2.0**-8 + 2.0**-40], [1 + 2.0**-8 + 2.0**-40]])
@@ -353,7 +353,7 @@ def test_running_statistics_are_rounded_once():
     assert float(mean[0]) == 1 + 2.0**-7
 
 
-def test_the_state_of_numpy_s_errors_decides_nothing():
+def test_independent_of_numpy_errstate():
     x = np.array([[1e30, 1e-30, 0], [-1e30, -1e-30, 0]])
     half = np.array([6e4, 6e-8, 0], np.float16)
     arguments = (x, half, half, half, half, 1e-5, 1e-3)
@@ -365,7 +365,7 @@ def test_the_state_of_numpy_s_errors_decides_nothing():
             np.testing.assert_array_equal(ours, theirs)
 
 
-def test_an_empty_batch_changes_nothing():
+def test_empty_batch_changes_nothing():
     s, o, m, v = om.numbers(RNG, 3).values()
     x = np.zeros((0, 3, 2), np.float32)
     y, mean, var = batch_normalization(x, s, o, m, v, training_mode=1)
@@ -395,7 +395,7 @@ def test_bad_arguments():
                 batch_normalization(*arguments[:5], *(arguments[5:7] or (1e-5, 0.9)), mode)
 
 
-def test_a_read_layer_freezes():
+def test_read_layer_freezes():
     model, _ = two()
     x = om.normal(RNG, 2, 3, 4, 4)
     layer = read(model)["y"]

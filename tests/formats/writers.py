@@ -1,8 +1,8 @@
 """Write checkpoints with the libraries themselves: `python writers.py keras` and so on.
 
-Each writes its files, and `expected_<library>.npz` with inputs of its batch norms and the outputs
-that they gave in inference, into the working directory. They run as processes of their own: these
-libraries start threads at import, which a test run that forks can do without.
+Each writes its files, and `expected_<library>.npz` with inputs of its batch norms and their outputs
+in inference, into the working directory. They run in separate processes: these libraries start
+threads at import, which would disturb a test run that forks.
 """
 
 import os
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(20150304)
 
 
 def trained(channels, dtype=np.float32):
-    """Return weight, bias, running mean and variance of no layer in particular."""
+    """Return weight, bias, running mean and variance of some layer."""
     values = (*RNG.normal(size=(3, channels)), RNG.uniform(0.1, 4, channels))
     return [a.astype(dtype) for a in values]
 

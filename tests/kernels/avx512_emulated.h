@@ -1,9 +1,9 @@
 /* The intrinsics of src/simd_avx512.h without AVX-512, for processors that have only AVX2:
  * SIMDe's where it has them (0.8.2 or later), two halves of AVX2 or loops where it lacks
- * them.  Included before everything else, as in -include.
+ * them. Included before everything else, as in -include.
  *
  * Loads and stores of a part are loops over its lanes: SIMDe's own touch all 64 bytes, and
- * would say nothing about what lies behind a tail.  Whatever simd_avx512.h uses and this file
+ * would not show accesses past a tail. An intrinsic that simd_avx512.h uses and this file
  * does not name is the compiler's own, which it refuses to inline without -mavx512*. */
 #ifndef BNFAST_TESTS_AVX512_EMULATED_H
 #define BNFAST_TESTS_AVX512_EMULATED_H
@@ -62,7 +62,7 @@
 #define _mm512_cvtps_pd emulated_mm512_cvtps_pd
 #define _mm256_mask_or_epi32 emulated_mm256_mask_or_epi32
 
-/* The lanes of a mask, of so many bytes each. */
+/* The lanes of a mask, with so many bytes each. */
 static inline void copy_lanes(void *to, const void *from, unsigned mask, size_t bytes)
 {
     for (size_t i = 0; i < 8; i++)

@@ -1,5 +1,5 @@
-/* In the place of src/dispatch.c: AVX-512's table alone, compiled for an emulation of it,
- * which runs where src/dispatch.c would rightly say that the processor has none. */
+/* Replaces src/dispatch.c: only AVX-512's table, compiled for an emulation of it. It runs where
+ * src/dispatch.c would correctly say that the processor does not have AVX-512. */
 #include "bnfast.h"
 
 extern const bnf_table bnf_table_avx512;

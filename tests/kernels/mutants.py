@@ -1,9 +1,9 @@
 """Breaks each operation of the sets in turn: `python tests/kernels/mutants.py [word ...]`.
 
-As tests/mutants.py does with the formulas of the kernels, which say nothing about the operand
-order of a max or a mask that is a lane too long. Every mistake is made in a copy of src/, and
-must be noticed by the requests of operations.py. Words choose: a set's name, a part of a file's.
-A minute or two for all; the exit status says whether all were caught.
+tests/mutants.py does this with the formulas of the kernels. They do not show the operand order of a
+max, or a mask that is a lane too long. Every mistake is made in a copy of src/, and must be noticed
+by the requests of operations.py. Words select: a set's name, a part of a file's. All take a minute
+or two; the exit status says whether all were caught.
 """
 
 import shutil
@@ -31,9 +31,9 @@ TARGETS = {
 SCALAR, SSE2, AVX2, AVX512 = "scalar", "sse2", "avx2", "avx512"
 EMULATED, NEON = "avx512 (emulated)", "neon (qemu-aarch64)"
 
-# set, type it is asked on, file, what stands there, what its first occurrence becomes
+# set, type that is tested, file, text in it, replacement of its first occurrence
 MUTANTS = [
-    # the operand that is given back where both are equal, or one is NaN
+    # the operand that is returned if both are equal, or one is NaN
     (SCALAR, "float32", "simd_scalar.h", "a.lane[i] > b.lane[i]", "a.lane[i] >= b.lane[i]"),
     (SCALAR, "float32", "simd_scalar.h", "a.lane[i] < b.lane[i]", "!(a.lane[i] >= b.lane[i])"),
     (SSE2, "float32", "simd_sse2.h", "_mm_max_ps(a.lo, b.lo)", "_mm_max_ps(b.lo, a.lo)"),
@@ -63,7 +63,7 @@ MUTANTS = [
     (NEON, "float32", "simd_neon.h", "vcgtq_f32(a.lo, b.lo)", "vcgeq_f32(a.lo, b.lo)"),
     (NEON, "float64", "simd_neon.h", "vbslq_f64(vcgtq_f64(a, b), a, b)", "vmaxq_f64(a, b)"),
     (NEON, "float64", "simd_neon.h", "vbslq_f64(vcltq_f64(a, b), a, b)", "vminq_f64(a, b)"),
-    # the kink belongs to one side
+    # the side that includes the kink
     (SCALAR, "float32", "simd_scalar.h", "a.lane[i] <= b.lane[i]", "a.lane[i] < b.lane[i]"),
     (SSE2, "float64", "simd_sse2.h", "_mm_cmple_pd", "_mm_cmplt_pd"),
     (AVX2, "float32", "simd_avx2.h", "_CMP_LE_OQ", "_CMP_LT_OQ"),
@@ -114,7 +114,7 @@ MUTANTS = [
      "memcpy(lanes, p, 16)"),
     (NEON, "float16", "simd_neon.h", "memcpy(p, lanes, (size_t)n * sizeof *p)",
      "memcpy(p, lanes, 16)"),
-    # halves: to nearest, even in the middle; denormals; NaN made quiet, its bits kept
+    # halves: to nearest, ties to even; denormals; NaN made quiet, its bits kept
     (SCALAR, "float16", "simd_scalar.h", "0xfff + (size >> 13 & 1)", "0xfff"),
     (SCALAR, "float16", "simd_scalar.h", "size < 113u << 23", "size < 112u << 23"),
     (SCALAR, "bfloat16", "simd_scalar.h", "0x7fff + (bits >> 16 & 1)", "0x7fff"),
@@ -140,8 +140,9 @@ MUTANTS = [
 
 
 def complaint(target, dtype, folder):
-    """What is noticed of the sources in folder/src, or None. A mistake that does not compile
-    is one of MUTANTS and ends the program."""
+    """What the tests notice in the sources in folder/src, or None. A mistake that does not compile
+    is an error in MUTANTS and ends the program.
+    """
     dtype = bfloat16 if dtype == "bfloat16" else dtype
     built = operations.build(
         folder, target.isa, dtype, target.flags(), target.compiler, folder / "src", warnings=()

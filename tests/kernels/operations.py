@@ -1,9 +1,9 @@
-"""The operations of each simd_<isa>.h: requests for run_operations.c, and what it must answer.
+"""The operations of each simd_<isa>.h: requests for run_operations.c, and the correct answers.
 
 An instruction set's own part of the library is a few dozen functions on eight lanes. Kernels
-show how these work together; here each is asked alone, for every half, every rounding, and
-every pair of numbers whose order is a question, at both edges of accessible memory. What is
-right is NumPy's word, and ml_dtypes' for bfloat16.
+show that they work together. Here each is tested alone: for every half, every rounding, and
+every pair of numbers whose order matters, at both edges of accessible memory. The correct
+answers are NumPy's, and ml_dtypes' for bfloat16.
 """
 
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ OPERATIONS = (
 REQUEST = np.dtype([(name, "<i8") for name in ("operation", "n", "at_start", "groups")])
 LANES = 8
 
-# How a NaN has to look: as it should in every bit, or but for the bit that makes it quiet
-# (conversions to a wider type may or may not set it), or any NaN (of arithmetic).
+# How a NaN is compared: in every bit; in every bit except the one that makes it quiet
+# (conversions to a wider type may set it or not); or not at all (results of arithmetic).
 EXACT, QUIETED, ANY = range(3)
 
 
 @dataclass(frozen=True)
 class Request:
-    """Operands, a row a group, and the rows that are right."""
+    """Operands, one row per group, and the correct rows."""
 
     operation: str
     given: np.ndarray
@@ -72,7 +72,7 @@ def as_integers(a):
 
 
 def quieted(a):
-    """The bits, the first one of the fraction set."""
+    """The bits, with the first bit of the fraction set."""
     quiet = 1 << {4: 22, 8: 51}[a.itemsize]
     return as_integers(a) | np.asarray(quiet, f"u{a.itemsize}")
 
@@ -81,8 +81,9 @@ def quieted(a):
 
 
 def random_patterns(dtype, count, seed):
-    """Numbers of all signs and exponents alike; NaN, signalling or not, infinities and denormals
-    are among the halves, and are added to the wider ones."""
+    """Numbers of all signs and exponents. NaN (signalling or not), infinities and denormals
+    are among the halves, and are added to the wider ones.
+    """
     rng = np.random.default_rng(seed)
     patterns = rng.integers(0, 2 ** (8 * dtype.itemsize), count, f"u{dtype.itemsize}")
     return patterns.view(dtype)
@@ -90,7 +91,8 @@ def random_patterns(dtype, count, seed):
 
 def special_values(dtype):
     """NaN of either sign and of several payloads, both zeros, infinities, the smallest and largest
-    numbers, the kinks of the activations and what lies beside them."""
+    numbers, the kinks of the activations and their neighbours.
+    """
     info = finfo(dtype)
     sizes = [0, info.smallest_subnormal, info.smallest_normal, 0.01, 1, 6, info.max, np.inf, np.nan]
     sizes = np.array([*sizes, np.nextafter(dtype.type(6), dtype.type(7))], dtype)
@@ -110,8 +112,9 @@ def in_memory(dtype):
 
 
 def to_write(dtype):
-    """Numbers that are rounded when they are written: the halves, what lies in the middle of two
-    neighbours (and of the largest and the next power of two), the nearest above and below it."""
+    """Numbers that are rounded when they are written: the halves, the midpoints of two neighbours
+    (also of the largest and the next power of two), and the nearest values above and below.
+    """
     wide = computed_in(dtype)
     if wide == dtype:
         return in_memory(dtype)
@@ -143,7 +146,7 @@ def narrowed(a, dtype):
 
 
 def grouped(values, n):
-    """In rows of n; the last one is filled up with the first values."""
+    """In rows of n; the last row is filled up with the first values."""
     return np.resize(values, (-(-len(values) // n), n))
 
 
@@ -166,7 +169,7 @@ def loads(dtype):
 
 
 def stores(dtype):
-    """Every number by a whole store, and by one of each kind of part."""
+    """Store every number as part of a whole vector, and of one of each kind of part."""
     numbers = to_write(dtype)
     streamable = [n for n in range(1, LANES) if n * dtype.itemsize % 16 == 0]
     for n, at_start in product(range(1, LANES + 1), (False, True)):
@@ -182,7 +185,7 @@ def stores(dtype):
 
 
 def operands(dtype, count):
-    """Special values, each with each, and random ones; a row for each operand."""
+    """Special values, each with each, and random ones; one row per operand."""
     special = special_values(dtype)
     pairs = np.array(list(product(special, special)), dtype).T
     others = [np.resize(special[::step], pairs.shape[1]) for step in (1, -1)]
@@ -198,8 +201,9 @@ def fused(a, b, c):
 
 
 def multiply_adds(dtype, has_fma):
-    """Numbers between 1 and 4, whose exact result has the digits of a float64 where they are
-    float32, so that it is rounded once."""
+    """Numbers between 1 and 4. For float32 the exact result fits a float64, so it is rounded
+    once.
+    """
     rng = np.random.default_rng(3)
     a, b, c = (rng.uniform(1, 4, 2048).astype(dtype) for _ in range(3))
     c *= rng.choice([-1, 1], len(c)).astype(dtype)
@@ -229,7 +233,7 @@ def arithmetic(dtype, has_fma):
         yield Request("sub", rows(a, b), a - b)
         yield Request("mul", rows(a, b), a * b)
     yield multiply_adds(dtype, has_fma)
-    # The second operand where they are equal (0 and -0) or either is NaN, in all its bits.
+    # The second operand if they are equal (0 and -0) or either is NaN, in all its bits.
     for name, picks in (("max", a > b), ("min", a < b)):
         want = np.where(picks, as_integers(a), as_integers(b)).view(dtype)
         yield Request(name, rows(a, b), want, EXACT)
@@ -241,7 +245,9 @@ def arithmetic(dtype, has_fma):
 
 
 def make_requests(dtype, has_fma):
-    """All of one data type. Halves are computed in float32, whose arithmetic this asks."""
+    """All requests of one data type. Halves are computed in float32, whose arithmetic is tested
+    here.
+    """
     dtype = np.dtype(dtype)
     made = [*loads(dtype), *stores(dtype)]
     return made + (list(arithmetic(dtype, has_fma)) if computed_in(dtype) == dtype else [])
@@ -258,7 +264,7 @@ C_TYPES = {
 
 
 def build(folder, isa, dtype, flags, compiler="cc", sources=ROOT / "src", warnings=WARNINGS):
-    """run_operations for one instruction set and type."""
+    """Build run_operations for one instruction set and type."""
     element, lane, vector = C_TYPES[np.dtype(dtype).name]
     names = (f'-DSIMD="simd_{isa}.h"', f"-DT={element}", f"-DP={lane}", f"-Dvec={vector}")
     program = folder / f"run_operations_{isa}_{np.dtype(dtype)}"
@@ -269,7 +275,7 @@ def build(folder, isa, dtype, flags, compiler="cc", sources=ROOT / "src", warnin
 
 
 def check(requests, program, folder, launcher=()):
-    """Run all requests and compare what comes back."""
+    """Run all requests and compare the answers."""
     with (folder / "requests").open("wb") as file:
         for request in requests:
             file.write(request.to_bytes())

@@ -1,5 +1,5 @@
-/* Memory that ends where a page without access begins, or begins where one ends:
- * whoever reads or writes past that edge is killed. */
+/* Memory that ends where a page without access begins, or begins where one ends: reading or
+ * writing past that edge kills the program. */
 #ifndef BNFAST_TESTS_PAGES_H
 #define BNFAST_TESTS_PAGES_H
 
@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define POISON 0xa5 /* in every byte that nobody wrote */
+#define POISON 0xa5 /* in every byte that was not written */
 
 static inline void fail(const char *what)
 {
@@ -24,7 +24,7 @@ static inline size_t room_between_guards(size_t bytes)
     return (bytes / page_size() + 1) * page_size();
 }
 
-/* Whole pages for so many bytes, between two without access. */
+/* Whole pages for so many bytes, between two pages without access. */
 static inline char *map_between_guards(size_t bytes)
 {
     const size_t page = page_size(), room = room_between_guards(bytes);

@@ -1,9 +1,9 @@
-"""The kernels without Python around them: cases for run_cases.c, and what it must answer.
+"""The kernels without Python: cases for run_cases.c, and the correct answers.
 
-The program is built from src/ with the flags of setup.py, for this processor or another one; so is
-run_calls.c, which judges itself. A case is a header, then the inputs; its answer is what the four
-kernels wrote. Both are written one after the other, in the byte order and sizes of every processor
-that has kernels.
+The program is built from src/ with the flags of setup.py, for this processor or another one. So is
+run_calls.c, which checks itself. A case is a header, then the inputs. Its answer is the output of
+the four kernels. Both are written one after the other, in the byte order and sizes of all
+processors that have kernels.
 """
 
 import os
@@ -73,7 +73,7 @@ def libraries(platform=None):
 
 
 def run(*command, **options):
-    """What a program prints; AssertionError with what it complained of where it fails."""
+    """Return a program's output; raise AssertionError with its error output if it fails."""
     command = [str(part) for part in command]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, check=False, **options
@@ -88,14 +88,14 @@ def flags_of(isa, platform=None):
 
 
 def emulation_flags(simde):
-    """Those of AVX-512's kernels where SIMDe, in a folder, stands in for it: AVX2's own."""
+    """The flags of AVX-512's kernels if SIMDe, in a folder, replaces it: AVX2's own."""
     shim = ("-include", HERE / "avx512_emulated.h", f"-isystem{simde}")
-    # The shim's loops over lanes are to stay loops; vectors of 64 bytes never leave an object.
+    # The shim's loops over lanes must stay loops; vectors of 64 bytes never leave an object.
     return [*flags_of("avx2"), *shim, "-fno-tree-vectorize", "-Wno-psabi"]
 
 
 def sources(platform=None):
-    """What a program is made of beside its own file: (path, flags) each."""
+    """The sources of a program apart from its own file: (path, flags) each."""
     return [
         (ROOT / source, facts["cflags"])
         for _, facts in libraries(platform)
@@ -104,14 +104,14 @@ def sources(platform=None):
 
 
 def emulated_sources(simde):
-    """The same with AVX-512's table alone, emulated."""
+    """The same with AVX-512's table only, emulated."""
     kernels = (ROOT / "src/kernels_avx512.c", emulation_flags(simde))
     driver = [job for job in sources() if not job[0].name.startswith(("kernels_", "dispatch"))]
     return [*driver, (HERE / "dispatch_emulated.c", ["-std=c11"]), kernels]
 
 
 def compiled(job, folder, compiler="cc", more=()):
-    """The object of (source, flags); `more` are flags beside these, such as -g."""
+    """Return the object of (source, flags); `more` are additional flags, such as -g."""
     source, flags = job
     key = (source, *flags, compiler, *more)
     if key not in _OBJECTS:
@@ -121,12 +121,12 @@ def compiled(job, folder, compiler="cc", more=()):
     return _OBJECTS[key]
 
 
-# Those that this test run has made, by source and command: kernels take the most time.
+# Objects already made in this test run, by source and command: kernels take the most time.
 _OBJECTS = {}
 
 
 def build(folder, compiler="cc", platform=None, more=(), jobs=None, name="run_cases"):
-    """A program of this folder for a platform, or of other sources than its own."""
+    """Build a program of this folder for a platform, or from other sources."""
     jobs = [*(jobs or sources(platform)), (HERE / f"{name}.c", ["-std=gnu11", "-O2"])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compiled(job, folder, compiler, more), jobs))
@@ -134,13 +134,13 @@ def build(folder, compiler="cc", platform=None, more=(), jobs=None, name="run_ca
     return folder / name
 
 
-SIMDE_VERSION = (0, 8, 2)  # the first that has what avx512_emulated.h takes from it
+SIMDE_VERSION = (0, 8, 2)  # the first that has what avx512_emulated.h needs
 
 
 def find_simde():
-    """(folder to include SIMDe from, None) or (None, what to do about it).
+    """Return (SIMDe's include folder, None) or (None, what to do about it).
 
-    SIMDE_INCLUDE names one; else it is PyPI's simde-py, or the system's.
+    SIMDE_INCLUDE names the folder; otherwise it is PyPI's simde-py, or the system's.
     """
     named = os.environ.get("SIMDE_INCLUDE")
     package = find_spec("simde_py")
@@ -165,14 +165,14 @@ def find_simde():
 
 @dataclass(frozen=True)
 class Case:
-    """A problem of shape (outer, channels, inner), and which loops of the kernels it takes."""
+    """A problem of shape (outer, channels, inner), and the loops of the kernels that it runs."""
 
     problem: Problem
     z_source: int
     through: bool
     stream: bool
     tile: tuple[slice, slice, slice]
-    special: bool = False  # NaN and the like: compared between instruction sets only
+    special: bool = False  # NaN and similar values: only compared between instruction sets
 
     def __str__(self):
         p = self.problem
@@ -182,7 +182,7 @@ class Case:
         )
 
     def parameters(self):
-        """What the kernels are given a channel, from the exact statistics, in header's order."""
+        """The kernels' per-channel parameters, from the exact statistics, in the header's order."""
         p = self.problem
         x, weight, bias, eps, *_ = p.exact()
         s = batch_statistics(p.x, 1)
@@ -223,7 +223,7 @@ class Case:
         return b"".join(a.tobytes() for a in (header, *arrays, *self.parameters()))
 
     def answer(self, file):
-        """What the program wrote for this case."""
+        """The program's output for this case."""
         p = self.problem
         rows = ("mean", "m2", "sum", "dot")
         names = ("mean", "m2", "y", "sum", "dot", "dx")
@@ -246,7 +246,7 @@ SHAPES = {
     "interleaved": (
         *((11, channels, 1) for channels in (*range(1, 36), 63, 64, 65)),
         *((outer, 13, 1) for outer in (1, 2, 7, 8, 9, 16, 33, 127)),
-        *((133, channels, 1) for channels in (2, 3, 5, 8)),  # several rows at once, some left
+        *((133, channels, 1) for channels in (2, 3, 5, 8)),  # several rows at once, some left over
     ),
 }
 WHOLE = (slice(None),) * 3
@@ -257,7 +257,7 @@ PARTS = {
 
 
 def loops():
-    """Every loop that the kernels are compiled to, by what chooses it."""
+    """Every loop that the kernels are compiled to, by the values that select it."""
     for activation, residual in product(ACTIVATIONS, (False, True)):
         recomputed = FROM_X_RESIDUAL if residual else FROM_X
         sources = (NO_Z,) if activation is None else (recomputed,)
@@ -273,7 +273,7 @@ def make_case(shape, dtype, activation, residual, z_source, through, stream, til
 
 
 def with_special_values(a):
-    """A copy whose channels hold NaN, an infinity, denormals and so on, one kind a channel."""
+    """A copy whose channels hold NaN, an infinity, denormals and so on, one kind per channel."""
     tiny, huge = finfo(a.dtype).smallest_subnormal, float(finfo(a.dtype).max) / 4
     values = (-0.0, 0.0, np.nan, tiny, np.inf, huge, -tiny, -huge, -np.inf)
     a = a.copy()
@@ -283,8 +283,9 @@ def with_special_values(a):
 
 
 def with_special_parameters(mean, scale, shift, *others):
-    """The same numbers a channel, but those that make -0 of its -0 and 0: nothing is subtracted
-    or added, and 0 is multiplied by a negative number."""
+    """The same numbers per channel, except those that make -0 from its -0 and 0: nothing is
+    subtracted or added, and 0 is multiplied by a negative number.
+    """
     minus_zero, zero = slice(0, None, 9), slice(1, None, 9)
     for channels, sign in ((minus_zero, 1.0), (zero, -1.0)):
         mean[channels], shift[channels] = 0.0, -0.0
@@ -293,7 +294,7 @@ def with_special_parameters(mean, scale, shift, *others):
 
 
 def make_cases():
-    """Every loop on a few sizes and on part of an array, every size by a loop or two."""
+    """Every loop on a few sizes and on part of an array, every size with a loop or two."""
     made = []
     every = (*DTYPES, np.float16, *([bfloat16] if bfloat16 else []))
     for dtype, layout in product(every, SHAPES):
@@ -321,12 +322,13 @@ def read(cases, path):
     return found
 
 
-# --- Judging -------------------------------------------------------------------------------
+# --- Checking ------------------------------------------------------------------------------
 
 
 def comparable(a):
-    """The bytes of an array, every NaN the same one: IEEE 754 leaves a NaN's sign and payload to
-    the processor, and x86 and Arm choose differently."""
+    """The bytes of an array, with every NaN the same. IEEE 754 leaves a NaN's sign and payload to
+    the processor, and x86 and Arm choose differently.
+    """
     return np.where(np.isnan(a), np.asarray(np.nan, a.dtype), a).tobytes()
 
 
@@ -349,7 +351,7 @@ def check_untouched(case, name, got, tile):
 
 
 def check(case, got):
-    """Against the paper in float64 and wider, by the bounds of tolerance.py."""
+    """Compare with the paper in float64 and wider, within the limits of tolerance.py."""
     p, tile, what = case.problem, case.tile, str(case)
     for name, array in got.items():
         check_untouched(case, name, array, tile if array.ndim == 3 else tile[1])

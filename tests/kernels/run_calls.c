@@ -1,12 +1,12 @@
 /* Runs whole calls of src/driver.c on one instruction set, without an interpreter:
  *
- *     run_calls ISA      every call, in every way that may not change a bit
+ *     run_calls ISA      every call, in every way that must not change a bit
  *     run_calls          lists the sets that can run here
  *
- * Each call is forward, backward, inference and moments of one shape, type and variant.  It is made
- * on one thread first, and then on several threads, from several threads at the same time, for
- * other caches, in another floating-point environment and in a forked child; its bits must be the
- * same each time.  Prints a hash of all results.  Made for ThreadSanitizer, valgrind and qemu. */
+ * Each call is forward, backward, inference and moments of one shape, type and variant. It is made
+ * on one thread first. Then it is made on several threads, from several threads at the same time,
+ * for other caches, in another floating-point environment and in a forked child. Its bits must be
+ * the same each time. Prints a hash of all results. Made for ThreadSanitizer, valgrind and qemu. */
 #define _GNU_SOURCE
 #include <fenv.h>
 #include <math.h>
@@ -54,7 +54,7 @@ static uint64_t next(uint64_t *seed)
     return *seed >> 40;
 }
 
-/* From -2 to 2, denormals among them: what another floating-point environment changes. */
+/* From -2 to 2, including denormals, which another floating-point environment changes. */
 static float value(uint64_t *seed)
 {
     const double a = (double)next(seed) / (1 << 22) - 2;
@@ -82,7 +82,8 @@ static void *tensor(const problem *p, uint64_t seed)
         const double wide = narrow;
         uint32_t bits;
         memcpy(&bits, &narrow, sizeof bits);
-        /* bfloat16 is the upper half of a float32; so many random float16, NaN and all, may be. */
+        /* bfloat16 is the upper half of a float32. float16 is random bits with two bits of the
+         * exponent cleared, so it is below 1 and never NaN. */
         const uint16_t half = (uint16_t)(p->type == BNF_BF16 ? bits >> 16 : bits >> 13 & 0xbbff);
         const void *from = p->type == BNF_F32   ? (const void *)&narrow
                            : p->type == BNF_F64 ? (const void *)&wide
@@ -232,7 +233,7 @@ static uint64_t run_calls(const problem *p, int threads)
     return s.hash;
 }
 
-/* ---- Every way that may not change a bit */
+/* ---- Every way that must not change a bit */
 
 typedef struct {
     const problem *p;
@@ -278,7 +279,7 @@ static void in_another_environment(const problem *p, uint64_t want)
 {
     fesetround(FE_UPWARD);
 #ifdef __SSE2__
-    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); /* denormals are zero, both ways */
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); /* denormals are zero */
     const unsigned mine = __builtin_ia32_stmxcsr() & ~0x3fu;
 #endif
     const uint64_t one = run_calls(p, 1), several = run_calls(p, THREADS);
@@ -293,12 +294,12 @@ static void in_another_environment(const problem *p, uint64_t want)
         fail("the caller's floating-point environment is not what it was", p);
 }
 
-/* By fork(2), which Python's hooks know nothing of, after this thread has had a pool. */
+/* By fork(2), which Python's hooks do not see, after this thread has had a pool. */
 static void in_a_forked_child(const problem *p, uint64_t want)
 {
     const pid_t child = fork();
     if (child == 0) {
-        alarm(60); /* the end of one that waits for threads it does not have */
+        alarm(60); /* ends a child that waits for threads it does not have */
         _exit(bnf_threads_lost() && run_calls(p, THREADS) == want ? 0 : 1);
     }
     int status;

@@ -3,10 +3,9 @@
  *     run_cases ISA CASES RESULTS
  *     run_cases                        lists the sets that can run here
  *
- * Python writes the cases and judges the results (program.py says in which
- * format); this program needs nothing but src/, so that it runs under an
- * emulated processor and under valgrind too.  Every array ends where a page
- * without access begins: a kernel that reads or writes past one is killed. */
+ * Python writes the cases and checks the results (program.py gives the format). This program needs
+ * only src/, so it also runs under an emulated processor and under valgrind. Every array ends where
+ * a page without access begins: a kernel that reads or writes past one is killed. */
 #include <stdint.h>
 
 #include "bnfast.h"

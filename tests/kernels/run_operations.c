@@ -2,11 +2,11 @@
  *
  *     run_operations REQUESTS RESULTS
  *
- * Compiled once for each set and type, with the set's flags and, say,
+ * Compiled once for each set and type, with the set's flags and, for example,
  *     -DSIMD='"simd_avx2.h"' -DT=bnf_f16 -DP=float -Dvec=f8
- * as types.inc.h has them.  A request is a header and the operands of so many
- * groups of lanes; operations.py writes them and judges what comes back.  What is
- * in memory lies against a page without access, after it or before it. */
+ * as types.inc.h has them. A request is a header and the operands of so many groups of lanes;
+ * operations.py writes them and checks the answers. Values in memory are placed directly after or
+ * before a page without access. */
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -35,7 +35,7 @@ typedef enum {
 typedef struct {
     int64_t operation;
     int64_t n;        /* lanes in memory, 1 to 8 */
-    int64_t at_start; /* memory begins, and does not end, at the page without access */
+    int64_t at_start; /* memory begins at the page without access, instead of ending there */
     int64_t groups;
 } request;
 
@@ -77,7 +77,7 @@ static void run_load(const request *r, T *slot, FILE *requests, FILE *results)
         write_lanes(results, r->n < LANES ? load_part(slot, r->n, load(fill)) : load(slot));
 }
 
-/* The room of eight elements is written out, POISON where none was stored. */
+/* All eight elements are written out, POISON where none was stored. */
 static void run_store(const request *r, T *slot, FILE *requests, FILE *results)
 {
     T *room = r->at_start ? slot : slot + r->n - LANES;

@@ -1,5 +1,6 @@
-"""Instruction sets that C programs can be run on here, and what each takes: this processor's own,
-AArch64's under an emulated processor, AVX-512's with its intrinsics emulated."""
+"""Instruction sets that C programs can run on here, and what each needs: this processor's own,
+AArch64's under an emulated processor, AVX-512's with its intrinsics emulated.
+"""
 
 import platform
 import shutil
@@ -45,7 +46,7 @@ CLANG = "clang"
 
 
 def find_archer():
-    """LLVM's tool that tells ThreadSanitizer about OpenMP, beside clang's own OpenMP."""
+    """LLVM's tool that tells ThreadSanitizer about OpenMP, installed with clang's own OpenMP."""
     if shutil.which(CLANG) is None:
         return None
     resources = program.run(CLANG, "-print-resource-dir").strip()
@@ -59,7 +60,7 @@ needs_thread_sanitizer = pytest.mark.skipif(
     reason="ThreadSanitizer needs clang: apt install clang libclang-rt-dev libomp-dev",
 )
 VALGRIND = ("valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full")
-KNOWN_TO_VALGRIND = ("scalar", "sse2", "avx2", "neon")  # AVX-512 is not
+KNOWN_TO_VALGRIND = ("scalar", "sse2", "avx2", "neon")  # not AVX-512
 
 
 def qemu(*options):
@@ -82,7 +83,7 @@ class Target:
 
 
 def every_target():
-    """A pytest parameter for each, skipped with a reason where it cannot run."""
+    """A pytest parameter for each, skipped with a reason if it cannot run."""
     made = [
         pytest.param(Target(isa, isa not in WITHOUT_FMA), id=isa)
         for isa in _core.config()["isas_built"]

@@ -15,7 +15,7 @@ FORMATS = {"NCHW": dense, "channels_last": channels_last}
 
 
 def compile_copy(model, **options):
-    """A copy of a model, compiled, and the copy itself."""
+    """Return a copy of a model, compiled, and the copy itself."""
     ours = copy.deepcopy(model)
     options = {"fullgraph": True, **options}
     return torch.compile(ours, backend=bnfast.torch.backend, **options), ours
@@ -40,7 +40,7 @@ def assert_same(ours, theirs):
 
 
 def assert_same_steps(model, x, steps=2, **options):
-    """Compare a compiled model with itself: steps in training, then evaluation."""
+    """Compare a compiled model with the plain one: steps in training, then evaluation."""
     faster, ours = compile_copy(model, **options)
     for training in (True, False, True):
         model.train(training)
@@ -85,7 +85,7 @@ def images(memory=dense):
 
 
 class ReadsBetween(nn.Module):
-    """Somebody else reads what the batch norm gives."""
+    """The output of the batch norm has a second reader."""
 
     def __init__(self):
         super().__init__()

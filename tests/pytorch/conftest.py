@@ -1,4 +1,4 @@
-"""Tests of `bnfast.torch`: left out where PyTorch is not installed.
+"""Tests of `bnfast.torch`: skipped if PyTorch is not installed.
 
 The folder is not called `torch`, or `import torch` would find it where PyTorch is missing.
 """
@@ -13,7 +13,7 @@ if importlib.util.find_spec("torch") is None:
 
 @pytest.fixture
 def ran(dispatches):
-    """What kernels ran since the last call: {(direction, dtype, layout, variant): times}."""
+    """The kernels that ran since the last call: {(direction, dtype, layout, variant): times}."""
 
     def since_last():
         return {(d, t, y, v): times for (d, t, y, _, v), times in dispatches().items()}
@@ -30,7 +30,7 @@ def seed():
 
 @pytest.fixture
 def calls():
-    """bnfast enabled, and a function for what ran since the last call of it: (ran, left)."""
+    """Enable bnfast; a function that returns the counts since its last call: (ran, left)."""
     import bnfast.torch
     from bnfast.torch import _aten
 
@@ -46,7 +46,7 @@ def calls():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Graphs and counts of this test alone."""
+    """Reset graphs and counts for each test."""
     from collections import Counter
 
     import torch

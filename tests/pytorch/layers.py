@@ -34,7 +34,7 @@ def transposed(x):
     return x.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-# Shapes with the order of their memory, and the layout in which the kernels should see them.
+# Shapes with their memory order, and the layout in which the kernels should see them.
 TENSORS = {
     "(N, C)": ((17, 5), dense, "interleaved"),
     "(N, C, L)": ((6, 5, 7), dense, "planar"),
@@ -55,7 +55,7 @@ def ours_like(theirs):
 
 
 def leaf(x):
-    """The same values in the same memory order, as something to differentiate by."""
+    """The same values in the same memory order, as a leaf that requires gradients."""
     y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if is_dense(x) else gappy(x)
     return y.copy_(x).detach().requires_grad_()
 
@@ -65,7 +65,7 @@ def is_dense(x):
 
 
 class Block(nn.Module):
-    """The residual block of a ResNet, as everybody writes it."""
+    """The residual block of a ResNet, in its usual form."""
 
     def __init__(self, channels, out_channels, stride=1):
         super().__init__()

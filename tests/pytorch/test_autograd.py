@@ -1,4 +1,4 @@
-"""Derivatives of both orders, what is computed for them, and misuse that must not pass."""
+"""First, second and third derivatives, their kernels, and misuse that must raise."""
 
 import copy
 
@@ -42,7 +42,9 @@ def test_first_and_second_derivatives(training, activation, residual, ran):
 
 
 def test_third_derivatives(ran):
-    """In evaluation: PyTorch's own of a training forward are wrong, with and without bnfast."""
+    """In evaluation: PyTorch's own third derivatives in training are wrong, with and without
+    bnfast.
+    """
     layer, (x, weight, bias, _) = layer_and_inputs(False, False)
 
     def second(x, weight, bias):
@@ -66,7 +68,7 @@ def test_only_what_is_needed_is_computed(needed, ran):
     assert sum(times for (d, *_), times in ran().items() if d == "backward") == 1
 
 
-def test_without_gradients_nothing_is_kept(ran):
+def test_nothing_saved_without_gradients(ran):
     layer = bnfast.torch.BatchNorm2d(3)
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     with torch.no_grad():
@@ -87,7 +89,7 @@ def test_an_expanded_gradient_is_read(ran):
     assert [d for d, *_ in ran()] == ["forward", "backward"]
 
 
-def test_the_jacobian_by_vmap(ran):
+def test_jacobian_by_vmap(ran):
     layer, (x, *_) = layer_and_inputs(True, False)
     rows = torch.autograd.functional.jacobian(layer, x)
     assert by_direction(ran()) == {"forward": 1, "backward": x.numel()}
@@ -99,7 +101,7 @@ def test_the_jacobian_by_vmap(ran):
 # ---- Misuse
 
 
-def test_changing_the_input_is_noticed(ran):
+def test_changed_input_raises(ran):
     layer = bnfast.torch.BatchNorm2d(3)
     x = torch.randn(4, 3, 2, 2, requires_grad=True) * 1
     y = layer(x)
@@ -109,7 +111,7 @@ def test_changing_the_input_is_noticed(ran):
     assert by_direction(ran()) == {"forward": 1}
 
 
-def test_changing_a_parameter_is_noticed(ran):
+def test_changed_parameter_raises(ran):
     layer = bnfast.torch.BatchNorm2d(3)
     y = layer(torch.randn(4, 3, 2, 2, requires_grad=True))
     with torch.no_grad():
@@ -119,7 +121,7 @@ def test_changing_a_parameter_is_noticed(ran):
     assert by_direction(ran()) == {"forward": 1}
 
 
-def test_changing_an_output_that_tells_the_mask_is_noticed(ran):
+def test_changed_output_used_for_mask_raises(ran):
     layer = bnfast.torch.BatchNorm2d(3)
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     y = layer(x, torch.ones_like(x), "relu")
@@ -129,7 +131,7 @@ def test_changing_an_output_that_tells_the_mask_is_noticed(ran):
     assert by_direction(ran()) == {"forward": 1}
 
 
-def test_an_output_that_is_not_needed_may_be_changed(ran):
+def test_unneeded_output_may_be_changed(ran):
     layer, (x, *_) = layer_and_inputs(True, False)
     want = torch.autograd.grad(layer(x, None, "relu").sum(), x)
     y = layer(x, None, "relu")
@@ -138,7 +140,7 @@ def test_an_output_that_is_not_needed_may_be_changed(ran):
     assert by_direction(ran()) == {"forward": 2, "backward": 2}
 
 
-def test_twice_through_a_graph_is_refused(ran):
+def test_second_backward_without_retain_graph_raises(ran):
     y = bnfast.torch.BatchNorm2d(3)(torch.randn(4, 3, 2, 2))
     y.sum().backward()
     with pytest.raises(RuntimeError, match="a second time"):
@@ -146,10 +148,11 @@ def test_twice_through_a_graph_is_refused(ran):
     assert by_direction(ran()) == {"forward": 1, "backward": 1}
 
 
-def test_running_statistics_may_move_before_the_backward(ran):
-    """The gradient is that of the forward, whose statistics were constants.
+def test_running_statistics_changed_before_backward(ran):
+    """The gradient belongs to the forward, whose statistics were constants.
 
-    With an activation: without, the layer is PyTorch's, which reads the moved ones."""
+    With an activation. Without one the layer is PyTorch's, which reads the changed statistics.
+    """
     layer, (x, *_) = layer_and_inputs(False, False)
     want = torch.autograd.grad(layer(x, None, "relu").square().sum(), x)[0]
     y = layer(x, None, "relu")
@@ -161,7 +164,7 @@ def test_running_statistics_may_move_before_the_backward(ran):
 # ---- Checkpointing
 
 
-def test_a_checkpointed_batch_is_counted_once(ran):
+def test_checkpointed_batch_counted_once(ran):
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
     plain = bnfast.torch.BatchNorm2d(3)
     layers = [copy.deepcopy(plain) for _ in range(3)]

@@ -91,7 +91,7 @@ def test_network(memory, fused):
     }
 
 
-# ---- What is not to be fused
+# ---- What must not be fused
 
 
 class ReadsSum(ReadsBetween):
@@ -101,7 +101,7 @@ class ReadsSum(ReadsBetween):
 
 
 class Returns(ReadsBetween):
-    """What lies between leaves the graph."""
+    """The value in between leaves the graph."""
 
     def forward(self, x):
         y = self.norm(x)
@@ -144,7 +144,7 @@ def test_not_fused(kind, becomes, fused):
 
 
 class ActivationsInterplay(nn.Module):
-    """Gradients of the same operator, one of which is not the batch norm's."""
+    """Several gradients of one operator, one of which is not the batch norm's."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ class ActivationsInterplay(nn.Module):
         return F.threshold(y, 0, 0) + F.relu(y - 1)
 
 
-def test_activation_behind_activation(fused):
+def test_activation_after_activation(fused):
     assert_same_steps(ActivationsInterplay().double(), images())
     assert set(fused()[0]) == {"batch norm + relu"}
 
@@ -190,7 +190,7 @@ def test_more_axes_than_the_kernels_take(fused):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_parameters_of_another_type(dtype):
-    """What PyTorch refuses it refuses still, and what it takes gives its results."""
+    """Types that PyTorch refuses are still refused; the others give PyTorch's results."""
     norm = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())
     faster, _ = compile_copy(norm)
     x = images().to(dtype)

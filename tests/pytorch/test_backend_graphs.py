@@ -60,7 +60,7 @@ def test_statistics(kind):
 
 
 def test_statistics_move_in_place():
-    """No copies of them, and one call for all counters."""
+    """No copies of statistics, and one call for all counters."""
     model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU(), nn.BatchNorm2d(5)).double()
     faster, _ = compile_copy(model)
     faster(images())
@@ -81,7 +81,7 @@ def test_one_operator_forward_and_backward():
 
 
 def test_unfused_activations_are_in_place():
-    """What nobody reads any more is overwritten, as in the model."""
+    """Values that are no longer read are overwritten, as in the model."""
     model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5)).double()
     x = torch.randn(7, 5, dtype=torch.float64)
     faster, _ = compile_copy(model)
@@ -93,7 +93,7 @@ def test_unfused_activations_are_in_place():
 
 
 class ReadsTwice(nn.Module):
-    """A value and its activation are both read, and its sum with itself."""
+    """A value, its activation, and its sum with itself are all read."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ class ReadsTwice(nn.Module):
         return z + z
 
 
-def test_what_is_read_again_is_not_overwritten():
+def test_values_read_again_are_not_overwritten():
     x = torch.randn(7, 5, dtype=torch.float64)
     assert_same_steps(ReadsTwice().double(), x, steps=1)
 
@@ -126,8 +126,8 @@ def test_some_gradients(frozen):
         assert_same([p.grad for p in ours.parameters()], [p.grad for p in model.parameters()])
 
 
-def test_residual_alone_wants_a_gradient():
-    """Only what is added is differentiated."""
+def test_only_residual_requires_grad():
+    """Only the added tensor is differentiated."""
     norm = nn.BatchNorm2d(5, affine=False).double()
     other = copy.deepcopy(norm)
 
@@ -142,7 +142,7 @@ def test_residual_alone_wants_a_gradient():
 
 
 def test_same_input_as_residual():
-    """The gradient of x comes by both ways."""
+    """The gradient of x comes from both paths."""
 
     class Own(ReadsBetween):
         def forward(self, x):
@@ -179,7 +179,7 @@ def test_empty_batch(shape, training):
     assert_same(list(ours.buffers()), list(model.buffers()))
 
 
-# ---- What it refuses
+# ---- Refused
 
 
 @pytest.mark.parametrize("options", [{"options": {"fuse": True}}, {"mode": "reduce-overhead"}])
@@ -191,7 +191,7 @@ def test_options_are_refused(options):
 
 
 class Permuted(nn.Module):
-    """What PyTorch records with other strides than it computes, and a view of it."""
+    """PyTorch records its result with other strides than it computes; it also has a view of it."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="bnfast")` under whatever else PyTorch does to a model."""
+"""`torch.compile(model, backend="bnfast")` together with other features of PyTorch."""
 
 import copy
 import importlib.metadata
@@ -25,7 +25,7 @@ def batch(n=4, dtype=torch.float64):
 
 
 def test_entry_point():
-    """The name that `torch.compile` looks up, in an environment that bnfast is installed in."""
+    """The name that `torch.compile` looks up when bnfast is installed."""
     known = importlib.metadata.entry_points(group="torch_dynamo_backends")
     if "bnfast" not in known.names:
         pytest.skip("bnfast is not installed with its entry points")
@@ -48,7 +48,7 @@ def test_dynamic_shapes(fused):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast(training, fused):
-    """As far from the float64 results as without the backend."""
+    """The distance from the float64 results is that without the backend."""
     model = SmallResNet().train(training)
     faster, _ = compile_copy(model)
     x = batch(dtype=torch.float32)
@@ -63,13 +63,13 @@ def test_autocast(training, fused):
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert a.dtype is b.dtype
         assert a.stride() == b.stride()
-        if c.norm() > 1e-6:  # a bias before a batch norm has a gradient of 0
+        if c.norm() > 1e-6:  # the gradient of a bias before a batch norm is 0
             assert (a - c).norm() <= 1.5 * (b - c).norm() + 0.1 * c.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves(dtype, fused):
-    """All parameters are halves."""
+    """All parameters are half types."""
     model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).to(dtype)
     faster, ours = compile_copy(model)
     x = images().to(dtype)
@@ -81,7 +81,7 @@ def test_halves(dtype, fused):
 
 
 def test_checkpointing(fused):
-    """The fused operator is run again in the backward, and moves statistics once."""
+    """The fused operator runs again in the backward, and updates statistics once."""
 
     class Checkpointed(nn.Module):
         def __init__(self):
@@ -94,14 +94,14 @@ def test_checkpointing(fused):
 
     model = Checkpointed().double()
     plain, x = copy.deepcopy(model), batch()
-    plain.forward = lambda x: plain.block(plain.stem(x)).sin()  # which moves them once
+    plain.forward = lambda x: plain.block(plain.stem(x)).sin()  # updates them once
     faster, ours = compile_copy(model)
     assert_same(step(faster, x), step(plain, x))
     assert_same(list(ours.buffers()), list(plain.buffers()))
     assert fused()[0] == {"batch norm + relu": 1, "batch norm + addition + relu": 1}
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo reads it
 def test_graph_break(fused):
     class Breaks(nn.Module):
         def __init__(self):
@@ -119,7 +119,7 @@ def test_graph_break(fused):
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As timm's: one module, whose forward is its own."""
+    """Like timm's: one module with its own forward."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -149,10 +149,10 @@ def test_fused_class(fused):
 
 @pytest.mark.parametrize("order", [gappy, transposed, channels_last])
 def test_memory_orders(order):
-    """Values whatever the order; in the backward, too.
+    """The values are right in any memory order; in the backward, too.
 
-    Strides are the ones that PyTorch traced: what it compiles behind them relies on these. Its
-    eager kernels give other ones for a transposed tensor.
+    Strides are the ones that PyTorch traced: code that it compiles after them relies on these. Its
+    eager kernels give other strides for a transposed tensor.
     """
     model = nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()).double()
     faster, _ = compile_copy(model)
@@ -231,7 +231,7 @@ def test_inplace_on_the_input():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_inplace_on_an_input_with_gradient():
-    """Its backward reads what the input was before."""
+    """Its backward reads the input's old values."""
 
     def function(norm, x):
         F.hardtanh(x, 0, 6, inplace=True)

@@ -1,4 +1,4 @@
-"""convert, revert and report: what is swapped, what is left, what stays as it was."""
+"""convert, revert and report: what is converted, what is left, and what does not change."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def test_convert_and_revert_keep_every_object():
     tensors = {name: t.data_ptr() for name, t in model.state_dict().items()}
     assert convert(model) is model
     assert kinds(model) == {bnfast.torch.BatchNorm2d}
-    assert convert(model) is model  # again changes nothing
+    assert convert(model) is model  # a second time changes nothing
     assert len(report(model).converted) == 6
     assert revert(model) is model
     assert kinds(model) == {nn.BatchNorm2d}
@@ -46,7 +46,7 @@ def test_a_batch_norm_alone_and_a_shared_one():
 
 
 def snapshot(model):
-    """Everything of a model but the values of its tensors."""
+    """Everything in a model except the values of its tensors."""
     return {
         name: {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).items()}
         | {"module": m, "class": type(m)}
@@ -72,7 +72,7 @@ def test_fuse_is_refused_and_nothing_changes(converted):
 
 
 class Remembers(nn.Module):
-    """A forward of branches and side effects, which no graph recorded once can stand for."""
+    """A forward with branches and side effects, which no recorded graph can replace."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Remembers(nn.Module):
         return y * self.factor if isinstance(y, torch.Tensor) else y
 
 
-def test_a_models_forward_stays_its_own(ran):
+def test_model_forward_not_replaced(ran):
     theirs = Remembers()
     ours = convert(copy.deepcopy(theirs), fuse=False)
     assert type(ours) is Remembers
@@ -124,12 +124,12 @@ def test_modules_added_after_converting_run(ran):
     ],
     ids=["None", "list", "class", "NumPy layer", "tensor"],
 )
-def test_what_is_no_module_is_refused(function, model, said):
+def test_not_a_module_refused(function, model, said):
     with pytest.raises(TypeError, match=f"^{said}; expected a torch.nn.Module$"):
         function(model)
 
 
-def test_what_is_left_is_reported(ran):
+def test_unconverted_layers_are_reported(ran):
     class Own(nn.BatchNorm2d):
         def forward(self, x):
             return super().forward(x) + 1
@@ -150,7 +150,7 @@ def test_what_is_left_is_reported(ran):
         }
     )
     assert set(report(model).left) == set(model)
-    model["other"] = nn.LazyInstanceNorm2d()  # is no batch norm
+    model["other"] = nn.LazyInstanceNorm2d()  # it is not a batch norm
     found = report(convert(model))
     assert found.converted == ("fine",)
     assert found.left == {
@@ -171,7 +171,7 @@ def test_what_is_left_is_reported(ran):
 
 
 class Derived(nn.BatchNorm2d):
-    """Without a forward of its own."""
+    """Has no forward of its own."""
 
     def __init__(self, num_features, tag):
         super().__init__(num_features)
@@ -183,7 +183,7 @@ class Derived(nn.BatchNorm2d):
 
 
 class Reduced(nn.BatchNorm2d):
-    """Pickled in a way of its own."""
+    """Has its own way of pickling."""
 
     def __reduce__(self):
         return Reduced, (self.num_features,)
@@ -212,11 +212,11 @@ def test_derived_classes_are_converted(ran):
     assert type(revert(layer)) is Derived
 
 
-def test_a_derived_class_with_a_pickle_of_its_own():
+def test_derived_class_with_own_pickling():
     assert type(pickle.loads(pickle.dumps(convert(Reduced(3))))) is Reduced
 
 
-def test_convolutions_take_our_layers_in(ran):
+def test_fuse_conv_bn_eval_takes_converted_layers(ran):
     model = convert(SmallResNet(), fuse=False)
     model(torch.randn(8, 3, 8, 8))
     model.eval()
@@ -228,7 +228,7 @@ def test_convolutions_take_our_layers_in(ran):
     assert by_direction(ran()) == {"inference": 1}
 
 
-def test_fx_keeps_our_layers_whole(ran):
+def test_fx_keeps_layers_as_leaves(ran):
     model = convert(SmallResNet()).eval()
     graph = torch.fx.symbolic_trace(model)
     called = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
@@ -237,7 +237,7 @@ def test_fx_keeps_our_layers_whole(ran):
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(graph(x), model(x))
     assert by_direction(ran()) == {"inference": 12}
-    # It knows classes by identity, so that layers have to be PyTorch's own again for it.
+    # It compares classes by identity, so layers have to be PyTorch's own again.
     from torch.fx.experimental.optimization import fuse
 
     torch.testing.assert_close(fuse(copy.deepcopy(model))(x), model(x))
@@ -269,7 +269,7 @@ def test_a_backward_in_another_thread(training, ran):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_only_its_own_backward(training, ran):
+def test_backward_runs_where_forward_ran(training, ran):
     plain = nn.BatchNorm2d(3).train(training)
     ours = convert(copy.deepcopy(plain))
     x = torch.randn(4, 3, 2, 2, requires_grad=True)
@@ -279,7 +279,7 @@ def test_only_its_own_backward(training, ran):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("way", ["copied", "kept"])
-def test_saved_tensors_that_were_moved(way, training, ran):
+def test_moved_saved_tensors(way, training, ran):
     """Copies have no mark: PyTorch's own backward reads them."""
     hooks = {"copied": torch.Tensor.clone, "kept": lambda t: t}
     plain = nn.BatchNorm2d(3).train(training)
@@ -295,8 +295,8 @@ def test_saved_tensors_that_were_moved(way, training, ran):
     assert by_direction(ran()) == {forward: 1} | ({} if way == "copied" else {"backward": 1})
 
 
-def test_a_mark_is_not_anothers(ran):
-    """Saved statistics of ours, cut or widened, are PyTorch's to read."""
+def test_resized_saved_statistics(ran):
+    """Our saved statistics, shortened or extended, are read by PyTorch's backward."""
     x = torch.randn(8, 4, requires_grad=True)
     with bnfast.torch.enabled():
         _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
@@ -308,7 +308,7 @@ def test_a_mark_is_not_anothers(ran):
     assert not ran()
 
 
-def test_a_longer_storage_is_no_mark(ran):
+def test_longer_storage_without_mark(ran):
     convert(nn.BatchNorm1d(4))
     x, mean, inv_std = torch.randn(8, 4), torch.zeros(100)[:4], torch.ones(100)[:4]
     backward = torch.ops.aten.native_batch_norm_backward

@@ -1,4 +1,4 @@
-"""`enable` and its kin: on and off, threads and processes, the script runner, the report."""
+"""`enable` and related functions: on and off, threads, processes, the script runner, the report."""
 
 import sys
 import textwrap
@@ -20,14 +20,14 @@ def norm():
 
 
 def counted():
-    """How often `norm` ran here, and was left because nothing was enabled."""
+    """How often `norm` ran here, and how often it was left because bnfast was not enabled."""
     _aten.forget_counts()
     norm()
     ran, left = _aten.counts()
     return ran.get("training", 0), left.get("bnfast was not enabled", 0)
 
 
-def test_on_and_off_as_often_as_one_likes():
+def test_repeated_enable_and_disable():
     for _ in range(3):
         bnfast.torch.enable()
         bnfast.torch.enable()
@@ -40,7 +40,7 @@ def test_on_and_off_as_often_as_one_likes():
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_the_context_manager_leaves_what_it_found(before):
+def test_enabled_restores_former_state(before):
     (bnfast.torch.enable if before else bnfast.torch.disable)()
     try:
         with bnfast.torch.enabled():
@@ -56,7 +56,7 @@ def test_the_context_manager_leaves_what_it_found(before):
         bnfast.torch.disable()
 
 
-def test_the_report_says_what_ran_and_why_not(calls):
+def test_report_counts_and_reasons(calls):
     x = torch.randn(SHAPE, requires_grad=True)
     F.batch_norm(x, None, None, training=True).sum().backward()
     F.batch_norm(x, torch.zeros(3), torch.ones(3))
@@ -82,12 +82,12 @@ def test_the_report_says_what_ran_and_why_not(calls):
     ]
 
 
-def test_a_report_of_none_is_refused_as_before():
+def test_report_of_none_refused():
     with pytest.raises(TypeError, match=r"model is of type builtins\.NoneType"):
         bnfast.torch.report(None)
 
 
-def test_threads_switch_while_others_compute():
+def test_enable_while_other_threads_compute():
     x = torch.randn(16, 8, 5, dtype=torch.float64)
     dy = torch.randn_like(x)
     stop, wrong = threading.Event(), []
@@ -129,8 +129,8 @@ def test_threads_switch_while_others_compute():
     assert left.keys() == {"bnfast was not enabled"}
 
 
-def test_a_backward_of_many_threads(calls):
-    """Autograd runs each backward in the thread that asked for it."""
+def test_backward_from_many_threads(calls):
+    """Autograd runs each backward in the thread that called it."""
     wrong = []
 
     def step(seed):
@@ -138,7 +138,7 @@ def test_a_backward_of_many_threads(calls):
         x = torch.randn(32, 4, 9, generator=generator, requires_grad=True)
         for _ in range(100):
             (dx,) = torch.autograd.grad((F.batch_norm(x, None, None, training=True) ** 2).sum(), x)
-            # y is as large as it may be, whatever x is: all but eps of the gradient cancels.
+            # y is as large as possible for any x: all but eps of the gradient cancels.
             if dx.abs().max() > 1e-3:
                 wrong.append(seed)
 
@@ -157,7 +157,7 @@ def ask(code, **environ):
     return done
 
 
-def test_nothing_is_said():
+def test_no_output_on_stderr():
     done = ask(
         """
         import warnings
@@ -183,7 +183,7 @@ def test_importing_bnfast_imports_neither_torch_nor_the_kernels():
 
 
 @pytest.mark.parametrize("way", ["convert(torch.nn.BatchNorm1d(3))", "BatchNorm1d(3)"])
-def test_importing_changes_no_kernel_and_converting_does(way):
+def test_kernels_registered_by_convert_not_by_import(way):
     ask(
         f"""
         import torch, bnfast.torch
@@ -210,7 +210,7 @@ BOUNDARY = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", BOUNDARY)
-def test_sizes_at_which_pytorch_is_faster_are_pytorchs(name, training, calls):
+def test_large_channels_last_evaluation_left_to_pytorch(name, training, calls):
     shape, last, dtype, here = BOUNDARY[name]
     x = torch.randn(shape, dtype=dtype)
     x = x.to(memory_format=torch.channels_last) if last else x
@@ -222,8 +222,8 @@ def test_sizes_at_which_pytorch_is_faster_are_pytorchs(name, training, calls):
     assert left == ({} if here or training else {why: 1})
 
 
-def test_sub_interpreters_come_and_go():
-    """The kernels know of no interpreter. (PyTorch itself refuses a backward after that.)"""
+def test_kernels_after_subinterpreter_ends():
+    """The kernels do not depend on the interpreter. (PyTorch refuses a backward after that.)"""
     ask(
         """
         import importlib, sys, torch, bnfast.torch
@@ -243,17 +243,17 @@ def test_sub_interpreters_come_and_go():
 
 
 @pytest.mark.parametrize(("asked", "answer"), [("1", True), ("0", False), ("", False)])
-def test_the_environment_asks(asked, answer):
+def test_environment_variable_enables(asked, answer):
     done = ask("import bnfast.torch as t; print(t.is_enabled())", BNFAST_TORCH=asked)
     assert done.stdout.strip() == str(answer)
 
 
 def test_importing_does_not_import_dynamo():
-    """Which takes more than a second."""
+    """Importing Dynamo takes more than a second."""
     ask("import sys, bnfast.torch; assert 'torch._dynamo' not in sys.modules")
 
 
-def test_the_environment_may_not_ask_for_nonsense():
+def test_invalid_environment_variable_raises():
     done = run_python("import bnfast.torch", BNFAST_TORCH="yes")
     assert "ValueError: BNFAST_TORCH is 'yes'; expected 1 or 0" in done.stderr
 
@@ -300,9 +300,9 @@ def test_a_script_runs_enabled(tmp_path):
     assert done.stderr == ""
 
 
-def test_the_runner_wants_a_script():
+def test_runner_without_script_fails():
     done = run_python("import runpy, sys; sys.argv = ['x']; runpy.run_module('bnfast.torch')")
-    assert done.returncode == 0  # nothing is run where it is no main module
+    assert done.returncode == 0  # nothing is run if it is not the main module
     done = run_python(
         "import subprocess, sys\n"
         "sys.exit(subprocess.run([sys.executable, '-m', 'bnfast.torch']).returncode)"
@@ -336,7 +336,7 @@ print(compute())
 """
 
 
-def test_threads_are_as_many_as_pytorchs():
+def test_same_number_of_threads_as_pytorch():
     ask(
         """
         import torch, bnfast.torch
@@ -383,6 +383,6 @@ if __name__ == "__main__":
 
 @needs_fork
 @pytest.mark.skipif(sys.platform != "linux", reason="DataLoader forks on Linux")
-def test_workers_of_a_loader_compute():
+def test_data_loader_workers():
     done = ask(LOADER, PYTHONWARNINGS="ignore")
     assert done.stdout.split("\n")[:2] == ["[2, 3]", "[2, 3]"]

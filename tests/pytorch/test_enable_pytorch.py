@@ -1,4 +1,4 @@
-"""With `enable()`: PyTorch's own samples for these operators, its errors, and its other doors."""
+"""With `enable()`: PyTorch's own samples for these operators, its errors, and other callers."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_samples_of_operators(op, dtype, calls):
 
         for ours, theirs in zip(call(), plain(call), strict=True):
             assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
-            # Statistics of halves are halves in PyTorch's arithmetic, too.
+            # In PyTorch the statistics of half data are halves, too.
             loose = {"rtol": 0.05, "atol": 0.05} if dtype.itemsize == 2 else {}
             torch.testing.assert_close(ours, theirs, equal_nan=True, **loose)
     assert calls()[0]
@@ -156,7 +156,7 @@ def test_errors_have_pytorchs_text(case, calls):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_memory_that_cannot_be_had_raises_what_pytorch_raises(training, calls):
+def test_out_of_memory_raises_as_pytorch(training, calls):
     x = torch.zeros(1, 1, dtype=torch.float64).expand(1 << 22, 1 << 22)
     mean, var = torch.zeros(2, 1, dtype=torch.float64).expand(2, 1 << 22).contiguous()
     args = (x, None, None, mean, var, training, 0.1, 1e-5)
@@ -192,8 +192,8 @@ def test_a_refused_backward_has_pytorchs_text(case, calls):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("arrange", [torch.clone, channels_last, lambda x: x[..., ::2]])
-def test_what_is_left_is_pytorchs_to_the_bit(arrange, affine, training, dtype):
-    """Those of operators with the same kernels. (Here, where theirs have been replaced.)"""
+def test_calls_left_to_pytorch_have_its_bits(arrange, affine, training, dtype):
+    """The results are those of operators with the same kernels. (Theirs are replaced here.)"""
     x = arrange(torch.randn(4, 3, 5, 6, dtype=torch.float64).to(dtype))
     dy = torch.randn_like(x)
     kind = torch.float32 if dtype.itemsize == 2 else dtype
@@ -222,7 +222,7 @@ def test_what_is_left_is_pytorchs_to_the_bit(arrange, affine, training, dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0, check_stride=True)
 
 
-# ---- PyTorch's other doors
+# ---- Other ways to call the operators in PyTorch
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -318,7 +318,7 @@ def test_inference_tensors(calls):
         x = torch.randn(4, 3, 5)
         y = F.batch_norm(x, torch.zeros(3), torch.ones(3))
     torch.testing.assert_close(y, x / (1 + 1e-5) ** 0.5)
-    F.batch_norm(x, None, None, training=True)  # outside it, too
+    F.batch_norm(x, None, None, training=True)  # also outside of it
     assert calls()[0] == {"evaluation": 1, "training": 1}
     plain(lambda: F.batch_norm(x, None, None, training=True))
 

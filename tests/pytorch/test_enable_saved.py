@@ -1,4 +1,4 @@
-"""With `enable()`: what a forward keeps for its backward, and what happens to it in between."""
+"""With `enable()`: what a forward keeps for its backward, and changes to it in between."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import bnfast.torch
 
 aten = torch.ops.aten
-MEAN = 1e4  # float32 keeps a thousandth of a standard deviation of it
+MEAN = 1e4  # at this mean float32 resolves a thousandth of a standard deviation
 KINDS = [torch.float32, torch.bfloat16]
 
 
@@ -33,7 +33,7 @@ def batch(request, calls):
 
 
 def of_visible(dy, x, save_mean, save_invstd):
-    """The gradients by the visible numbers alone: those of float64, which nothing lies behind."""
+    """The gradients from the visible values only: in float64 copies, nothing is kept after them."""
     wide = (t.double() for t in (dy, x, save_mean, save_invstd))
     return [t.to(x.dtype) for t in backward(*wide)]
 
@@ -47,7 +47,7 @@ def difference(a, b):
     return max((p.double() - q.double()).abs().max().item() for p, q in zip(a, b, strict=True))
 
 
-def test_a_backward_has_the_exact_statistics(batch):
+def test_backward_uses_exact_statistics(batch):
     x, dy, *saved = batch
     eps = torch.finfo(x.dtype).eps
     largest = max(t.abs().max().item() for t in of_exact(dy, x))
@@ -64,20 +64,20 @@ def offset(t):
 
 
 def moved_within_storage(t):
-    """The visible numbers somewhere else in a storage that has the mark of others."""
+    """The visible values somewhere else in a storage that has the mark of another forward."""
     room = forward(torch.randn(4, 40).to(t.dtype), t.dtype)[1]
     return room[: len(t)].copy_(t)
 
 
 def offset_with_all_behind(t):
-    """All of the storage, somewhere in another one."""
+    """The whole storage, inside another one."""
     stored = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
     room = torch.cat([torch.zeros(64, dtype=torch.uint8), stored])
     return room[64:].view(t.dtype)[: len(t)]
 
 
 def before_what_was_kept(t):
-    """All of the storage in memory that the tensor has only the visible numbers of."""
+    """The tensor has memory for the visible values only."""
     stored = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
     visible = torch.frombuffer(bytearray(stored.tolist()), dtype=t.dtype, count=len(t))
     assert visible.untyped_storage().nbytes() == t.nbytes
@@ -111,7 +111,7 @@ def test_copies_have_pytorchs_accuracy(batch, how):
 @pytest.mark.parametrize(
     "how", [overwritten, lambda t: t.mul_(1.5), lambda t: t.fill_(float("nan"))]
 )
-def test_overwritten_statistics_are_what_counts(batch, how, which):
+def test_overwritten_statistics_are_used(batch, how, which):
     x, dy, *saved = batch
     how(saved[which])
     want = of_visible(dy, x, *saved)
@@ -131,7 +131,7 @@ def test_nan_statistics_stay_in_their_channel(calls):
     assert not dx[:, ::2].isnan().any()
 
 
-def test_checkpoints_and_hooks_keep_them(calls):
+def test_checkpoints_and_hooks_keep_exact_statistics(calls):
     x = (torch.randn(64, 5, 4, 4) + MEAN).requires_grad_()
     dy = torch.randn(x.shape)
 
@@ -150,7 +150,7 @@ def test_checkpoints_and_hooks_keep_them(calls):
 
 
 @pytest.mark.parametrize("forward_here", [True, False])
-def test_backward_on_the_other_side_than_the_forward(forward_here):
+def test_backward_on_other_kernels_than_forward(forward_here):
     x = torch.randn(16, 5, 4, 4, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(x.shape, dtype=x.dtype)
     bnfast.torch.disable()
@@ -169,7 +169,7 @@ def inner(requires_grad=True):
 
 
 def raised(change):
-    """What a backward raises after something was done to its input."""
+    """What a backward raises after a change of its input."""
     x, weight = inner(), torch.ones(3, requires_grad=True) * 1
     y = F.batch_norm(x, None, None, weight, training=True)
     change(x, weight)
@@ -188,7 +188,7 @@ def raised(change):
     ],
     ids=["x freed", "weight freed", "x changed", "weight changed"],
 )
-def test_what_was_changed_raises_what_pytorch_raises(change, calls):
+def test_changed_input_raises_as_pytorch(change, calls):
     ours = raised(change)
     bnfast.torch.disable()
     theirs = raised(change)
@@ -196,14 +196,14 @@ def test_what_was_changed_raises_what_pytorch_raises(change, calls):
     assert ours == theirs
 
 
-def test_a_forward_of_freed_memory_raises_what_pytorch_raises(calls):
+def test_forward_of_freed_memory_raises_as_pytorch(calls):
     x = torch.randn(8, 3, 4)
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="its data is not allocated yet"):
         F.batch_norm(x, None, None, training=True)
 
 
-def test_results_are_memory_of_pytorchs(calls):
+def test_results_are_in_pytorch_memory(calls):
     y, save_mean, _ = forward(torch.randn(8, 3, 4))
     assert y._base is None
     assert save_mean._base is None

@@ -24,7 +24,7 @@ RAN = {True: {"training": 1}, False: {"evaluation": 1}}
 
 
 def plain(operator, *args):
-    """What PyTorch's own kernel gives."""
+    """The result of PyTorch's own kernel."""
     before = bnfast.torch.is_enabled()
     bnfast.torch.disable()
     try:
@@ -43,8 +43,8 @@ def vectors(channels, dtype):
 @TRAINING
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", TENSORS)
-def test_values_and_gradients_are_the_papers(kind, dtype, training, calls):
-    """The bounds are `tolerance`'s, of the same kernels over arrays."""
+def test_values_and_gradients_as_reference(kind, dtype, training, calls):
+    """The limits are `tolerance`'s, for the same kernels over arrays."""
     shape, arrange, _ = TENSORS[kind]
     p = make_problem(shape, DTYPES[dtype])
     weight, bias, mean, var = vectors(p.channels, getattr(torch, dtype))
@@ -89,7 +89,7 @@ def check_running(found, old, s, p, training):
 
 
 def assert_alike(found, expected, bound):
-    """Two tensors of one type, shape and order in memory, each right to `bound` of the largest."""
+    """Compare two tensors of one type, shape and memory order, relative to the largest value."""
     if expected is None:
         assert found is None
         return
@@ -115,8 +115,8 @@ GIVEN = ["all", "no affine", "no weight", "no bias"]
     [("no statistics", True), *itertools.product(GIVEN, [True, False])],
 )
 @pytest.mark.parametrize("name", ["NCHW", "NHWC", "(N, C)", "NHWC with gaps"])
-def test_operators_give_what_pytorchs_give(name, given, mask, training, calls):
-    """In float64, where a sum of m terms is right to m units of roundoff, ours and PyTorch's."""
+def test_operators_as_pytorch(name, given, mask, training, calls):
+    """In float64, where a sum of m terms is right to m units of roundoff, in both."""
     x = INPUTS[name].double()
     weight, bias, *running = vectors(x.shape[1], torch.float64)
     weight = None if given in ("no affine", "no weight") else weight
@@ -144,7 +144,7 @@ def test_operators_give_what_pytorchs_give(name, given, mask, training, calls):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("arrange", [torch.clone, channels_last, gappy])
 def test_halves(arrange, dtype, params, training, calls):
-    """What float64 gives, rounded once: half a unit in the last place, and float32's error."""
+    """The float64 result, rounded once: half a unit in the last place, and float32's error."""
     kind = dtype if params == "half" else torch.float32
     x, dy = arrange(torch.randn(SHAPE).to(dtype)), arrange(torch.randn(SHAPE).to(dtype))
     weight, bias, *running = vectors(SHAPE[1], kind)
@@ -173,7 +173,7 @@ def test_halves(arrange, dtype, params, training, calls):
 
 @TRAINING
 @pytest.mark.parametrize("name", [*INPUTS, *REORDERED])
-def test_results_lie_as_pytorchs(name, training, calls):
+def test_result_strides_as_pytorch(name, training, calls):
     x = (INPUTS | REORDERED)[name]
     dy = torch.randn(x.shape)
     mean, var = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
@@ -194,8 +194,8 @@ def test_results_lie_as_pytorchs(name, training, calls):
 
 
 @pytest.mark.parametrize("dim", [2, 3, 4, 5])
-def test_results_lie_as_pytorchs_where_axes_have_one_value(dim, calls):
-    """Where the order of memory is a matter of taste: every order, every axis of one value."""
+def test_result_strides_with_axes_of_length_one(dim, calls):
+    """Where the memory order is ambiguous: every order, every axis of length one."""
 
     def both(x, dy):
         y = aten.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
@@ -231,7 +231,7 @@ def test_gradients_in_another_order_than_the_input(arrange, calls):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_empty_batches_are_pytorchs(training, calls):
+def test_empty_batches_as_pytorch(training, calls):
     x = torch.randn(0, 3, 2, requires_grad=True)
     mean, var = torch.zeros(3), torch.ones(3)
     y = F.batch_norm(x, mean, var, training=training)
@@ -261,7 +261,7 @@ def test_gradients_of_every_order(arrange, training, order, calls):
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layers_count_and_move_as_pytorchs(dtype, momentum, calls):
+def test_layer_state_as_pytorch(dtype, momentum, calls):
     ours = torch.nn.BatchNorm2d(6, momentum=momentum, dtype=dtype)
     theirs = torch.nn.BatchNorm2d(6, momentum=momentum, dtype=dtype)
     for _ in range(3):
@@ -289,7 +289,7 @@ def test_instance_norm_runs_here(training, track, calls):
         torch.testing.assert_close(state[name], want)
 
 
-def test_a_large_mean_keeps_the_gradients_digits(calls):
+def test_gradient_digits_at_large_mean(calls):
     """PyTorch's backward has the mean in float32: of 1e6 it keeps a sixteenth."""
     x = torch.randn(64, 3, 4, 4) + 1e6
     dy = torch.randn(x.shape)
@@ -308,7 +308,7 @@ def test_a_large_mean_keeps_the_gradients_digits(calls):
 
 
 @pytest.mark.parametrize("arrange", [torch.clone, channels_last])
-def test_threads_are_pytorchs_and_change_no_bit(arrange, calls):
+def test_pytorch_thread_count_changes_no_bit(arrange, calls):
     x = arrange(torch.randn(16, 64, 28, 28)).requires_grad_()
     dy = torch.randn(x.shape)
 
@@ -348,7 +348,7 @@ def test_flushed_denormals_change_no_bit(calls):
 
 
 @pytest.mark.parametrize("given", [0, 1], ids=["mean", "variance"])
-def test_one_running_statistic_alone_is_pytorchs_to_move(given, calls):
+def test_single_running_statistic_left_to_pytorch(given, calls):
     x = torch.randn(SHAPE, dtype=torch.float64)
     running = [None, None]
     running[given] = torch.ones(SHAPE[1], dtype=x.dtype)

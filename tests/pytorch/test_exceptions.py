@@ -1,4 +1,4 @@
-"""What a user's code or a signal handler raises inside a call comes out as it was raised."""
+"""Exceptions of a user's code or a signal handler inside a call are passed on unchanged."""
 
 import signal
 
@@ -15,7 +15,7 @@ ERRORS = pytest.mark.parametrize("kind", [TimeoutError, KeyError, KeyboardInterr
 
 @pytest.fixture
 def interrupt(kind):
-    """A function whose call ends in an exception of a signal handler's."""
+    """A function whose call ends in an exception from a signal handler."""
     error = kind("the user's")
 
     def handler(*args):
@@ -27,7 +27,7 @@ def interrupt(kind):
 
 
 class Calls(nn.Module):
-    """A module that calls something, then gives back what it got."""
+    """A module that calls a function, then returns its input."""
 
     def __init__(self, call):
         super().__init__()
@@ -65,7 +65,7 @@ def test_from_the_users_code(place, kind, interrupt):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("rest", [(), (None, "relu")], ids=["", "relu"])
 def test_from_the_middle_of_a_forward(rest, training, kind, interrupt):
-    """Asked for by PyTorch itself: a mode that every operator calls."""
+    """Called by PyTorch itself: a mode that every operator calls."""
 
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -14,7 +14,7 @@ import bnfast.torch
 from bnfast.torch import FrozenReport, freeze, reach, report
 
 
-def test_a_resnet_and_all_that_stays():
+def test_resnet_folds_completely():
     model = trained(SmallResNet()).train()
     model.note, model.stem[0].note = ["mine"], "its"
     seen = []
@@ -48,7 +48,7 @@ def test_a_resnet_and_all_that_stays():
 
 
 class Detector(nn.Module):
-    """YOLO's way: a list of layers that know whose output they take, at the top no graph at all."""
+    """As in YOLO: a list of layers that know whose output they take; the top has no graph."""
 
     def __init__(self):
         super().__init__()
@@ -97,12 +97,12 @@ def test_a_detector_whose_top_cannot_be_followed():
 
 
 class Asks(Pair):
-    """Conditions on inputs, all of whose answers keep the two together, and refusals."""
+    """Conditions on inputs, all of whose answers keep the two together, and errors."""
 
     def forward(self, x, skip=None, scale=1.0):
         if x.dim() != 4:
             raise ValueError("x must have four axes")
-        if x.shape[1] != 3:  # pytest would rewrite an assert, and look at its values
+        if x.shape[1] != 3:  # pytest would rewrite an assert, and read its values
             raise AssertionError
         if x.shape[-1] % 2:
             x = F.pad(x, (0, 1))
@@ -137,7 +137,7 @@ class Stages(nn.Module):
 
 
 class Closed(nn.Module):
-    """What it calls it calls as a whole, in a forward that cannot be followed."""
+    """Calls its modules as a whole, in a forward that cannot be followed."""
 
     def __init__(self, inner):
         super().__init__()
@@ -148,7 +148,7 @@ class Closed(nn.Module):
 
 
 class Branches(nn.Module):
-    """HRNet's: puts what branches give back into a list that it was given."""
+    """As in HRNet: puts the outputs of branches back into a list that it was given."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ class Loss(Pair):
 
 
 class Options(Pair):
-    """An option that is asked twice: no way through it has two answers."""
+    """An option that is asked twice: it has one answer on every path."""
 
     def forward(self, x, all_of_it=False):
         seen = () if all_of_it else None
@@ -183,7 +183,7 @@ class Options(Pair):
 
 
 class Counted(Closed):
-    """Loops, but over nothing that it holds."""
+    """Loops, but not over its own modules."""
 
     def forward(self, x):
         for _ in range(int(x.shape[0])):
@@ -192,7 +192,7 @@ class Counted(Closed):
 
 
 class Own(nn.BatchNorm2d):
-    """A class of the user's with PyTorch's forward."""
+    """A user's class with PyTorch's forward."""
 
 
 FOLDED = {
@@ -222,7 +222,7 @@ def test_folded(name):
     assert not got.left
 
 
-def test_both_ways_of_a_question_are_right():
+def test_both_branches_are_correct():
     model = trained(Asks()).double()
     frozen = freeze(model)
     x = torch.randn(2, 3, 8, 7).double()
@@ -265,7 +265,7 @@ def test_freezing_again_and_compiled_models():
 
 
 @pytest.mark.parametrize("model", [None, nn.Conv2d, torch.jit.script(nn.ReLU())])
-def test_what_is_no_model_is_refused(model):
+def test_not_a_model_refused(model):
     with pytest.raises(TypeError, match="model is "):
         freeze(model)
 
@@ -274,8 +274,8 @@ def test_names_are_public():
     assert {"freeze", "FrozenReport"} <= set(bnfast.torch.__all__)
 
 
-def test_a_python_whose_code_nobody_can_read(monkeypatch):
-    """There such a forward may get at everything in it."""
+def test_unknown_bytecode(monkeypatch):
+    """If Python's bytecode is not known, such a forward may use everything in it."""
     model = Closed(Pair()).eval()
     assert not report(freeze(model)).left
     monkeypatch.setattr(reach, "_UNREAD", (3, 0))

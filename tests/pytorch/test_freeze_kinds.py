@@ -1,4 +1,4 @@
-"""`bnfast.torch.freeze`: other libraries' batch norms, and what leaves PyTorch how."""
+"""`bnfast.torch.freeze`: other libraries' batch norms, and ways to export a model."""
 
 import copy
 import io
@@ -17,13 +17,13 @@ from bnfast.torch import freeze, report
 
 
 def of(library, kind):
-    """The class, as if that library had defined it."""
+    """Make a class look as if that library had defined it."""
     kind.__module__ = f"{library}.layers"
     return kind
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """torchvision's and detectron2's: buffers only."""
+    """Like torchvision's and detectron2's: buffers only."""
 
     def __init__(self, channels):
         super().__init__()
@@ -38,7 +38,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """timm's: with dropout and an activation behind it."""
+    """Like timm's: followed by dropout and an activation."""
 
     def __init__(self, channels, drop=None, act=None):
         super().__init__(channels)
@@ -81,13 +81,13 @@ def test_other_libraries_batch_norms(name):
     assert apart(model, frozen, torch.randn(1, 3, 5, 9).double()) < 1e-12
 
 
-def test_an_activation_does_not_move_behind_the_next_layer():
+def test_activation_not_moved_after_next_layer():
     model = trained(nn.Sequential(BatchNormAct2d(3, act=nn.ReLU()), nn.Conv2d(3, 4, 1)))
     frozen = freeze(model, example=torch.randn(2, 3, 4, 4))
     assert report(frozen).left == {"0": "it has an activation or dropout behind it"}
 
 
-def test_a_class_of_that_name_from_elsewhere_is_not_known():
+def test_same_class_name_from_other_library_unknown():
     class FrozenBatchNorm2d(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,7 +177,7 @@ def test_saved_models_load_without_bnfast(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-def test_copies_and_pickles_know_what_was_done():
+def test_copies_and_pickles_keep_report():
     frozen = freeze(trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
     saved = io.BytesIO()
     torch.save(frozen, saved)
@@ -196,8 +196,8 @@ class Own(nn.Sequential):
 
 
 @pytest.mark.parametrize("kind", [nn.Sequential, Own])
-def test_what_is_left_is_fused(kind):
-    """By the backend, which pickles and copies drop, and torch.export passes by."""
+def test_remaining_batch_norms_are_fused(kind):
+    """By the backend, which pickles and copies do not have, and torch.export does not use."""
 
     def fused():
         return report().compiled.get("batch norm + relu", 0)

@@ -115,7 +115,7 @@ class Numbers(Pair):
 
 
 class LooksAtTheClass(Pair):
-    """Does something else where the batch norm is of another class."""
+    """Behaves differently if the batch norm has another class."""
 
     def forward(self, x):
         y = self.bn(self.conv(x))
@@ -123,7 +123,7 @@ class LooksAtTheClass(Pair):
 
 
 class AsksItsNorm(Pair):
-    """Reads what a batch norm has, and whatever took its place has not."""
+    """Reads an attribute of the batch norm that its replacement does not have."""
 
     def forward(self, x):
         return self.bn(self.conv(x)) + self.bn.eps
@@ -158,7 +158,7 @@ class Bound(Pair):
 
 
 class Helper:
-    """An object of the user's, no module, that knows one."""
+    """A user's object that is not a module, but refers to one."""
 
     def __init__(self, conv):
         self.parts = {"conv": functools.partial(conv)}
@@ -177,7 +177,7 @@ class Helped(Pair):
 
 
 class Taps(nn.Module):
-    """The perceptual loss of every tutorial: outputs of a sequence's parts."""
+    """The usual perceptual loss: outputs of a sequence's parts."""
 
     def __init__(self, counted):
         super().__init__()
@@ -192,7 +192,7 @@ class Taps(nn.Module):
 
 
 class Reaches(nn.Module):
-    """Calls the convolution inside of another module, in a forward that cannot be followed."""
+    """Calls the convolution inside another module, in a forward that cannot be followed."""
 
     def __init__(self):
         super().__init__()
@@ -403,7 +403,7 @@ def test_several_kinds_of_argument():
         assert apart(model, frozen, given) < 1e-12
 
 
-def test_a_forward_that_remembers_is_run_on_nobody():
+def test_forward_with_side_effects_is_not_run():
     class Remembers(Pair):
         def __init__(self):
             super().__init__()
@@ -422,7 +422,7 @@ def test_a_forward_that_remembers_is_run_on_nobody():
     assert report(frozen).folded == {"bn": "conv"}
 
 
-def test_only_what_is_noticed_is_left():
+def test_only_noticed_batch_norms_not_folded():
     got = report(frozen_of(nn.Sequential(Pair(), LooksAtTheClass(), Pair())))
     assert got.folded == {"0.bn": "0.conv", "2.bn": "2.conv"}
     assert list(got.left) == ["1.bn"]

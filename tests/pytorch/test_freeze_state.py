@@ -1,4 +1,4 @@
-"""`bnfast.torch.freeze` beside forwards that keep, change or hand out more than they return."""
+"""`bnfast.torch.freeze` with forwards that keep, change or expose more than they return."""
 
 import operator
 
@@ -75,7 +75,7 @@ class Numbers(Pair):
 
 
 class Alias(nn.Module):
-    """Hands out what a module in it has, as wrappers of models do."""
+    """Exposes modules of the module inside it, as wrappers of models do."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_more_happens_is_left(name):
+def test_forwards_with_side_effects_not_folded(name):
     model = trained(CASES[name]())
     frozen = freeze(model)
     assert len(report(frozen).left) == 1
@@ -137,7 +137,7 @@ def test_an_argument_that_may_be_none(mask):
 
 
 def test_more_models_than_dynamo_recaptures():
-    """Each has a limit of its own."""
+    """Each model has its own limit."""
     torch._dynamo.reset()
     models = [trained(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())) for _ in range(12)]
     before = report().compiled.get("batch norm + relu", 0)

@@ -1,4 +1,4 @@
-"""`bnfast.torch.freeze`: folded layers compute what they computed with their batch norms."""
+"""`bnfast.torch.freeze`: folded layers compute the same as before with their batch norms."""
 
 import copy
 import random
@@ -17,7 +17,7 @@ TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3
 
 
 def trained(model):
-    """A model whose batch norms do something, in evaluation."""
+    """A model in evaluation whose batch norms have trained statistics."""
     for m in model.modules():
         if getattr(m, "running_mean", None) is not None:
             m.running_mean.normal_()
@@ -56,7 +56,7 @@ def random_input(rng, dims, channels):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_batch_norm_behind_any_convolution(seed):
+def test_batch_norm_after_any_convolution(seed):
     rng = random.Random(seed)
     dims, transposed = rng.choice([1, 2, 3]), rng.random() < 0.5
     conv = random_convolution(rng, dims, transposed)
@@ -71,7 +71,7 @@ def test_a_batch_norm_behind_any_convolution(seed):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_batch_norm_before_any_convolution(seed):
+def test_batch_norm_before_any_convolution(seed):
     rng = random.Random(seed)
     dims, transposed = rng.choice([1, 2, 3]), rng.random() < 0.3
     conv = random_convolution(rng, dims, transposed)
@@ -104,7 +104,7 @@ def test_linear_layers(bias):
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_linear_layer_of_three_axes_is_not_wrong_in_silence(before):
+def test_linear_layer_with_three_axes_changes_shape(before):
     """There the batch norm works on the middle axis, and the linear layer on the last."""
     row = [nn.BatchNorm1d(4), nn.Linear(4, 4)] if before else [nn.Linear(4, 4), nn.BatchNorm1d(4)]
     model = trained(nn.Sequential(*row))
@@ -136,7 +136,7 @@ def test_types_are_rounded_once(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_to_nearest_even(dtype):
-    """Just beyond the middle of two halves, by less than a float32 knows."""
+    """Just beyond the midpoint of two halves, by less than float32 resolves."""
     unit = torch.finfo(dtype).eps
     for start in (1.0, 1 + unit):
         middle = torch.tensor([start + unit / 2], dtype=torch.float64)
@@ -165,7 +165,7 @@ def test_half_weights_beside_float32_statistics():
     assert frozen[0].bias.dtype is torch.float16
 
 
-def test_what_is_beyond_the_type_is_left():
+def test_overflowing_weights_not_folded():
     model = trained(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).half()
     model[1].running_var.zero_()
     nn.init.constant_(model[1].weight, 60000)
@@ -206,7 +206,7 @@ class MobileBlock(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """DenseNet's, batch norm first; it takes a tensor or a list of them."""
+    """As in DenseNet, batch norm first; it takes a tensor or a list of them."""
 
     def __init__(self, channels, growth):
         super().__init__()
@@ -241,7 +241,7 @@ def test_a_mobilenet():
         assert apart(model, frozen, torch.randn(shape).double()) < 1e-12
 
 
-def test_a_densenet_keeps_what_comes_before_an_activation():
+def test_densenet_keeps_batch_norms_before_activations():
     model = trained(DenseNet()).double()
     frozen = freeze(model, example=torch.randn(1, 3, 5, 5).double())
     got = report(frozen)
@@ -276,7 +276,7 @@ def test_bnfasts_own_layers(kind):
     frozen = freeze(model, example=x)
     assert report(frozen).folded == {"1": "0"}
     plain = nn.BatchNorm2d if kind is bnfast.torch.BatchNorm2d else nn.SyncBatchNorm
-    assert type(frozen[3]) is plain  # which loads without bnfast
+    assert type(frozen[3]) is plain  # it loads without bnfast
     assert type(model[3]) is kind
 
 
@@ -290,7 +290,7 @@ class Fused(nn.Module):
         return self.bn(self.conv(x), residual=x, activation="relu")
 
 
-def test_a_layer_called_with_more_is_left_as_it_is():
+def test_layer_called_with_more_arguments_unchanged():
     model = trained(Fused())
     frozen = freeze(model, example=torch.randn(2, 3, 8, 8))
     assert report(frozen).left == {"bn": "it is called with more than its input"}

@@ -1,4 +1,4 @@
-"""torch.ops.bnfast: opcheck, values, refusals; converted layers where graphs are recorded."""
+"""torch.ops.bnfast: opcheck, values, errors; converted layers where graphs are recorded."""
 
 import copy
 import itertools
@@ -86,7 +86,7 @@ def test_opcheck(dtype, training, residual, activation, arrange):
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)))
-def test_only_what_is_needed_comes_back(needs):
+def test_unneeded_gradients_are_none(needs):
     x, weight, bias, mean, var, *_ = arguments(dense, False, True, "relu")
     y, *saved = FORWARD(x, weight, bias, mean, var, True, 0.1, 1e-3, x, "relu", 0.0)
     found = BACKWARD(y, x, weight, bias, None, None, *saved, True, 1e-3, y, "relu", 0.0, needs)
@@ -105,7 +105,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_say_why_and_write_nothing(name):
+def test_errors_give_reason_and_write_nothing(name):
     changes, why = REFUSED[name]
     given = list(arguments(dense, True, True, "relu", torch.float32))
     for place, value in changes.items():
@@ -116,7 +116,7 @@ def test_refusals_say_why_and_write_nothing(name):
     torch.testing.assert_close(given[3:5], before[3:5], rtol=0, atol=0)
 
 
-# ---- Converted layers where graphs are recorded: PyTorch's operators, nothing of bnfast
+# ---- Converted layers in recorded graphs: PyTorch's operators, nothing of bnfast
 
 
 @TRAINING
@@ -157,7 +157,7 @@ def test_one_node_in_a_graph_of_fx():
     assert len(norms) == 6
 
 
-# ---- Models that were pickled when layers were bnfast's in Python
+# ---- Models that were pickled when bnfast's layers were written in Python
 
 
 def test_an_old_pickle_loads(ran):

@@ -1,4 +1,4 @@
-"""float16 and bfloat16 tensors with float32 parameters, and what autocast makes of a model."""
+"""float16 and bfloat16 tensors with float32 parameters, and models under autocast."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LAYOUT = pytest.mark.parametrize(
 
 
 def pair(dtype, memory_format):
-    """PyTorch's layer and ours with one state, and the same input for each."""
+    """PyTorch's layer and ours with the same state, and the same input for each."""
     torch.manual_seed(0)
     theirs, ours = torch.nn.BatchNorm2d(SHAPE[1]), bnfast.torch.BatchNorm2d(SHAPE[1])
     torch.nn.init.normal_(theirs.weight)
@@ -29,15 +29,17 @@ def pair(dtype, memory_format):
 
 
 def close(got, expected, dtype, sums=1):
-    """Both round one float32 result to the half, so they are at most neighbours: one unit in its
-    last place. Sums of many such gradients, in float32, differ by their own order of adding."""
+    """Compare two results that were rounded to the half type from one float32 result each, so they
+    differ by at most one unit in the last place. Sums of many such gradients, in float32, differ
+    by their order of additions.
+    """
     torch.testing.assert_close(
         got.float(), expected.float(), rtol=torch.finfo(dtype).eps * sums, atol=1e-5
     )
 
 
 def kinds():
-    """What ran: direction, data type and layout."""
+    """Direction, data type and layout of the kernels that ran."""
     return {key[:3] for key in _core.dispatches()}
 
 

@@ -1,4 +1,4 @@
-"""The layers against the paper, PyTorch's own tests of its layers, and unusual tensors."""
+"""The layers compared with the paper, PyTorch's own tests of its layers, and unusual tensors."""
 
 import copy
 import io
@@ -49,9 +49,10 @@ def layer_of(p, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", TENSORS)
-def test_values_and_gradients_are_the_papers(kind, dtype, activation, residual, training, ran):
-    """The bounds are `tolerance`'s, of the same kernels over arrays; PyTorch adds no arithmetic
-    but one rounding: of weight and bias gradients, from float64 to their type."""
+def test_values_and_gradients_as_reference(kind, dtype, activation, residual, training, ran):
+    """The limits are `tolerance`'s, for the same kernels over arrays. PyTorch adds one rounding: of
+    weight and bias gradients, from float64 to their type.
+    """
     shape, arrange, layout = TENSORS[kind]
     p = make_problem(shape, DTYPES[dtype], activation=activation, residual=residual)
     layer = layer_of(p, getattr(torch, dtype)).train(training)
@@ -68,7 +69,7 @@ def test_values_and_gradients_are_the_papers(kind, dtype, activation, residual, 
         ("forward" if training else "inference", dtype, layout, variant(activation, residual)): 1
     }
     y.backward(dy)
-    # A sum's gradient is its terms', which no kernel has to compute.
+    # The gradient of a sum is the gradient of each term, so no kernel computes it.
     masked = variant(activation, residual and activation is not None)
     assert ran() == {("backward", dtype, layout, masked): 1}
 
@@ -93,7 +94,7 @@ def exact_gradients(p, s, training):
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_running_statistics_are_the_papers(dtype, momentum, ran):
+def test_running_statistics_as_reference(dtype, momentum, ran):
     layer = CLASSES[4][1](5, momentum=momentum, dtype=getattr(torch, dtype))
     for batch in range(3):
         p = make_problem((4, 5, 3, 6), DTYPES[dtype], seed=batch)
@@ -125,8 +126,8 @@ def samples(info, dtype, training):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["of the same name", "SyncBatchNorm"])
 @pytest.mark.parametrize("info", NORMS, ids=lambda info: info.name)
-def test_pytorchs_own_inputs(info, name, dtype, training, ran):
-    """Results of two programs of one formula: assert_close's tolerances of PyTorch's tests.
+def test_pytorch_module_inputs(info, name, dtype, training, ran):
+    """Two programs compute one formula, so use assert_close's tolerances of PyTorch's tests.
 
     `SyncBatchNorm` is a plain layer here, without a process group.
     """
@@ -157,7 +158,7 @@ def test_pytorchs_own_inputs(info, name, dtype, training, ran):
 
 
 @pytest.mark.parametrize("info", NORMS, ids=lambda info: info.name)
-def test_pytorchs_own_errors(info):
+def test_pytorch_module_errors(info):
     if info.module_error_inputs_func is None:
         pytest.skip("this PyTorch has none")
     found = info.module_error_inputs_func(
@@ -197,10 +198,10 @@ def test_a_refused_batch_is_not_counted():
     assert all(torch.equal(a, before[name]) for name, a in layer.state_dict().items())
 
 
-# ---- Modules like PyTorch's
+# ---- Modules compared with PyTorch's
 
 
-def test_state_moves_both_ways_and_layers_pickle(ran):
+def test_state_dict_both_ways_and_pickling(ran):
     theirs, ours = nn.BatchNorm2d(3), bnfast.torch.BatchNorm2d(3)
     theirs(torch.randn(4, 3, 2, 2))
     ours.load_state_dict(theirs.state_dict())
@@ -286,7 +287,7 @@ def test_forward_mode():
     check_alike(bnfast.torch.BatchNorm2d(3), derivative)
 
 
-def test_other_types_and_places():
+def test_other_types_and_devices():
     x = torch.randn(4, 3, 2, 2)
     layer = bnfast.torch.BatchNorm2d(3)
     check_alike(layer, lambda layer: layer(torch._neg_view(x)))
@@ -302,7 +303,7 @@ def test_other_types_and_places():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_activations_of_what_no_single_operator_takes(training, activation, ran):
+def test_activations_without_fused_operator(training, activation, ran):
     x, residual = torch.randn(2, 4, 3, 2, 2)
     layer = bnfast.torch.BatchNorm2d(3).train(training)
     want = copy.deepcopy(layer)(-x, residual, activation)
@@ -330,11 +331,11 @@ def test_mixed_residuals_are_added_by_pytorch(ran):
         torch.testing.assert_close(got, want)
 
 
-# ---- What a residual and an activation may be
+# ---- Possible types of a residual and an activation
 
 
 class Ways:
-    """Ways in which the one operator does not run."""
+    """Situations in which the single operator does not run."""
 
     eager = staticmethod(lambda layer: layer)
     compiled = staticmethod(lambda layer: torch.compile(layer, backend="aot_eager"))

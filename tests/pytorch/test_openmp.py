@@ -1,4 +1,4 @@
-"""One pool of threads for PyTorch and bnfast: counted in processes of their own, never timed."""
+"""One pool of threads for PyTorch and bnfast: counted in separate processes, never timed."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc"
 )
 
-# Tensors that both think worth several threads.
+# Tensors so large that both libraries use several threads.
 PROGRAM = """
 import copy, json, os, sys
 import numpy as np
@@ -82,8 +82,8 @@ def test_a_converted_step_adds_no_threads(imports):
 
 
 @ORDERS
-def test_nor_with_a_copy_of_the_runtime_under_its_plain_name(imports, tmp_path):
-    """As wheels carry one, found before the system's."""
+def test_bundled_runtime_adds_no_threads(imports, tmp_path):
+    """As in wheels, which carry one that is found before the system's."""
     system = counted("bnfast torch", 1)["runtimes"]
     shutil.copy(system[0], tmp_path / "libgomp.so.1")
     found = counted(imports, 3, LD_LIBRARY_PATH=str(tmp_path))
@@ -95,7 +95,7 @@ def test_nor_with_a_copy_of_the_runtime_under_its_plain_name(imports, tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_as_many_threads_as_pytorch_says(threads):
+def test_thread_count_of_pytorch(threads):
     found = counted("torch", threads, convolution=False)
     assert found["pool"] == (threads > 1)
     assert found["converted"] == found["plain"] == found["before"] + threads - 1

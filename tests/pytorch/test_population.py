@@ -1,4 +1,4 @@
-"""`bnfast.torch.recompute_statistics`: of the whole data set, and nothing else changes."""
+"""`bnfast.torch.recompute_statistics`: statistics of the whole data set; nothing else changes."""
 
 import copy
 import re
@@ -41,7 +41,7 @@ def test_first_layer_has_the_statistics_of_all_batches(kind, split):
         torch.randn(40, 3, 5, 4, dtype=torch.float64) * 3
         + torch.tensor([0.0, 1e3, -7])[:, None, None]
     )
-    x[:8] += 5  # batches are not alike
+    x[:8] += 5  # batches differ
     model = nn.Sequential(kind(3, momentum=None), nn.ReLU(), nn.Flatten()).double()
     model[0].num_batches_tracked.fill_(3)
     recompute_statistics(model, x.split(SPLITS[split]))
@@ -79,7 +79,7 @@ def test_deeper_layers_see_their_batches_normalised(training):
         check(model.get_submodule(name), torch.cat(seen), 1e-9)
 
 
-def test_dropout_is_as_the_model_is():
+def test_dropout_follows_model_mode():
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
     x = torch.ones(4000, 2)
     recompute_statistics(model.eval(), [x])
@@ -106,7 +106,7 @@ def test_synchronised_layers_are_plain_here(kind):
     assert "forward" not in vars(model[0])
 
 
-def test_what_a_batch_is():
+def test_forms_of_batches():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -128,7 +128,7 @@ def test_what_a_batch_is():
         recompute_statistics(model, [()])
 
 
-def test_only_the_layers_asked_for():
+def test_only_requested_layers():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)).train()
     x = torch.randn(10, 3) + 3
     recompute_statistics(model, [x], layers=[model[1], "2", "1"])
@@ -199,7 +199,7 @@ class Stateful(nn.Module):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_everything_else_is_as_before(count):
+def test_everything_else_unchanged(count):
     model = Stateful().train()
     model.other.eval()
     before, state = snapshot(model), copy.deepcopy(model.state_dict())
@@ -246,7 +246,7 @@ def test_progress(capsys):
         ({"batches": [torch.ones(2, 4)]}, RuntimeError, "3"),
     ],
 )
-def test_what_is_refused(arguments, kind, said):
+def test_refused_arguments(arguments, kind, said):
     model = nn.BatchNorm1d(3)
     before = copy.deepcopy(model.state_dict())
     given = {"model": model, "batches": [torch.randn(4, 3)], **arguments}

@@ -9,7 +9,7 @@ SHAPES = {2: (4, 6), 3: (4, 6, 10), 4: (4, 6, 3, 5), 5: (4, 6, 2, 3, 5)}
 
 
 def lying_as(*order):
-    """A dense tensor whose axes lie in memory in this order, the first with the largest stride."""
+    """A dense tensor whose axes are in memory in this order, the first with the largest stride."""
     shape = SHAPES[len(order)]
     x = torch.randn([shape[axis] for axis in order])
     return x.permute([order.index(axis) for axis in range(len(order))])
@@ -43,7 +43,7 @@ def test_of_usual_inputs(name, training):
     check_strides(INPUTS[name], training)
 
 
-# Dense inputs in an order of memory that PyTorch's layers do not keep.
+# Dense inputs in a memory order that PyTorch's layers do not keep.
 REORDERED = {
     "(N, C).t()": lying_as(1, 0),
     "NLC": lying_as(0, 2, 1),
@@ -69,7 +69,7 @@ def test_of_reordered_inputs(name, training):
 
 
 @TRAINING
-def test_a_result_can_be_viewed_as_pytorchs(training):
+def test_result_can_be_viewed_as_pytorch_result(training):
     theirs = torch.nn.BatchNorm1d(6).train(training)
     x = lying_as(0, 2, 1)
     want = theirs(x).view(4, -1)

@@ -1,4 +1,4 @@
-"""Layers whose tensors are replaced, substituted, shared, freed or of odd types: as PyTorch's."""
+"""Layers whose tensors are replaced, shared, freed or of unusual types, compared with PyTorch's."""
 
 import copy
 import io
@@ -27,7 +27,7 @@ def forward_of(training):
 
 
 def pair(channels=3, training=True):
-    """PyTorch's layer and ours, in one state of no special values."""
+    """PyTorch's layer and ours, in the same state without special values."""
     theirs = nn.BatchNorm2d(channels).train(training)
     with torch.no_grad():
         for tensor in (theirs.weight, theirs.bias, theirs.running_mean):
@@ -41,26 +41,26 @@ def batch(channels=3):
 
 
 def loss(y):
-    """Of no symmetry: the gradient of a sum of squares, say, is rounding errors alone."""
+    """Not symmetric: the gradient of a sum of squares, for example, is only rounding errors."""
     return (y * batch(y.shape[1]).roll(1, 0)).sum()
 
 
 def outcome(call, *args):
-    """What a call returns, or the kind and the words of what it raises."""
+    """Return what a call returns, or the kind and the text of what it raises."""
     try:
         return call(*args)
-    except Exception as error:  # noqa: BLE001, whatever PyTorch says
+    except Exception as error:  # noqa: BLE001, whatever PyTorch raises
         return type(error), str(error)
 
 
 def check_alike(theirs, ours, x, ran, on_bnfast, **tolerance):
-    """One forward, or one refusal, and one state after it: what came of it."""
+    """Compare one forward, or one error, and the state after it."""
     want, before = outcome(theirs, x), copy.deepcopy(ours.state_dict())
     ran()
     got = outcome(ours, x)
     assert bool(ran()) == on_bnfast
     if isinstance(want, tuple):
-        assert got == want  # and, where PyTorch's may have counted, nothing has changed
+        assert got == want  # and nothing has changed, even if PyTorch's layer may have counted
         torch.testing.assert_close(ours.state_dict(), before, rtol=0, atol=0, equal_nan=True)
     else:
         torch.testing.assert_close(got, want, equal_nan=True, **tolerance)
@@ -81,11 +81,11 @@ def check_step(theirs, ours, ran, training=True, on_bnfast=True):
     torch.testing.assert_close(found[1], found[0], equal_nan=True)
 
 
-# ---- Replaced and substituted
+# ---- Replaced tensors
 
 
 @TRAINING
-def test_functional_call_uses_what_it_is_given(training, ran):
+def test_functional_call_uses_given_tensors(training, ran):
     layers = pair(training=training)
     given = {"weight": torch.full((3,), 5.0), "running_mean": torch.ones(3)}
     states = [{name: t.clone() for name, t in given.items()} for _ in layers]
@@ -119,7 +119,7 @@ REPLACEMENTS = {
 def test_replaced(name, training, ran):
     layers = pair(training=training)
     for layer in layers:
-        layer(batch())  # nothing of the old tensors may be remembered
+        layer(batch())  # the old tensors must be forgotten
         REPLACEMENTS[name](layer)
     of_batch = training or name == "no running statistics"
     check_step(*layers, ran, of_batch, on_bnfast="gaps" not in name)
@@ -156,7 +156,7 @@ def test_replicas_share_statistics(ran):
 
 @TRAINING
 def test_running_statistics_have_no_gradient(training, ran):
-    """PyTorch refuses that; without a word, they would not be learnt."""
+    """PyTorch refuses that; without an error, they would silently not be learnt."""
     layers = pair(training=training)
     for layer in layers:
         del layer.running_mean
@@ -177,7 +177,7 @@ def test_every_pair_of_types(dtype, parameters, training, ran):
     theirs, ours = (layer.to(parameters) for layer in pair(training=training))
     half = dtype in (torch.float16, torch.bfloat16)
     on_bnfast = dtype in DTYPES and (parameters is dtype or (half and parameters is torch.float32))
-    # PyTorch rounds statistics to halves before it uses them, where the parameters are halves.
+    # PyTorch rounds statistics to halves before it uses them if the parameters are halves.
     eps = torch.finfo(dtype).eps if half else None
     tolerance = {"rtol": eps, "atol": 2 * eps} if half else {}
     check_alike(theirs, ours, (3 * batch()).to(dtype), ran, on_bnfast, **tolerance)
@@ -188,7 +188,7 @@ def test_every_pair_of_types(dtype, parameters, training, ran):
     "eps", [1, 0, 0.1, 0.0, -1.0, float("nan"), np.float64(0.1), np.float32(0.1)]
 )
 def test_every_eps(eps, training, ran):
-    """PyTorch judges what it takes."""
+    """PyTorch decides which are valid."""
     layers = pair(training=training)
     for layer in layers:
         layer.eps = eps
@@ -206,7 +206,7 @@ def test_every_momentum(momentum, ran):
 
 @TRAINING
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
-def test_half_of_the_statistics(missing, training, ran):
+def test_one_of_two_running_statistics(missing, training, ran):
     layers = pair(training=training)
     for layer in layers:
         setattr(layer, missing, None)
@@ -214,7 +214,7 @@ def test_half_of_the_statistics(missing, training, ran):
 
 
 @pytest.mark.parametrize("given", [None, 3, [1.0], np.ones((4, 3, 5, 5))], ids=repr)
-def test_no_tensor(given, ran):
+def test_not_a_tensor(given, ran):
     check_alike(*pair(), given, ran, False)
 
 
@@ -259,7 +259,7 @@ def test_freed_memory_is_not_read(name, ran):
     assert not ran()
 
 
-# Frees one tensor that a backward needs, PyTorch's layer first, which says what is expected.
+# Free one tensor that a backward needs; first in PyTorch's layer, which gives the expected result.
 FREED = """
 import sys
 import torch, bnfast.torch
@@ -282,7 +282,7 @@ for kind in (torch.nn.BatchNorm2d, bnfast.torch.BatchNorm2d):
 @TRAINING
 @pytest.mark.parametrize("name", ["x", "weight"])
 def test_memory_freed_before_the_backward_is_not_read(name, training):
-    """In a process of its own, which may crash."""
+    """In a separate process, which may crash."""
     command = [sys.executable, "-c", FREED, name, str(training)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     expected = "freed\nTrue\n"
@@ -303,7 +303,7 @@ PLACES = {"normal": torch.enable_grad, "inference": torch.inference_mode}
 @pytest.mark.parametrize("x_from", PLACES)
 @pytest.mark.parametrize("layer_from", PLACES)
 def test_tensors_of_inference_mode(layer_from, x_from, call_in, training, ran):
-    """Also what PyTorch refuses of them, and that a refused batch moves nothing."""
+    """Also compares what PyTorch refuses, and checks that a refused batch changes nothing."""
     with PLACES[layer_from]():
         layers = pair(training=training)
     with PLACES[x_from]():
@@ -324,8 +324,8 @@ def test_tensors_of_inference_mode(layer_from, x_from, call_in, training, ran):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_count_as_pytorchs(reentrant, ran):
-    """Twice each batch, also where the recomputation ends as soon as all is saved again."""
+def test_checkpoints_count_as_pytorch(reentrant, ran):
+    """Twice for each batch, also if the recomputation ends as soon as all is saved again."""
     theirs, ours = pair()
     gradients = []
     for layer in (theirs, ours):
@@ -392,7 +392,7 @@ def test_update_bn_of_averaged_models(ran):
 
 @TRAINING
 def test_many_threads(training, ran):
-    """One layer in evaluation, and a layer each in training."""
+    """One layer in evaluation, and one layer per thread in training."""
     theirs, ours = pair(16, training)
     x = torch.randn(8, 16, 14, 14)
     want = theirs(x)

@@ -24,7 +24,7 @@ def resnet():
 
 
 def trained(model):
-    """The loss of each step, on the same batches whatever the model."""
+    """Return the loss of each step; the batches are the same for every model."""
     model.train()
     data = torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -40,9 +40,11 @@ def trained(model):
     return losses
 
 
-def test_a_resnet_trains_alike():
-    """Rounding apart, which twenty steps of a rate this low do not blow up: 1e-4 of the loss is a
-    hundred times what they were seen to differ by, and a wrong gradient is off by far more."""
+def test_resnet_trains_as_pytorch():
+    """Equal except for rounding, which twenty steps at a rate this low do not amplify: 1e-4 of the
+    loss is a hundred times the differences that were seen, and a wrong gradient is off by far
+    more.
+    """
     plain = resnet()
     model = bnfast.torch.convert(copy.deepcopy(plain))
     layers = sum(isinstance(m, torch.nn.BatchNorm2d) for m in plain.modules())
@@ -61,8 +63,9 @@ def test_a_resnet_trains_alike():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_no_tensor_is_copied(memory_format):
-    """What is allocated, as PyTorch's profiler tells: one output of x's size forward, one gradient
-    backward, and per-channel numbers."""
+    """Count allocations with PyTorch's profiler: one output of x's size forward, one gradient
+    backward, and per-channel numbers.
+    """
     layer = bnfast.torch.BatchNorm2d(32)
     x = torch.randn(8, 32, 40, 40).to(memory_format=memory_format).requires_grad_()
     dy = torch.randn(8, 32, 40, 40).to(memory_format=memory_format)

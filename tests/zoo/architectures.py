@@ -1,7 +1,7 @@
-"""Some seventy architectures with batch norms, their weights random, their inputs small.
+"""Some seventy architectures with batch norms, with random weights and small inputs.
 
-Sizes are the smallest whose last feature maps still have a few values a channel: with two, a
-batch norm gives plus and minus one whatever comes in, and its gradient is rounding.
+Sizes are the smallest whose last feature maps still have a few values per channel. With two values,
+a batch norm gives plus and minus one for any input, and its gradient is only rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model is made, and the shape of what it takes."""
+    """How a model is made, and the shape of its input."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Architecture:
 
 @torch.no_grad()
 def _stir(norm: nn.modules.batchnorm._BatchNorm) -> None:
-    """Give a fresh layer parameters and statistics that are not all alike."""
+    """Give a new layer parameters and statistics that differ between channels."""
     if norm.weight is not None:
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_(0, 0.2)
@@ -72,7 +72,7 @@ def segmentation(name: str) -> nn.Module:
 
 
 def pyramid(backbone: str) -> nn.Module:
-    """Return what torchvision's detectors stand on."""
+    """Return the backbone of torchvision's detectors."""
     from torchvision.models.detection import backbone_utils
 
     options = {"weights": None, "norm_layer": nn.BatchNorm2d}
@@ -82,12 +82,12 @@ def pyramid(backbone: str) -> nn.Module:
 
 
 def vgg() -> nn.Module:
-    """Return VGG11's convolutions; a gigabyte of linear layers behind them has no batch norm."""
+    """Return VGG11's convolutions; its gigabyte of linear layers has no batch norm."""
     return torchvision_model("vgg11_bn").features
 
 
 def wide_resnet() -> nn.Module:
-    """Return WideResNet with a block a stage instead of three to six."""
+    """Return WideResNet with one block per stage instead of three to six."""
     from torchvision.models.resnet import Bottleneck, ResNet
 
     return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, width_per_group=128)
@@ -173,7 +173,7 @@ def of_ultralytics() -> dict[str, Architecture]:
     return {name: Architecture(functools.partial(yolo_model, name), images(64)) for name in YOLO}
 
 
-# ---- transformers: image models as far as they have batch norms, and two that take no images
+# ---- transformers: image models that have batch norms, and two that take no images
 
 
 def transformer(name: str, **options: Any) -> nn.Module:
@@ -228,7 +228,7 @@ def of_smp() -> dict[str, Architecture]:
     }
 
 
-# ---- layers that the libraries do not use so
+# ---- layers in uses that the libraries do not have
 
 
 class Mlp(nn.Sequential):

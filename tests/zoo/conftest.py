@@ -1,6 +1,6 @@
-"""Tests over the model libraries' architectures: left out unless all of them are installed.
+"""Tests over the model libraries' architectures: skipped unless all of them are installed.
 
-`make test-zoo` installs them into an environment of their own.
+`make test-zoo` installs them into a separate environment.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ else:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """On images this small a second thread is waited for longer than it computes."""
+    """For images this small, waiting for a second thread takes longer than its work."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Every architecture on bnfast, in float64: what plain PyTorch gives, and all batch norms taken."""
+"""Every architecture on bnfast, in float64: the results of plain PyTorch, and all batch norms."""
 
 import functools
 
@@ -7,7 +7,7 @@ import totals
 from architectures import ARCHITECTURES
 from ways import FORMATS, MODES, WAYS, differences, laid_out, modes, plain, there, weights
 
-# Warnings of these libraries and of what they use are theirs.
+# Warnings of these libraries and of their dependencies are not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = totals.read()
 CASES = [
@@ -29,9 +29,9 @@ def plain_outcome(name, form, training):
 
 
 def modes_of(name, form, way):
-    """Compiling takes longer than all else: training in one format then, evaluation in the other.
+    """Compiling takes the most time: train in one format then, and evaluate in the other.
 
-    Which is which takes turns; what has one format alone is compiled for both.
+    The two alternate. An architecture with only one format is compiled for both modes.
     """
     if way != "backend" or (name, "channels_last") not in CASES:
         return modes(way)

@@ -1,10 +1,10 @@
-"""Count what batch norms of each architecture are and become, and write it to totals.json.
+"""Count the batch norms of each architecture, and what they become; write it to totals.json.
 
     python tests/zoo/totals.py [NAME ...]
-    python tests/zoo/totals.py --sums      of all architectures, from the table as it is
+    python tests/zoo/totals.py --sums      of all architectures, from the present table
 
-Of "enabled" what PyTorch itself calls is counted, so that the tests compare bnfast with that. Ways
-that this bnfast does not have keep the totals that the table has.
+For "enabled" the calls of PyTorch itself are counted, so that the tests compare bnfast with them.
+Ways that this bnfast does not have keep their totals in the table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write(table: dict[str, dict[str, Totals]]) -> None:
 
 
 def totals(name: str) -> dict[str, Totals]:
-    """Return what each way makes of an architecture, by mode."""
+    """Return the totals of an architecture in each way, by mode."""
     model, x = ARCHITECTURES[name].model(), ARCHITECTURES[name].input()
     found = {"enabled": counted(model, x)}
     for way in there():

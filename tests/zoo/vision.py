@@ -1,4 +1,4 @@
-"""Model libraries beside a PyTorch that their compiled parts were not built for."""
+"""Import model libraries with a PyTorch that their compiled parts were not built for."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import tempfile
 from pathlib import Path
 
 PACKAGES = ("torchvision", "timm", "ultralytics", "transformers", "segmentation_models_pytorch")
-_kept: list[object] = []  # a library's definitions go with it
+_kept: list[object] = []  # a library's definitions are removed with it
 
 
 def missing() -> list[str]:
-    """Say which of the packages are not installed."""
+    """Return the packages that are not installed."""
     return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
 
 
 def stay_offline() -> None:
-    """Keep the packages from asking the network, and from writing into the home folder."""
+    """Keep the packages from using the network, and from writing into the home folder."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("YOLO_OFFLINE", "true")
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
 
 
 def define_missing_operators() -> None:
-    """Let torchvision be imported where its compiled part cannot be loaded.
+    """Let torchvision be imported if its compiled part cannot be loaded.
 
-    The torchvision of PyPI is built against a PyTorch with CUDA, and beside one for the CPU alone
-    it finds no libraries. Its models need none of that, but its import describes two operators
-    that must exist then. So they get a schema, and no kernel.
+    The torchvision of PyPI is built for a PyTorch with CUDA, and finds no libraries with a CPU-only
+    PyTorch. Its models do not need them, but its import describes two operators that must exist
+    then. So they get a schema, and no kernel.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a step of a model gives, plain and on bnfast, and what its batch norms became."""
+"""The results of a step of a model, plain and on bnfast, and what its batch norms became."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def laid_out(model: nn.Module, x: Tensor, form: str) -> tuple[nn.Module, Tensor]
     return model.to(memory_format=formats[x.dim()]), x.to(memory_format=formats[x.dim()])
 
 
-# ---- What a step gives
+# ---- The results of a step
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
-    """Floating-point tensors of whatever a forward returned."""
+    """Yield the floating-point tensors of a forward's output."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
@@ -53,7 +53,7 @@ def weights(y: Tensor) -> Tensor:
 
 def outcome(model: nn.Module, call: Any, x: Tensor) -> Outcome:
     """Outputs, gradients and buffers after a forward by `call`, and a backward."""
-    torch.manual_seed(3)  # layers that drop something drop the same
+    torch.manual_seed(3)  # dropout drops the same values
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     all_ys = list(tensors(call(x)))
     ys = [y for y in all_ys if y.requires_grad]
@@ -77,11 +77,11 @@ def largest(tensor: Tensor) -> float:
 
 
 def differences(found: Outcome, expected: Outcome) -> dict[str, float]:
-    """Say what is apart, by which share of the largest value, if not by rounding alone.
+    """Return what differs by more than rounding, relative to the largest value.
 
-    Where gradients cancel, as those of a bias before a batch norm do, rounding is relative to
-    what cancels, for which the largest of all gradients stands. Of outputs alone, outputs alone
-    are compared.
+    If gradients cancel, as those of a bias before a batch norm do, rounding is relative to the
+    cancelling terms. The largest of all gradients stands for these. If there are only outputs, only
+    outputs are compared.
     """
     if all(name.startswith("output") for name in found):
         expected = {name: y for name, y in expected.items() if name.startswith("output")}
@@ -101,7 +101,7 @@ def differences(found: Outcome, expected: Outcome) -> dict[str, float]:
     return apart
 
 
-# ---- Plain, and the ways around it
+# ---- Plain PyTorch, and the ways with bnfast
 
 
 class Counting(TorchDispatchMode):
@@ -120,7 +120,7 @@ class Counting(TorchDispatchMode):
 
 
 def counted(model: nn.Module, x: Tensor) -> Totals:
-    """Batch norms of plain PyTorch's step, by mode."""
+    """The batch norms of plain PyTorch's step, by mode."""
     found = {}
     for mode, training in MODES.items():
         model = copy.deepcopy(model).train(training)
@@ -136,7 +136,7 @@ def plain(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, None]:
 
 
 def enabled(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[str, int]]:
-    """Return what ran on bnfast, too; what did not is there by its reason."""
+    """Return also what ran on bnfast; the rest is counted by its reason."""
     model = copy.deepcopy(model).train(training)
     with bnfast.torch.enabled():
         _aten.forget_counts()
@@ -146,7 +146,7 @@ def enabled(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[
 
 
 def backend(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[str, int]]:
-    """Return what became of batch norms in the graphs, too; evaluation is without gradients."""
+    """Return also what batch norms became in the graphs. Evaluation is without gradients."""
     torch._dynamo.reset()
     model = copy.deepcopy(model).train(training)
     compiled = torch.compile(model, backend=bnfast.torch.backend)
@@ -156,7 +156,7 @@ def backend(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[
 
 
 def frozen(model: nn.Module, x: Tensor, training: bool) -> tuple[Outcome, dict[str, int]]:
-    """Return how many batch norms were folded, too."""
+    """Return also how many batch norms were folded."""
     model = bnfast.torch.freeze(model)
     report = bnfast.torch.report(model)
     return outputs(model, x), {"folded": len(report.folded), "left": len(report.left)}
@@ -167,7 +167,7 @@ NEEDED = {"backend": "backend", "frozen": "freeze"}  # of bnfast.torch
 
 
 def there() -> list[str]:
-    """Names of the ways that this bnfast has."""
+    """Return the ways that this bnfast has."""
     return [way for way in WAYS if hasattr(bnfast.torch, NEEDED.get(way, "enable"))]
 
 
