@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 
 from . import _options
-from ._errors import is_array, is_from_here, is_its_own, kind, listed, shown, type_names
+from ._errors import described, is_array, is_from_here, is_its_own, listed, shown, type_names
 
 if TYPE_CHECKING:
     from ._types import Array
@@ -76,7 +76,7 @@ class Canonical:
         self.y = self._alike(arrays.get("y"))
         self.out = None if out is None else self._target(out)
 
-    def give(self, result: Array) -> Any:
+    def write_back(self, result: Array) -> Any:
         """Return the result, in the caller's `out` if asked."""
         if self._out_asked is None:
             return result
@@ -172,14 +172,14 @@ def _converted(name: str, value: Any) -> Array:
         if not is_its_own(error, value):
             raise
         raise TypeError(
-            f"{name} is {kind(value)}, which NumPy cannot read as an array: {error}"
+            f"{name} is {described(value)}, which NumPy cannot read as an array: {error}"
         ) from error
 
 
 def target(name: str, value: Any) -> Array:
     """Return an array that is to be written to as a plain array of the same memory."""
     if not is_array(value):
-        raise TypeError(f"{name} is {kind(value)}; expected a NumPy array")
+        raise TypeError(f"{name} is {described(value)}; expected a NumPy array")
     return array(name, value)
 
 
@@ -344,7 +344,7 @@ def check_updatable(name: str, value: Any, channels: int) -> None:
 
 def _updatable(name: str, value: Any, channels: int | None = None) -> Array:
     if not is_array(value):
-        raise TypeError(f"{name} is {kind(value)}; expected a NumPy array to update in place")
+        raise TypeError(f"{name} is {described(value)}; expected a NumPy array to update in place")
     a = array(name, value)
     if a.dtype.type not in _KEPT:
         raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(type_names(_KEPT))}")
@@ -413,10 +413,10 @@ def check_counter(counter: Any) -> None:
     """Refuse a batch counter that cannot be written."""
     name = "num_batches_tracked"
     if not is_array(counter):
-        raise TypeError(f"{name} is {kind(counter)}; expected an array of int64 of shape ()")
+        raise TypeError(f"{name} is {described(counter)}; expected an array of int64 of shape ()")
     a = array(name, counter)
     if a.dtype != np.int64 or a.shape != ():
-        raise TypeError(f"{name} is {kind(a)}; expected an array of int64 of shape ()")
+        raise TypeError(f"{name} is {described(a)}; expected an array of int64 of shape ()")
     if not a.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to count in")
 

@@ -82,7 +82,7 @@ cdef dict CODES_AND_SLOPES = {name: (facts.code, facts.slope)
 
 def dispatches():
     """How often each kernel set ran: {(direction, dtype, layout, isa, variant): count}."""
-    cdef bnf_kind kind
+    cdef bnf_dispatch_key kind
     built = [bnf_isa_name(i).decode() for i in range(bnf_isa_count())]
     names = (DIRECTION_NAMES, TYPE_NAMES, LAYOUT_NAMES, built, VARIANT_NAMES, RESIDUAL_NAMES)
     found = {}
@@ -218,7 +218,7 @@ cdef void run(bnf_call *call) noexcept:
 
 # --- Fresh outputs -----------------------------------------------------------------------
 # A large one owns pages of pages.c through a data-memory handler of NumPy's, so it is an array
-# like any other: it may be resized, seen by tracemalloc, freed anywhere and after everything.
+# like any other: it may be resized, traced by tracemalloc, freed anywhere and after everything.
 
 cdef void *data_malloc(void *context, size_t size) noexcept nogil:
     return bnf_pages_acquire(size)
@@ -317,7 +317,8 @@ def kept_memory():
 
 # --- Reading what is no array yet: the caller's Python may run ------------------------------------
 
-# The number that NumPy gave bfloat16 when ml_dtypes registered it, once an array of it was seen.
+# The number that NumPy gave bfloat16 when ml_dtypes registered it; known from the first array of that
+# type on.
 cdef int bfloat16_number = -1
 
 
@@ -361,7 +362,7 @@ cdef object as_running(str name, object value):
 
 
 cdef object as_axis(object axis):
-    """An axis as an int; whether x has it is seen with x."""
+    """An axis as an int; x is looked at later, and whether it has the axis."""
     return axis if type(axis) is int else _options.integer("axis", axis)
 
 
@@ -513,11 +514,11 @@ cdef int sort_axes(cnp.ndarray x, int *order) noexcept:
 
 
 cdef inline bint is_tensor(object x) noexcept:
-    """Whether a result can be made for x: what else has to be right with it is seen later."""
+    """Whether a result can be made for x: the rest is checked later."""
     return cnp.PyArray_CheckExact(x) and type_of(<cnp.ndarray>x) != BNF_TYPES
 
 
-cdef bint see(object tensor, object axis, bnf_shape *shape) noexcept:
+cdef bint read_shape(object tensor, object axis, bnf_shape *shape) noexcept:
     """Fill shape and say yes if a tensor has data of ours, dense in some order of its axes."""
     cdef cnp.ndarray x
     cdef int[MOST_AXES] order
@@ -609,7 +610,8 @@ cdef bint look_forward(bnf_call *call, object x, object axis, object residual,
                        object y) noexcept:
     """Take shape, type and pointers of a forward's or an inference's tensors; no if they are not
     the common case."""
-    if not (see(x, axis, &call.shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
+    if not (read_shape(x, axis, &call.shape)
+            and (residual is None or is_like(residual, <cnp.ndarray>x))
             and is_target(y, <cnp.ndarray>x) and apart(<cnp.ndarray>y, x)
             and apart(<cnp.ndarray>y, residual)):
         return False
@@ -740,8 +742,8 @@ def plan(shape, itemsize, gathers, reads, writes, l2, l3, threads):
         "stream": bool(found.stream),
         "sums": [tile_of(planned, found.blocks, block, group * found.group, found.group)
                  for block in range(found.blocks.count) for group in range(found.groups)],
-        "writes": [tile_of(planned, found.spread, block, group * found.width, found.width)
-                   for block in range(found.spread.count) for group in range(found.widths)],
+        "writes": [tile_of(planned, found.write_blocks, block, group * found.width, found.width)
+                   for block in range(found.write_blocks.count) for group in range(found.widths)],
     }
 
 
@@ -758,8 +760,8 @@ def moments(x, axis):
     x, axis = as_array("x", x), as_axis(axis)
     found = sum_up(x, axis)
     if found is None:
-        seen = _arrays.Canonical(x, axis)
-        found = sum_up(seen.x, seen.axis)
+        canonical = _arrays.Canonical(x, axis)
+        found = sum_up(canonical.x, canonical.axis)
         if found is None:
             _arrays.refuse_uncommon()
     return found
@@ -770,7 +772,7 @@ cdef object sum_up(object x, object axis):
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
-    if not see(x, axis, &shape):
+    if not read_shape(x, axis, &shape):
         return None
     if cnp.PyArray_SIZE(<cnp.ndarray>x) == 0:
         if not bnf_is_countable(shape.channels, 0):
@@ -780,7 +782,7 @@ cdef object sum_up(object x, object axis):
     mean, m2 = new_vector(shape.channels), new_vector(shape.channels)
     found = (shape.outer * shape.inner, mean, m2)
     memset(&call, 0, sizeof(call))
-    if not see(x, axis, &call.shape) or not same_shape(call.shape, shape):
+    if not read_shape(x, axis, &call.shape) or not same_shape(call.shape, shape):
         return None
     call.direction, call.type = BNF_MOMENTS, <bnf_type>type_of(<cnp.ndarray>x)
     call.x = data_of(x)
@@ -818,14 +820,14 @@ def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
         _arrays.check_running_type(names[1], var, x.dtype)
     y = apply_given(x, axis, residual, target, &options, names, means, vars, scales, shifts)
     if y is None:
-        seen = _arrays.Canonical(x, axis, residual=residual, out=target)
+        canonical = _arrays.Canonical(x, axis, residual=residual, out=target)
         _arrays.check_parameters_apart(
             target, **dict(zip(names, (mean, var, weight, bias), strict=True)))
-        y = apply_given(seen.x, axis, seen.residual, seen.out, &options, names, means, vars,
-                        scales, shifts)
+        y = apply_given(canonical.x, axis, canonical.residual, canonical.out, &options, names,
+                        means, vars, scales, shifts)
         if y is None:
             _arrays.refuse_uncommon()
-        y = seen.give(y)
+        y = canonical.write_back(y)
     return y if out is None else out
 
 
@@ -950,11 +952,11 @@ cdef class FixedMap:
         target = as_target("out", out)
         y = self.apply(x, residual, target)
         if y is None:
-            seen = _arrays.Canonical(x, self.axis, residual=residual, out=target)
-            y = self.apply(seen.x, seen.residual, seen.out)
+            canonical = _arrays.Canonical(x, self.axis, residual=residual, out=target)
+            y = self.apply(canonical.x, canonical.residual, canonical.out)
             if y is None:
                 _arrays.refuse_uncommon()
-            y = seen.give(y)
+            y = canonical.write_back(y)
         return y if out is None else out
 
     cdef object apply(self, object x, object residual, object out):
@@ -1053,14 +1055,15 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     found = train(x, axis, residual, target, &options, weights, biases, batch, means, vars,
                   given_back, batches, None)
     if found is None:
-        seen = _arrays.Canonical(x, axis, residual=residual, out=target)
+        canonical = _arrays.Canonical(x, axis, residual=residual, out=target)
         _arrays.check_parameters_apart(target, weight=weight, bias=bias)
         if options.is_part:
             _arrays.check_parameters_apart(target, **dict(zip(MOMENTS_NAMES, moments[1:])))
         if means is not None:
-            _arrays.check_running_apart(running_mean, running_var, target, *seen.given.values())
-        found = train(seen.x, axis, seen.residual, seen.out, &options, weights, biases, batch,
-                      means, vars, given_back, batches, seen)
+            _arrays.check_running_apart(
+                running_mean, running_var, target, *canonical.given.values())
+        found = train(canonical.x, axis, canonical.residual, canonical.out, &options, weights,
+                      biases, batch, means, vars, given_back, batches, canonical)
         if found is None:
             _arrays.refuse_uncommon()
     return found if out is None else (out, found[1])
@@ -1068,14 +1071,14 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
 
 cdef object train(object x, object axis, object residual, object out, Training *options,
                   object weight, object bias, tuple batch, object means, object vars,
-                  tuple given_back, object counter, object seen):
+                  tuple given_back, object counter, object canonical):
     """`forward` of arrays; None if they are not the common case.  The result goes back through
-    seen, if given, before any statistic moves; given_back is where means and vars are copied to,
+    canonical, if given, before any statistic moves; given_back is where means and vars are copied,
     None for one that is no copy itself."""
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
-    if not see(x, axis, &shape):
+    if not read_shape(x, axis, &shape):
         return None
     if options.is_part:
         check_part(options.count, shape.outer * shape.inner)
@@ -1111,7 +1114,7 @@ cdef object train(object x, object axis, object residual, object out, Training *
             copy_numbers(stats[1], call.mean)
             copy_numbers(stats[2], call.var)
             copy_numbers(stats[3], call.inv_std)
-        found = (y if seen is None else seen.give(y), stats)
+        found = (y if canonical is None else canonical.write_back(y), stats)
         move_running(&call, <cnp.ndarray>x, means, vars, given_back, counter, options)
         return found
     finally:
@@ -1140,7 +1143,8 @@ cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape, Training *options):
 
 def moved_average(old, new, double momentum):
     """(1 - momentum) * old + momentum * new, of float64 vectors: how running statistics move."""
-    cdef cnp.ndarray moved = np.array(old, np.float64), batch = np.ascontiguousarray(new, np.float64)
+    cdef cnp.ndarray moved = np.array(old, np.float64)
+    cdef cnp.ndarray batch = np.ascontiguousarray(new, np.float64)
     if cnp.PyArray_NDIM(moved) != 1 or not cnp.PyArray_SAMESHAPE(moved, batch):
         raise ValueError(f"shapes are {np.shape(old)} and {np.shape(new)}; expected one row each")
     bnf_move_averages(<double *>cnp.PyArray_DATA(moved), <const double *>cnp.PyArray_DATA(batch),
@@ -1215,25 +1219,25 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
                None if sums is None else as_vector(SUMS_NAMES[1], sums[1], target))
     found = differentiate(dy, x, axis, residual, y, target, &options, vectors)
     if found is None:
-        seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=target,
+        canonical = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=target,
                                  out_may_be=("x", "dy"))
         _arrays.check_parameters_apart(
             target, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
         if sums is not None:
             _arrays.check_parameters_apart(target, **dict(zip(SUMS_NAMES, sums, strict=True)))
-        found = differentiate(seen.dy, seen.x, axis, seen.residual, seen.y, seen.out, &options,
-                              vectors)
+        found = differentiate(canonical.dy, canonical.x, axis, canonical.residual, canonical.y,
+                              canonical.out, &options, vectors)
         if found is None:
             _arrays.refuse_uncommon()
         if options.needs_x:
-            found = (seen.give(found[0]), *found[1:])
+            found = (canonical.write_back(found[0]), *found[1:])
     return found if out is None or not options.needs_x else (out, *found[1:])
 
 
 cdef bint look_backward(bnf_call *call, object dy, object x, object axis, object residual,
                         object y, object out) noexcept:
     """Take shape, type and pointers of what a backward reads; no if it is not the common case."""
-    if not (see(x, axis, &call.shape) and is_like(dy, <cnp.ndarray>x)
+    if not (read_shape(x, axis, &call.shape) and is_like(dy, <cnp.ndarray>x)
             and (residual is None or is_like(residual, <cnp.ndarray>x))
             and (y is None or is_like(y, <cnp.ndarray>x))
             and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
@@ -1254,7 +1258,7 @@ cdef object differentiate(object dy, object x, object axis, object residual, obj
     cdef bnf_shape shape
     cdef int threads
     cdef Py_ssize_t values
-    if not see(x, axis, &shape):
+    if not read_shape(x, axis, &shape):
         return None
     threads = most_threads(<cnp.ndarray>x)
     dx = None if not options.needs_x else new_like(<cnp.ndarray>x) if out is None else out

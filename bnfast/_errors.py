@@ -42,7 +42,7 @@ def is_from_here(error: Exception) -> bool:
     return last is not None and last.tb_frame.f_globals.get("__name__") in _OURS
 
 
-def kind(value: Any) -> str:
+def described(value: Any) -> str:
     """Return what an argument is, in the words of an error."""
     text = shown(value)
     if is_array(value) or text.startswith(_SUMMARY):

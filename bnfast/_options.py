@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._errors import is_its_own, kind, shown
+from ._errors import described, is_its_own, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -103,7 +103,7 @@ def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]
     except Exception as error:
         if not is_its_own(error, value):
             raise
-        raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
+        raise TypeError(f"{name} is {described(value)}; expected {expected}") from error
 
 
 def decimal(text: str) -> int | None:

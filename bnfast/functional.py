@@ -336,7 +336,7 @@ def batch_norm_forward(
     given = None
     if moments is not None:
         if not isinstance(moments, Moments):
-            raise TypeError(f"moments is {_errors.kind(moments)}; expected Moments")
+            raise TypeError(f"moments is {_errors.described(moments)}; expected Moments")
         if any(part is None for part in (moments.mean, moments.m2)):
             raise TypeError("moments have no mean or no m2; expected one value per channel each")
         given = moments.count, moments.mean, moments.m2
@@ -504,7 +504,7 @@ def _wanted(
 def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
     if not isinstance(sums, tuple | list) or len(sums) != 2 or any(s is None for s in sums):
         raise TypeError(
-            f"sums is {_errors.kind(sums)}; expected the gradients of weight "
+            f"sums is {_errors.described(sums)}; expected the gradients of weight "
             "and bias, one value per channel each"
         )
     return sums[0], sums[1]
@@ -513,7 +513,7 @@ def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
 def _stats_of(stats: Any) -> BatchStats:
     if not isinstance(stats, BatchStats):
         raise TypeError(
-            f"stats is {_errors.kind(stats)}; expected the BatchStats that "
+            f"stats is {_errors.described(stats)}; expected the BatchStats that "
             "batch_norm_forward returned"
         )
     for name in ("mean", "inv_std"):

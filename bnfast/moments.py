@@ -263,7 +263,7 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
 
 def _moments_of(name: str, value: Any) -> Moments:
     if not isinstance(value, Moments):
-        raise TypeError(f"{name} is {_errors.kind(value)}; expected Moments")
+        raise TypeError(f"{name} is {_errors.described(value)}; expected Moments")
     return value
 
 

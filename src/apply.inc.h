@@ -34,7 +34,7 @@ INLINE void NAME(apply_planar_as)(const bnf_forward *operands, bnf_tile tile, va
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
             const ptrdiff_t plane = (o * f->shape.channels + c) * f->shape.inner;
             NAME(apply_run)(f, plane + tile.inner0, plane + tile.inner1,
-                            NAME(spread_affine)(&rounded, c - tile.channel0), slope, v);
+                            NAME(broadcast_affine)(&rounded, c - tile.channel0), slope, v);
         }
 }
 

@@ -211,7 +211,7 @@ typedef struct {
 typedef struct {
     bnf_layout layout;
     bnf_blocks blocks;
-    bnf_blocks spread;       /* how the tiles that are written are cut: any way, for speed */
+    bnf_blocks write_blocks; /* how the tiles that are written are cut: any way, for speed */
     ptrdiff_t group, groups; /* channels of a tile that is summed, such tiles across all */
     ptrdiff_t width, widths; /* the same for a tile that is written */
     bool fused;              /* a group is summed and written while the caches hold it */

@@ -1,5 +1,5 @@
-/* One whole call over a tensor, without an interpreter: plan it, gather its sums, settle what
- * follows from them, spread the result.
+/* One whole call over a tensor, without an interpreter: plan it, gather its sums, finish what
+ * follows from them, write the result.
  *
  *     bnf_call call = {.direction = BNF_FORWARD, .type = BNF_F32, .shape = {32, 64, 49}, ...};
  *     bnf_call_plan(&call, threads);        kernels and tiles; writes nothing
@@ -26,17 +26,17 @@ typedef enum {
 #define BNF_SMALL_BYTES 65536
 
 typedef struct bnf_call bnf_call;
-typedef void bnf_open_step(bnf_call *call);
+typedef void bnf_prepare_step(bnf_call *call);
 typedef void bnf_gather_step(bnf_call *call, bnf_tile tile, ptrdiff_t block);
-typedef void bnf_settle_step(bnf_call *call, ptrdiff_t channel0, ptrdiff_t channel1);
-typedef void bnf_spread_step(bnf_call *call, bnf_tile tile);
+typedef void bnf_finish_step(bnf_call *call, ptrdiff_t channel0, ptrdiff_t channel1);
+typedef void bnf_write_step(bnf_call *call, bnf_tile tile);
 
-/* What the steps of a direction are; gather and settle, or spread, are NULL where it has none. */
+/* What the steps of a direction are; gather and finish, or write, are NULL where it has none. */
 typedef struct {
-    bnf_open_step *open;
+    bnf_prepare_step *prepare;
     bnf_gather_step *gather;
-    bnf_settle_step *settle;
-    bnf_spread_step *spread;
+    bnf_finish_step *finish;
+    bnf_write_step *write;
 } bnf_steps;
 
 struct bnf_call {
@@ -122,8 +122,8 @@ typedef struct {
     int isa;
     bnf_activation activation;
     bool residual;
-} bnf_kind;
-long long bnf_dispatches(bnf_kind kind);
+} bnf_dispatch_key;
+long long bnf_dispatches(bnf_dispatch_key kind);
 void bnf_forget_dispatches(void);
 
 /* The entry points as a table, for other extension modules of the same build. */

@@ -40,8 +40,8 @@ INLINE void NAME(grad_input_planar_as)(const bnf_backward *operands, bnf_tile ti
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
             const ptrdiff_t plane = (o * b->shape.channels + c) * b->shape.inner;
             NAME(grad_input_run)(b, plane + tile.inner0, plane + tile.inner1,
-                                 NAME(spread_affine)(&affine, c - tile.channel0),
-                                 NAME(spread_slopes)(&slopes, c - tile.channel0), slope, v);
+                                 NAME(broadcast_affine)(&affine, c - tile.channel0),
+                                 NAME(broadcast_slopes)(&slopes, c - tile.channel0), slope, v);
         }
 }
 

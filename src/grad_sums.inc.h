@@ -47,7 +47,7 @@ INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile til
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
             const ptrdiff_t plane = (o * b->shape.channels + c) * b->shape.inner;
             NAME(grad_sums_run)(b, plane + tile.inner0, plane + tile.inner1, b->mean[c],
-                                NAME(spread_affine)(&rounded, c - tile.channel0), slope, v,
+                                NAME(broadcast_affine)(&rounded, c - tile.channel0), slope, v,
                                 &sums[c - tile.channel0]);
         }
     for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {

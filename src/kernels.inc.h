@@ -94,7 +94,7 @@ static __attribute__((noinline)) void NAME(round_slopes)(const bnf_backward *b, 
 }
 
 /* Planar: one channel in every lane. */
-INLINE NAME(affine_vec) NAME(spread_affine)(const NAME(affine) * a, ptrdiff_t i)
+INLINE NAME(affine_vec) NAME(broadcast_affine)(const NAME(affine) * a, ptrdiff_t i)
 {
     return (NAME(affine_vec)){.high = set1(a->high[i]),
                               .low = set1(a->low[i]),
@@ -102,7 +102,7 @@ INLINE NAME(affine_vec) NAME(spread_affine)(const NAME(affine) * a, ptrdiff_t i)
                               .shift = set1(a->shift[i])};
 }
 
-INLINE NAME(slopes_vec) NAME(spread_slopes)(const NAME(slopes) * s, ptrdiff_t i)
+INLINE NAME(slopes_vec) NAME(broadcast_slopes)(const NAME(slopes) * s, ptrdiff_t i)
 {
     return (NAME(slopes_vec)){.dy_factor = set1(s->dy_factor[i]),
                               .x_factor = set1(s->x_factor[i]),

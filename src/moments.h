@@ -62,9 +62,9 @@ static inline void bnf_add_blocks(bnf_shape shape, bnf_blocks blocks, ptrdiff_t 
 }
 
 /* Algorithm 1 of the paper, after the sums: what x is normalised with. */
-static inline void bnf_close_forward(double count, double eps, ptrdiff_t c0, ptrdiff_t c1,
-                                     const double *m2, const double *weight, double *var,
-                                     double *inv_std, double *scale)
+static inline void bnf_forward_numbers(double count, double eps, ptrdiff_t c0, ptrdiff_t c1,
+                                       const double *m2, const double *weight, double *var,
+                                       double *inv_std, double *scale)
 {
     for (ptrdiff_t c = c0; c < c1; c++) {
         var[c] = bnf_variance(m2[c], count, 0);
@@ -74,8 +74,8 @@ static inline void bnf_close_forward(double count, double eps, ptrdiff_t c0, ptr
 }
 
 /* The weight's gradient, dot = sum of g * (x - mean); the bias' is sum = sum of g. */
-static inline void bnf_close_sums(ptrdiff_t c0, ptrdiff_t c1, const double *inv_std,
-                                  const double *dot, double *dweight)
+static inline void bnf_weight_gradient(ptrdiff_t c0, ptrdiff_t c1, const double *inv_std,
+                                       const double *dot, double *dweight)
 {
     for (ptrdiff_t c = c0; c < c1; c++)
         dweight[c] = inv_std[c] * dot[c];
@@ -84,10 +84,10 @@ static inline void bnf_close_sums(ptrdiff_t c0, ptrdiff_t c1, const double *inv_
 /* The chain rule of the paper's section 3:
  *     dx = weight * inv_std * (g - dbias/m - (x - mean) * inv_std * dweight/m),
  * the last two terms through the batch's mean and variance. */
-static inline void bnf_close_backward(const double *scale, double count, ptrdiff_t c0, ptrdiff_t c1,
-                                      const double *inv_std, const double *dbias,
-                                      const double *dweight, double *dy_factor, double *x_factor,
-                                      double *constant)
+static inline void bnf_backward_numbers(const double *scale, double count, ptrdiff_t c0,
+                                        ptrdiff_t c1, const double *inv_std, const double *dbias,
+                                        const double *dweight, double *dy_factor, double *x_factor,
+                                        double *constant)
 {
     for (ptrdiff_t c = c0; c < c1; c++) {
         dy_factor[c] = scale[c];

@@ -106,7 +106,7 @@ int bnf_useful_threads(ptrdiff_t bytes)
 
 /* Tiles for writing alone may be cut anywhere: a few for each thread, of whole
  * rows or images where there are enough of them, since memory likes long runs. */
-static void cut_spread(bnf_shape shape, bnf_plan *plan)
+static void cut_write_blocks(bnf_shape shape, bnf_plan *plan)
 {
     const ptrdiff_t wanted = plan->threads > 1 ? 4 * plan->threads : 1;
     const ptrdiff_t at_once = bnf_rows_at_once(shape);
@@ -118,7 +118,7 @@ static void cut_spread(bnf_shape shape, bnf_plan *plan)
     const ptrdiff_t pieces = quotient_up(wanted, stripes * plan->widths);
     const ptrdiff_t length = quotient_up(quotient_up(shape.inner, pieces), 16) * 16;
     const ptrdiff_t segments = quotient_up(shape.inner, length);
-    plan->spread = (bnf_blocks){stripes * segments, outers, segments, length};
+    plan->write_blocks = (bnf_blocks){stripes * segments, outers, segments, length};
 }
 
 /* gathers: whether the call sums anything; reads and writes: how many tensors of
@@ -143,9 +143,9 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
     if (plan.fused) {
         plan.width = plan.group;
         plan.widths = plan.groups;
-        plan.spread = (bnf_blocks){1, shape.outer, 1, shape.inner};
+        plan.write_blocks = (bnf_blocks){1, shape.outer, 1, shape.inner};
     } else
-        cut_spread(shape, &plan);
+        cut_write_blocks(shape, &plan);
     /* Streaming wins where the call's tensors together are past all caches. */
     const ptrdiff_t last = most(caches.l2 * plan.threads, caches.l3);
     const ptrdiff_t row = shape.channels * bnf_rows_at_once(shape);

@@ -207,18 +207,18 @@ class SyncBatchNorm(BatchNorm):
         x = self._checked(x)
         residual = _maybe_array("residual", residual)
         given = [_maybe_array(name, getattr(self, name)) for name in _PARAMETERS]
-        seen = _arrays.Canonical(x, axis, residual=residual, out=out)
-        _arrays.check_channels(seen.shape, axis, channels)
+        canonical = _arrays.Canonical(x, axis, residual=residual, out=out)
+        _arrays.check_channels(canonical.shape, axis, channels)
         weight, bias = (
             None if value is None else _arrays.parameter(name, value, channels, out)
             for name, value in zip(_PARAMETERS, given, strict=True)
         )
         others = (x, residual, out, *given)
-        move = None if rates is None else self._move(*rates, channels, seen.x.dtype, others)
-        target = _core.new_output(seen.x) if seen.out is None else seen.out
-        mine = moments(seen.x, axis=seen.axis)
+        move = None if rates is None else self._move(*rates, channels, canonical.x.dtype, others)
+        target = _core.new_output(canonical.x) if canonical.out is None else canonical.out
+        mine = moments(canonical.x, axis=canonical.axis)
         return ForwardCall(
-            x, residual, seen, target, weight, bias, eps, activation, observer, move, mine
+            x, residual, canonical, target, weight, bias, eps, activation, observer, move, mine
         )
 
     def _rates(self) -> tuple[float, int]:
@@ -300,17 +300,17 @@ class SyncBatchNorm(BatchNorm):
             name: None if value is None else _arrays.parameter(name, value, len(mean))
             for name, value in given.items()
         }
-        seen = _arrays.Canonical(saved.x, axis, dy=dy, residual=saved.residual, y=saved.y)
+        canonical = _arrays.Canonical(saved.x, axis, dy=dy, residual=saved.residual, y=saved.y)
         arguments: dict[str, Any] = {
-            "dy": seen.dy,
-            "x": seen.x,
+            "dy": canonical.dy,
+            "x": canonical.x,
             "mean": mean,
             "inv_std": inv_std,
             **parameters,
-            "axis": seen.axis,
-            "residual": seen.residual,
+            "axis": canonical.axis,
+            "residual": canonical.residual,
             "activation": activation,
-            "y": seen.y,
+            "y": canonical.y,
         }
         only_sums = (False, True, True, False)
         _, *sums, _ = _core.backward(**arguments, count=0, out=None, needs=only_sums)
@@ -319,7 +319,7 @@ class SyncBatchNorm(BatchNorm):
             self._check_gradients()
             for grad, new in zip((self.weight_grad, self.bias_grad), sums, strict=True):
                 totals.append((np.asarray(grad), _sum(cast("Tensor", grad), new)))
-        arguments.update(count=saved.stats.count, out=_core.new_output(seen.x), needs=wanted)
+        arguments.update(count=saved.stats.count, out=_core.new_output(canonical.x), needs=wanted)
         return _BackwardCall(arguments, sums, totals)
 
 

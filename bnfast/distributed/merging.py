@@ -161,7 +161,7 @@ def all_reduce(moments: Moments, group: Any = None) -> Moments:
 def _sendable(given: Any) -> Moments:
     """Return a checked copy, since callers may have changed the attributes of theirs."""
     if not isinstance(given, Moments):
-        raise TypeError(f"moments is {_errors.kind(given)}; expected Moments")
+        raise TypeError(f"moments is {_errors.described(given)}; expected Moments")
     mine = Moments(given.count, given.mean, given.m2)
     check_count(mine.count)
     return mine

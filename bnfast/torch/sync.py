@@ -183,7 +183,7 @@ class SyncBatchNorm(BatchNormOnCPU):
                 "possible under transforms, tracing or fake tensors; call eval(), or use BatchNorm"
             )
         if not isinstance(x, Tensor):
-            raise TypeError(f"input is {_errors.kind(x)}; expected a tensor")
+            raise TypeError(f"input is {_errors.described(x)}; expected a tensor")
         if x.device.type != "cpu":
             raise ValueError(
                 f"SyncBatchNorm expected input tensor to be on GPU, or on the CPU, got {x.device}"
@@ -315,7 +315,7 @@ def _check_readable(name: str, tensor: Any) -> None:
     if isinstance(tensor, Tensor):  # PyTorch's repr crashes for a tensor whose memory was freed
         found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
     else:
-        found = _errors.kind(tensor)
+        found = _errors.described(tensor)
     accepted = ", ".join(sorted(str(dtype) for dtype in fused.DTYPES))
     raise TypeError(
         f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"
