@@ -317,8 +317,7 @@ def kept_memory():
 
 # --- Reading what is no array yet: the caller's Python may run ------------------------------------
 
-# The number that NumPy gave bfloat16 when ml_dtypes registered it; known from the first array of that
-# type on.
+# The number that NumPy gave bfloat16 when ml_dtypes registered it; -1 before the first array of it.
 cdef int bfloat16_number = -1
 
 
@@ -1136,7 +1135,8 @@ cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape, Training *options):
     if cnp.PyArray_SIZE(x) == 0:
         if not bnf_is_countable(shape.channels, 0):
             raise MemoryError
-        return (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
+        missing = np.full(shape.channels, np.nan)
+        return 0, missing, missing.copy(), missing.copy()
     return (shape.outer * shape.inner, new_vector(shape.channels), new_vector(shape.channels),
             new_vector(shape.channels))
 
@@ -1220,7 +1220,7 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     found = differentiate(dy, x, axis, residual, y, target, &options, vectors)
     if found is None:
         canonical = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=target,
-                                 out_may_be=("x", "dy"))
+                                      out_may_be=("x", "dy"))
         _arrays.check_parameters_apart(
             target, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
         if sums is not None:

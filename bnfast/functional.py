@@ -333,17 +333,19 @@ def batch_norm_forward(
     >>> bool(np.allclose(np.concatenate(parts), y))
     True
     """
-    given = None
-    if moments is not None:
-        if not isinstance(moments, Moments):
-            raise TypeError(f"moments is {_errors.described(moments)}; expected Moments")
-        if any(part is None for part in (moments.mean, moments.m2)):
-            raise TypeError("moments have no mean or no m2; expected one value per channel each")
-        given = moments.count, moments.mean, moments.m2
+    given = None if moments is None else _parts_of(moments)
     y, (count, mean, var, inv_std) = _core.forward(
         x, None, None, weight, bias, 0.0, eps, axis, 1, residual, activation, out, None, given
     )
     return y, BatchStats(mean, var, inv_std, count)
+
+
+def _parts_of(moments: Any) -> tuple[int, Vector, Vector]:
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments is {_errors.described(moments)}; expected Moments")
+    if any(part is None for part in (moments.mean, moments.m2)):
+        raise TypeError("moments have no mean or no m2; expected one value per channel each")
+    return moments.count, moments.mean, moments.m2
 
 
 def batch_norm_backward(

@@ -502,9 +502,9 @@ class BatchNorm:
             None if _overwritten(x, out) else x,
             stats,
             residual is not None,
-            residual=residual if masked and not covered else None,
-            y=y if masked and covered else None,
-            lacks_residual=masked and covered and not self._is_told_by_output(),
+            residual if masked and not covered else None,
+            y if masked and covered else None,
+            masked and covered and not self._is_told_by_output(),
         )
 
     def _is_told_by_output(self) -> bool:

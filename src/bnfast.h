@@ -58,14 +58,11 @@ static inline const char *bnf_type_name(bnf_type type)
 
 static inline ptrdiff_t bnf_type_size(bnf_type type)
 {
-    switch (type) {
-#define TYPE(CODE, name, element, ...) \
-    case BNF_##CODE:                   \
-        return sizeof(element);
+    static const ptrdiff_t SIZES[BNF_TYPES] = {
+#define TYPE(CODE, name, element, ...) [BNF_##CODE] = sizeof(element),
 #include "types.inc"
-    default:
-        return 0;
-    }
+    };
+    return SIZES[type];
 }
 
 /* NULL for BNF_LINEAR */

@@ -263,17 +263,10 @@ static void count_dispatch(const bnf_call *call)
                               1, memory_order_relaxed);
 }
 
-static bool has_values(bnf_shape shape)
-{
-    return shape.outer > 0 && shape.channels > 0 && shape.inner > 0;
-}
-
 static APART void compute(bnf_call *call)
 {
-    call->steps->prepare(call);
-    if (!has_values(call->shape))
-        return;
     count_dispatch(call);
+    call->steps->prepare(call);
     if (call->bytes < BNF_SMALL_BYTES)
         run_tiles(call, 1);
     else {
@@ -284,6 +277,11 @@ static APART void compute(bnf_call *call)
 }
 
 /* ---- What driver.h declares */
+
+static bool has_values(bnf_shape shape)
+{
+    return shape.outer > 0 && shape.channels > 0 && shape.inner > 0;
+}
 
 void bnf_call_plan(bnf_call *call, int threads)
 {
@@ -346,10 +344,14 @@ bool bnf_call_reserve(bnf_call *call)
 
 void bnf_call_run(bnf_call *call)
 {
-    if (!has_values(call->shape) && !call->has_moments) /* statistics follow from given moments */
+    const bool empty = !has_values(call->shape);
+    if (empty && !call->has_moments)
         return;
     const bnf_float_env found = bnf_enter_float_env();
-    compute(call);
+    if (empty)
+        call->steps->prepare(call); /* the statistics follow from the moments that are given */
+    else
+        compute(call);
     bnf_leave_float_env(found);
 }
 
