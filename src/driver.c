@@ -1,5 +1,5 @@
-/* Sums are gathered block by block into slots; finishing turns a group's slots into what writing
- * multiplies with.  moments() writes nothing, inference gathers nothing. */
+/* Sums are gathered block by block into slots.  Finishing turns the slots of a group into the
+ * numbers that the output is written with.  moments() writes nothing, inference gathers nothing. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -10,8 +10,8 @@
 #include "moments.h"
 #include "threads.h"
 
-/* What computes in the environment of float_env.h is never inlined, so that no arithmetic is moved
- * out of it. */
+/* Functions that compute in the environment of float_env.h are never inlined: the compiler could
+ * move their arithmetic out of it. */
 #define APART __attribute__((noinline))
 
 static struct {
@@ -112,7 +112,8 @@ static void prepare_backward(bnf_call *call)
     }
     if (call->has_sums)
         set_backward_numbers(call, 0, call->shape.channels);
-    /* The residual's gradient alone is g: what dx is under constants and a factor of one. */
+    /* The residual's gradient is g.  Alone, it is computed as dx with constant statistics and a
+     * factor of one. */
     const bool alone = !call->dx;
     call->backward = (bnf_backward){
         .shape = call->shape,
@@ -175,14 +176,14 @@ static void move_average(void *running, bool wide, double momentum, const double
 static APART void move_averages(bnf_call *call, bnf_running running, double momentum, double ddof)
 {
     const ptrdiff_t channels = call->shape.channels;
-    double *var = call->scale; /* which has done its work */
+    double *var = call->scale; /* not needed any more */
     for (ptrdiff_t c = 0; c < channels; c++)
         var[c] = bnf_variance(call->m2[c], call->count, ddof);
     move_average(running.mean, running.wide_mean, momentum, call->mean, channels);
     move_average(running.var, running.wide_var, momentum, var, channels);
 }
 
-/* ---- All steps over all tiles.  Which thread takes a tile may vary; what it computes may not. */
+/* ---- All steps over all tiles.  Which thread takes a tile may vary; the result does not. */
 
 static bool gathers(const bnf_call *call)
 {
@@ -224,7 +225,7 @@ static void run_group(void *context, ptrdiff_t group)
     write_tile(call, 0, group);
 }
 
-/* A block's tiles side by side, as they lie in memory. */
+/* The tiles of a block follow one another, as they do in memory. */
 static void gather_one(void *context, ptrdiff_t i)
 {
     bnf_call *call = context;
@@ -331,13 +332,13 @@ bool bnf_call_reserve(bnf_call *call)
         *vectors[i] = call->memory + i * channels;
     call->slot_a = call->memory + VECTORS * channels;
     call->slot_b = call->slot_a + blocks * channels;
-    /* The whole batch's are in the first row once its blocks are merged. */
+    /* Once the blocks are merged, the first row has the numbers of the whole batch. */
     if (blocks > 0 && call->direction == BNF_BACKWARD)
         call->dbias = call->slot_a;
     else if (blocks > 0)
         call->mean = call->slot_a, call->m2 = call->slot_b;
     else
-        call->m2 = call->dweight; /* which is a backward's */
+        call->m2 = call->dweight; /* only a backward uses dweight */
     return true;
 }
 
