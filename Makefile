@@ -38,7 +38,8 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 .PHONY: help demo build build-debug test smoke test-torch test-zoo zoo-tests test-distributed \
     test-onnx test-neon test-avx512-emulated sanitize sanitize-test sanitize-torch \
     sanitize-torch-test coverage coverage-test tsan matrix mutants lint format docs bench \
-    bench-compare bench-suite bench-pytest instructions dist sdist wheels test-wheels clean
+    bench-compare bench-suite bench-pytest instructions \
+    instructions-since dist sdist wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -191,6 +192,17 @@ bench-pytest: $(VENV)/.bnfast-bench
 
 instructions: $(INSTALLED)  ## instruction counts of small calls under valgrind, against their pins; ARGS=--write
 	$(PY) -m bench.instructions $(ARGS)
+
+# Counts depend on the environment, so that both commits are counted in this one.
+BASE ?= HEAD^
+instructions-since: $(INSTALLED)  ## the same against another commit: BASE=HEAD^
+	rm -rf build/base && mkdir -p build && git worktree prune
+	git worktree add --quiet --detach build/base "$(BASE)"
+	cd build/base && $(abspath $(PY)) setup.py --quiet build_clib build_ext --inplace
+	rm -f build/base-pins.json
+	cd build/base && $(abspath $(PY)) -m bench.instructions --write --pins ../base-pins.json
+	git worktree remove --force build/base
+	$(PY) -m bench.instructions --pins build/base-pins.json
 
 # Peers of the comparison. One that cannot be installed is left out of it, and said to be. The
 # PyTorch of PyPI brings gigabytes of GPU libraries along; PyTorch's own index for the CPU does not.

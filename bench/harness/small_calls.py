@@ -26,11 +26,15 @@ def calls() -> dict[str, Callable[[], Any]]:
     inference = bnfast.BatchNorm2d(SHAPE[1]).eval()
     frozen, out = bnfast.BatchNorm2d(SHAPE[1]).freeze(), np.empty_like(x)
     stats = bnfast.batch_norm_forward(x)[1]
+    last = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    view = last.transpose(0, 3, 1, 2)  # NCHW axes over channels-last memory
     return {
         "FrozenBatchNorm": lambda: frozen(x),
         "FrozenBatchNorm, out=": lambda: frozen(x, out=out),
         "batch_norm": lambda: bnfast.batch_norm(*arguments),
         "batch_norm, out=": lambda: bnfast.batch_norm(*arguments, out=out),
+        "batch_norm, axis=-1": lambda: bnfast.batch_norm(last, *arguments[1:], axis=-1),
+        "batch_norm, channels-last view": lambda: bnfast.batch_norm(view, *arguments[1:]),
         "batch_norm, training": lambda: bnfast.batch_norm(*arguments, True),
         "batch_norm_forward": lambda: bnfast.batch_norm_forward(x, weight, bias),
         "batch_norm_backward": lambda: bnfast.batch_norm_backward(x, x, stats, weight, bias),

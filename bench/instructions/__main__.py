@@ -3,6 +3,7 @@
     make instructions                    # fails if a call takes over 3% more than its pin
     make instructions ARGS=--write       # pins what the calls take now, for this environment
     make instructions ARGS="--torch"     # calls of PyTorch's layers; some minutes
+    make instructions-since BASE=HEAD^   # against what another commit takes here, now
 
 The calls are those of harness/small_calls.py, or with --torch those of torch_calls.py that bnfast
 takes part in; on one thread, with AVX2's kernels.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from bench.harness.small_calls import calls
 from bench.instructions import pins
@@ -56,21 +58,21 @@ def write_command(torch: bool) -> str:
     return "make instructions ARGS=" + ("'--torch --write'" if torch else "--write")
 
 
-def write(torch: bool) -> None:
+def write(torch: bool, file: Path | None) -> None:
     here, counts = environment(torch), counted(torch)
     for _ in range(RUNS - 1):
         counts = least(counts, counted(torch))
-    pins.write(counts, here)
+    pins.write(counts, here, file)
     show(counts, counts)
-    print(f"pinned for {pins.described(here)}: {pins.FILE}")
-    for entry in pins.load()[:-1]:
+    print(f"pinned for {pins.described(here)}: {file or pins.FILE}")
+    for entry in pins.load(file)[:-1]:
         print(f"unchanged: the pins for {pins.described(entry['environment'])}")
 
 
-def compare(torch: bool) -> int:
+def compare(torch: bool, file: Path | None) -> int:
     """Print how the counts compare; return 1 if a call fails."""
     here = environment(torch)
-    pinned = pins.pinned(entries := pins.load(), here)
+    pinned = pins.pinned(entries := pins.load(file), here)
     if pinned is None:
         known = "; ".join(pins.described(entry["environment"]) for entry in entries)
         print(f"SKIPPED: no pins for {pins.described(here)}, only for {known or 'nothing'}")
@@ -81,6 +83,9 @@ def compare(torch: bool) -> int:
         if pins.too_expensive(counts, pinned):
             counts = least(counts, counted(torch))
     show(counts, pinned)
+    if file is not None:  # another commit's: calls that only one of them has are no problem
+        both = counts.keys() & pinned.keys()
+        counts, pinned = ({name: c[name] for name in c if name in both} for c in (counts, pinned))
     problems = pins.problems(counts, pinned)
     for problem in problems:
         print(f"bnfast: {problem}", file=sys.stderr)
@@ -101,12 +106,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="pin what the calls take now")
     parser.add_argument("--torch", action="store_true", help="calls of PyTorch's layers")
+    parser.add_argument("--pins", type=Path, help="a file of pins, in place of the committed one")
     options = parser.parse_args()
     check_installed()
     if options.write:
-        write(options.torch)
+        write(options.torch, options.pins)
     else:
-        sys.exit(compare(options.torch))
+        sys.exit(compare(options.torch, options.pins))
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ def described(environment: Environment) -> str:
     return ", ".join([*versions, environment["machine"]])
 
 
-def load() -> list[Entry]:
-    return json.loads(FILE.read_text()) if FILE.exists() else []
+def load(file: Path | None = None) -> list[Entry]:
+    file = file or FILE
+    return json.loads(file.read_text()) if file.exists() else []
 
 
 def pinned(entries: list[Entry], here: Environment) -> Counts | None:
@@ -70,11 +71,11 @@ def pinned(entries: list[Entry], here: Environment) -> Counts | None:
     return next(found, None)
 
 
-def write(counts: Counts, here: Environment) -> None:
+def write(counts: Counts, here: Environment, file: Path | None = None) -> None:
     """Pin counts; they replace those of the same environment."""
-    kept = [entry for entry in load() if not matches(entry["environment"], here)]
+    kept = [entry for entry in load(file) if not matches(entry["environment"], here)]
     entries = [*kept, {"environment": here, "isa": ISA, "calls": counts}]
-    FILE.write_text(json.dumps(entries, indent=1) + "\n")
+    (file or FILE).write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def too_expensive(counts: Counts, pins: Counts) -> list[str]:
