@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = np.ndarray[Any, Any]
+Floats: TypeAlias = NDArray[np.floating[Any]]
 Tensor: TypeAlias = NDArray[Any]  # of the shape of x
 Vector: TypeAlias = NDArray[np.float64]  # one value per channel
 # The names of src/activations.inc, which a type checker cannot read.

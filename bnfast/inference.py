@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sized
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -22,13 +22,12 @@ from .moments import Moments
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
+
+    from ._types import Floats, Vector
 
 __all__ = ["fold", "fold_before", "recompute_statistics"]
 
-Array: TypeAlias = "NDArray[np.floating[Any]]"
-Wide: TypeAlias = "NDArray[np.float64]"
-Channels: TypeAlias = "NDArray[np.float64]"  # one value per channel
 Batch = TypeVar("Batch")
 
 
@@ -39,7 +38,7 @@ def fold(
     *,
     out_axis: SupportsIndex = 0,
     groups: SupportsIndex = 1,
-) -> tuple[Array, Array]:
+) -> tuple[Floats, Floats]:
     """Merge a batch norm that *follows* a linear or convolution layer into it.
 
     ``bn(layer(x))`` in inference equals ``folded(x)``, for any padding, stride and dilation.
@@ -113,7 +112,7 @@ def fold_before(
     in_axis: SupportsIndex = 1,
     groups: SupportsIndex = 1,
     padded: bool = False,
-) -> tuple[Array, Array]:
+) -> tuple[Floats, Floats]:
     """Merge a batch norm that *precedes* a linear or convolution layer into it.
 
     ``layer(bn(x))`` in inference equals ``folded(x)`` where every output uses the whole kernel.
@@ -291,7 +290,7 @@ def _refuse_pytorch(**given: Any) -> None:
         )
 
 
-def _checked_weight(values: ArrayLike) -> tuple[Wide, np.dtype[Any]]:
+def _checked_weight(values: ArrayLike) -> tuple[Floats, np.dtype[Any]]:
     """Return a weight of at least two axes in float64, and its original type."""
     array = _checked_floats("weight", values)
     if array.ndim < 2:
@@ -299,13 +298,13 @@ def _checked_weight(values: ArrayLike) -> tuple[Wide, np.dtype[Any]]:
     return array.astype(np.float64), array.dtype.newbyteorder("=")
 
 
-def _checked_floats(name: str, values: ArrayLike) -> Array:
+def _checked_floats(name: str, values: ArrayLike) -> Floats:
     array = _arrays.array(name, values)
     _arrays.check_type(name, array)
     return array
 
 
-def rounded(values: Wide, dtype: np.dtype[Any]) -> Array:
+def rounded(values: Floats, dtype: np.dtype[Any]) -> Floats:
     """Round to nearest even, once; values outside the type's range become infinite.
 
     `ml_dtypes` converts float64 to bfloat16 by way of float32, which would round twice. Here the
@@ -322,7 +321,7 @@ def rounded(values: Wide, dtype: np.dtype[Any]) -> Array:
         return odd.astype(dtype)
 
 
-def _checked_bias(bias: ArrayLike | None, channels: int) -> Channels:
+def _checked_bias(bias: ArrayLike | None, channels: int) -> Vector:
     if bias is None:
         return np.zeros(channels)
     array = _checked_floats("bias", bias)
@@ -342,7 +341,7 @@ def _checked_axis(name: str, axis: SupportsIndex, ndim: int) -> int:
     return number % ndim
 
 
-def _checked_groups(groups: SupportsIndex, weight: Wide) -> int:
+def _checked_groups(groups: SupportsIndex, weight: Floats) -> int:
     number = _options.integer("groups", groups)
     if number < 1 or weight.shape[0] % number:
         raise ValueError(
@@ -352,7 +351,7 @@ def _checked_groups(groups: SupportsIndex, weight: Wide) -> int:
     return number
 
 
-def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Channels, Channels, Channels]:
+def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Vector, Vector, Vector]:
     """Return the mean, scale and shift of `bn`; raise if it has an activation."""
     if not isinstance(bn, (BatchNorm, FrozenBatchNorm)):
         raise TypeError(
@@ -371,7 +370,7 @@ def _checked_affine(bn: BatchNorm | FrozenBatchNorm) -> tuple[Channels, Channels
     return mean, scale, shift
 
 
-def _along(values: Channels, weight: Wide, axis: int, groups: int, role: str) -> Channels:
+def _along(values: Vector, weight: Floats, axis: int, groups: int, role: str) -> Vector:
     """Reshape one value per channel so that it multiplies `weight` along `axis`.
 
     In PyTorch's layouts axis 0 has all channels of its side. Axis 1 has the channels of one group
@@ -390,7 +389,7 @@ def _along(values: Channels, weight: Wide, axis: int, groups: int, role: str) ->
     return by_group.reshape(by_group.shape + (1,) * (weight.ndim - 2))
 
 
-def _summed(through: Wide, axis: int, groups: int) -> Channels:
+def _summed(through: Floats, axis: int, groups: int) -> Vector:
     """Sum, for each output of a layer, the terms of all its inputs, which are along `axis`."""
     if axis == 1:
         return np.asarray(through.sum(axis=tuple(range(1, through.ndim))))
@@ -399,7 +398,7 @@ def _summed(through: Wide, axis: int, groups: int) -> Channels:
     return np.asarray(grouped.sum(axis=(1, *range(3, grouped.ndim)))).reshape(-1)
 
 
-def _refuse_uneven(at_zero: Channels, *, padded: bool, transposed: bool) -> None:
+def _refuse_uneven(at_zero: Vector, *, padded: bool, transposed: bool) -> None:
     """Raise if some outputs would see only a part of the batch norm's output for zero."""
     if not (padded or transposed) or not at_zero.any():
         return

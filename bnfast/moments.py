@@ -16,9 +16,9 @@ from . import _arrays, _core, _errors, _options
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
-    Vector = NDArray[np.float64]
+    from ._types import Vector
 
 
 class Moments:

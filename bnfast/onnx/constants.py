@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from onnx import helper
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import onnx
-    from numpy.typing import NDArray
+
+    from bnfast._types import Array
 
     from .shapes import Shapes
 
-Array: TypeAlias = "NDArray[Any]"
 
 _TOO_MANY = f"is not computed: constants would have more than {MOST_NUMBERS:,} numbers"
 

@@ -7,7 +7,7 @@ array, it takes no memory before it is used.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -18,11 +18,10 @@ from .model import FLOATS, LeftError, attribute, first_output, kind_name, reads,
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from numpy.typing import NDArray
+    from bnfast._types import Array
 
     from .shapes import Dims, Shapes
 
-Array: TypeAlias = "NDArray[Any]"
 
 MOST_NUMBERS = 2**27  # the limit for one constant, and for all computed ones together
 _MOST_AXES = 32  # NumPy's limit for broadcasting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import onnx
 from onnx import helper, numpy_helper
@@ -28,9 +28,8 @@ from .shapes import Shapes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from numpy.typing import NDArray
+    from bnfast._types import Array
 
-Array: TypeAlias = "NDArray[Any]"
 
 _GRAPH_OUTPUT = -1  # stands for the graph's output among the users of a value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,11 +12,11 @@ from .model import LeftError, attribute, is_op
 
 if TYPE_CHECKING:
     import onnx
-    from numpy.typing import NDArray
+
+    from bnfast._types import Array
 
     from .graph import Graph
 
-Array: TypeAlias = "NDArray[Any]"
 
 _MOST_INPUTS = {"Conv": 3, "ConvTranspose": 3, "Gemm": 3, "MatMul": 2}
 

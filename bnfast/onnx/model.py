@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -11,9 +11,8 @@ from onnx import helper, numpy_helper
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from numpy.typing import NDArray
+    from bnfast._types import Array
 
-Array: TypeAlias = "NDArray[Any]"
 
 _OLDEST_OPSET = 7  # BatchNormalization-6 and older use `is_test` and `consumed_inputs`
 _DEEPEST = 100

@@ -13,7 +13,8 @@ from .linear import per_channel
 from .model import LeftError, attribute, first_output, is_op
 
 if TYPE_CHECKING:
-    from .constants import Array
+    from bnfast._types import Array
+
     from .graph import Graph
     from .shapes import Dims
 

@@ -13,10 +13,9 @@ from bnfast.moments import Moments
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
-    Array = NDArray[Any]
+    from bnfast._types import Array
 
 
 def array(x: Tensor | None) -> Any:
