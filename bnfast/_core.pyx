@@ -1042,7 +1042,8 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     axis, x, residual = as_axis(axis), as_array("x", x), as_array("residual", residual)
     target, batches = as_target("out", out), as_counter(counter)
     weights, biases = as_vector("weight", weight, target), as_vector("bias", bias, target)
-    batch = (None, None) if not options.is_part else (
+    batch = (0, None, None) if not options.is_part else (
+        moments[0] if type(moments[0]) is int else int(options.count),
         as_vector(MOMENTS_NAMES[0], moments[1], target),
         as_vector(MOMENTS_NAMES[1], moments[2], target))
     if running_mean is not None or running_var is not None:
@@ -1088,7 +1089,7 @@ cdef object train(object x, object axis, object residual, object out, Training *
         _arrays.check_enough_values(x.shape, axis)
     threads = most_threads(<cnp.ndarray>x)
     y = new_like(<cnp.ndarray>x) if out is None else out
-    stats = new_stats(<cnp.ndarray>x, &shape, options)
+    stats = new_stats(<cnp.ndarray>x, &shape, batch[0])
     memset(&call, 0, sizeof(call))
     if not look_forward(&call, x, axis, residual, y) or not same_shape(call.shape, shape):
         return None
@@ -1109,8 +1110,8 @@ cdef object train(object x, object axis, object residual, object out, Training *
         read_parameter("weight", weight, shape.channels, 1.0, call.weight, out)
         read_parameter("bias", bias, shape.channels, 0.0, call.shift, out)
         if options.is_part:
-            read_parameter(MOMENTS_NAMES[0], batch[0], shape.channels, 0.0, call.mean, out)
-            read_parameter(MOMENTS_NAMES[1], batch[1], shape.channels, 0.0, call.m2, out)
+            read_parameter(MOMENTS_NAMES[0], batch[1], shape.channels, 0.0, call.mean, out)
+            read_parameter(MOMENTS_NAMES[1], batch[2], shape.channels, 0.0, call.m2, out)
         run(&call)
         if call.count > 0:
             copy_numbers(stats[1], call.mean)
@@ -1130,17 +1131,16 @@ cdef int check_part(double count, Py_ssize_t values) except -1:
     return 0
 
 
-cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape, Training *options):
-    """(count, mean, var, inv_std) to be filled; 0 and NaN for an empty batch."""
-    if options.is_part and options.count > 0:
-        return (int(options.count), new_vector(shape.channels), new_vector(shape.channels),
-                new_vector(shape.channels))
-    if cnp.PyArray_SIZE(x) == 0:
+cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape, object batch_count):
+    """(count, mean, var, inv_std) to be filled; 0 and NaN for an empty batch.  The count is x's if
+    batch_count is 0."""
+    count = batch_count or shape.outer * shape.inner
+    if cnp.PyArray_SIZE(x) == 0 and not batch_count:
         if not bnf_is_countable(shape.channels, 0):
             raise MemoryError
         missing = np.full(shape.channels, np.nan)
         return 0, missing, missing.copy(), missing.copy()
-    return (shape.outer * shape.inner, new_vector(shape.channels), new_vector(shape.channels),
+    return (count, new_vector(shape.channels), new_vector(shape.channels),
             new_vector(shape.channels))
 
 

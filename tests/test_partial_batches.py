@@ -153,6 +153,12 @@ class TestForward:
             for a, b in zip(found[:3], stats[:3], strict=True):
                 assert bits(a) == bits(b)
 
+    @pytest.mark.parametrize("count", [8, 2**53 + 1, 2**63 - 1])
+    def test_the_count_is_kept_exactly(self, count):
+        total = bnfast.Moments(count, np.zeros(3), np.ones(3))
+        _, stats = bnfast.batch_norm_forward(np.ones((8, 3), np.float32), moments=total)
+        assert stats.count == count
+
     def test_nothing_is_summed(self):
         x = np.ones((8, 3), np.float32)
         total = bnfast.Moments(8, np.zeros(3), np.ones(3))
