@@ -1,8 +1,5 @@
 """bnfast: exact and fast batch normalization for NumPy arrays on CPUs."""
 
-import sys
-from typing import TYPE_CHECKING, NoReturn
-
 from . import _verbose as _verbose
 from . import conventions
 from ._config import show_config
@@ -49,14 +46,3 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
-
-if not TYPE_CHECKING:  # or type checkers would allow every name
-
-    def __getattr__(name: str) -> NoReturn:
-        """Say how to get a part that is not imported with bnfast: it needs another package."""
-        from importlib.util import find_spec
-
-        message = f"module {__name__!r} has no attribute {name!r}"
-        if name.isidentifier() and name[0] != "_" and find_spec(f"{__name__}.{name}"):
-            message += f" before it is imported; expected 'import {__name__}.{name}'"
-        raise AttributeError(message, name=name, obj=sys.modules[__name__])

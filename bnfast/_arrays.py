@@ -1,9 +1,9 @@
-"""What is not the common case: conversions, copies, and the wording of errors.
+"""Arrays that need more than the common case: conversions, copies, and error messages.
 
-`_core` recognises arrays of our own types that are dense in some order of their axes, and asks here
-about everything else. `Canonical` copies the tensors of a call into that form; the functions below
-it do the same for parameters and options. Whatever cannot be brought there gets its exception here,
-before anything is written.
+`_core` takes arrays of a supported type that are dense in some order of their axes, and calls this
+module for all others. `Canonical` copies the tensors of a call into that form; the functions below
+it do the same for parameters. What cannot be converted is refused here with an exception, before
+anything is written.
 """
 
 from __future__ import annotations
@@ -15,35 +15,38 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 
 from . import _options
-from ._errors import is_array, is_from_here, is_its_own, kind, listed, shown, type_names
+from ._errors import described, is_array, is_from_here, is_its_own, listed, shown, type_names
 
 if TYPE_CHECKING:
     from ._types import Array
 
 _DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
-# What per-channel numbers are kept in; others of the data's types are converted.
+# The types in which per-channel numbers are kept; those of other types are converted.
 _KEPT = (np.float32, np.float64)
 _DLPACK_CPU = 1
-MOST_BATCHES = 2**63 - 1  # of an int64
-# How hard to look before two interleaved views count as overlapping.
+MOST_BATCHES = 2**63 - 1  # the largest int64
+# NumPy's limit of work, after which two interleaved views count as overlapping.
 _MAX_OVERLAP_WORK = 10_000
 
 
 class Canonical:
-    """The tensors of one call, dense and in one memory order, and the way back.
+    """The tensors of one call, dense and in one memory order; `write_back` returns the result.
 
-    What is so already is taken as it is, and everything else is copied.
+    A tensor that has this form is used as it is; others are copied.
 
     Parameters
     ----------
-    x, axis
-        The input and its channel axis.
-    residual, dy, y : optional
+    x : array_like
+        The input.
+    axis : int
+        Its channel axis.
+    residual, dy, y : array_like, optional
         Tensors of the same shape and dtype.
     out : ndarray, optional
         Where the caller wants the result.
     out_may_be : tuple of str
-        Which of the inputs `out` may be: the kernels read each value before they write it.
+        Names of the inputs that `out` may be: the kernels read each value of these before they
+        write it.
     """
 
     def __init__(
@@ -76,8 +79,8 @@ class Canonical:
         self.y = self._alike(arrays.get("y"))
         self.out = None if out is None else self._target(out)
 
-    def give(self, result: Array) -> Any:
-        """Return the result, in the caller's `out` if asked."""
+    def write_back(self, result: Array) -> Any:
+        """Return the result, in the caller's `out` if there is one."""
         if self._out_asked is None:
             return result
         if not np.may_share_memory(result, self._out_asked):
@@ -103,7 +106,7 @@ def is_dense(a: Array) -> bool:
 
 
 def _is_alike(a: Array, x: Array) -> bool:
-    """Whether an array has the memory order of x, which is dense."""
+    """Whether an array has the memory order of `x`, which is dense."""
     return _is_native(a) and all(
         n == 1 or stride == wanted
         for n, stride, wanted in zip(x.shape, a.strides, x.strides, strict=True)
@@ -111,7 +114,7 @@ def _is_alike(a: Array, x: Array) -> bool:
 
 
 def memory_order(x: Array) -> tuple[int, ...]:
-    """Return the order of axes in which x runs through memory: longest strides first."""
+    """Return the order of the axes of `x` in memory: longest strides first."""
     if x.flags.c_contiguous:
         return tuple(range(x.ndim))
     return tuple(sorted(range(x.ndim), key=lambda i: (x.shape[i] != 1, -abs(x.strides[i]))))
@@ -137,17 +140,17 @@ def copied(a: Array) -> Array:
 
 
 def copy_into(target: Array, source: Array) -> None:
-    """Write an array's values into another of its shape; `_core` has its own, which looks first."""
+    """Write an array's values into another of its shape; `_core` replaces this by a checked one."""
     target[...] = source
 
 
 def _is_masked(value: Any) -> bool:
-    """Whether it is a masked array; `numpy.ma` is imported by whoever has one, and not by us."""
+    """Whether it is a masked array; one can exist only where `numpy.ma` has been imported."""
     return issubclass(type(value), getattr(sys.modules.get("numpy.ma"), "MaskedArray", ()))
 
 
 def array(name: str, value: Any) -> Array:
-    """Return an argument as a plain array, of its own memory if it has some, or say why not."""
+    """Return an argument as a plain array, without a copy if possible, or raise."""
     if type(value) is np.ndarray:
         return value
     if _is_masked(value):
@@ -155,13 +158,13 @@ def array(name: str, value: Any) -> Array:
             f"{name} is a masked array; expected a plain array: the mask would be lost "
             "(fill it, or leave the masked values out)"
         )
-    if is_array(value):  # a subclass, whatever it says of itself
+    if is_array(value):  # a subclass, for any `__class__` or `__array__` it has
         return np.asarray(value)
     return _converted(name, value)
 
 
 def _converted(name: str, value: Any) -> Array:
-    """Return what is no array as one; what its own methods raise is the cause of a TypeError."""
+    """Convert another object to an array; an error of its own methods becomes a TypeError."""
     try:
         if hasattr(value, "__dlpack__") and not _speaks_numpy(value):
             return _from_dlpack(name, value)
@@ -172,14 +175,14 @@ def _converted(name: str, value: Any) -> Array:
         if not is_its_own(error, value):
             raise
         raise TypeError(
-            f"{name} is {kind(value)}, which NumPy cannot read as an array: {error}"
+            f"{name} is {described(value)}, which NumPy cannot read as an array: {error}"
         ) from error
 
 
 def target(name: str, value: Any) -> Array:
-    """Return an array that is to be written to as a plain array of the same memory."""
+    """Return an array that is to be written to, as a plain array of the same memory."""
     if not is_array(value):
-        raise TypeError(f"{name} is {kind(value)}; expected a NumPy array")
+        raise TypeError(f"{name} is {described(value)}; expected a NumPy array")
     return array(name, value)
 
 
@@ -195,9 +198,9 @@ def _from_dlpack(name: str, value: Any) -> Array:
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether this is `ml_dtypes.bfloat16`: its very type, since names and sizes can be anybody's.
+    """Whether this is `ml_dtypes.bfloat16`: the type itself, since others may have its name.
 
-    `ml_dtypes` is never imported: whoever has such an array has done so.
+    An array of it can exist only where `ml_dtypes` has been imported.
     """
     return dtype.type is getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
 
@@ -263,7 +266,7 @@ def _is_same(a: Array, b: Array) -> bool:
 
 
 def _share_memory(a: Array, b: Array) -> bool:
-    a, b = np.asarray(a), np.asarray(b)  # a subclass may have ideas of its own
+    a, b = np.asarray(a), np.asarray(b)  # a subclass may have functions of its own
     try:
         # NumPy's stub knows only two of the numbers it documents.
         return np.shares_memory(a, b, max_work=_MAX_OVERLAP_WORK)  # type: ignore[arg-type]
@@ -293,7 +296,7 @@ def parameter(name: str, value: Any, channels: int, out: Array | None = None) ->
 
 
 def vector(name: str, value: Any, out: Array | None = None) -> Array:
-    """Return a copy of a per-channel parameter, float32 or float64; how long it is is not asked."""
+    """Return a copy of a per-channel parameter, float32 or float64, of any length."""
     a = array(name, value)
     check_type(name, a)
     if out is not None and _share_memory(a, out):
@@ -303,13 +306,13 @@ def vector(name: str, value: Any, out: Array | None = None) -> Array:
 
 
 def refuse_vector(name: str, a: Array, channels: int) -> NoReturn:
-    """Refuse a per-channel parameter that has not one value per channel."""
+    """Refuse a per-channel parameter that does not have one value per channel."""
     _check_channels(name, a, channels)
     refuse_uncommon()
 
 
 def refuse_overlap(name: str) -> NoReturn:
-    """Refuse an `out` that a parameter or running statistic lies in."""
+    """Refuse an `out` that shares memory with a parameter or running statistic."""
     raise ValueError(f"out overlaps {name} in memory; expected {name} to have memory of its own")
 
 
@@ -320,7 +323,7 @@ def constant(name: str, value: Any, channels: int | None = None) -> Array:
         _check_channels(name, a, channels)
     elif a.ndim != 1:
         raise ValueError(f"{name} has shape {a.shape}; expected (channels,)")
-    # Over bytes, so that nobody can make it writeable again.
+    # An array over bytes, so that it cannot be made writeable again.
     return np.frombuffer(a.astype(np.float64).tobytes(), np.float64)
 
 
@@ -332,19 +335,19 @@ def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[An
 
 
 def running_copy(name: str, value: Any) -> Array:
-    """Return a plain copy of a running statistic; how long it is is not asked."""
+    """Return a plain copy of a running statistic of any length."""
     a = _updatable(name, value)
     return copied(a)
 
 
 def check_updatable(name: str, value: Any, channels: int) -> None:
-    """Refuse anything but a float array of one value per channel that can be written to."""
+    """Refuse all but a writeable float array with one value per channel."""
     _updatable(name, value, channels)
 
 
 def _updatable(name: str, value: Any, channels: int | None = None) -> Array:
     if not is_array(value):
-        raise TypeError(f"{name} is {kind(value)}; expected a NumPy array to update in place")
+        raise TypeError(f"{name} is {described(value)}; expected a NumPy array to update in place")
     a = array(name, value)
     if a.dtype.type not in _KEPT:
         raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(type_names(_KEPT))}")
@@ -361,14 +364,14 @@ def _updatable(name: str, value: Any, channels: int | None = None) -> Array:
 
 
 def refuse_running(name: str, a: Array, channels: int, x_dtype: np.dtype[Any]) -> None:
-    """Refuse a running statistic that is not one for this data, or cannot be written to."""
+    """Refuse a running statistic that does not fit this data, or cannot be written to."""
     _check_channels(name, a, channels)
     check_running_type(name, a, x_dtype)
     _updatable(name, a, channels)
 
 
 def check_running_type(name: str, value: Any, x_dtype: np.dtype[Any]) -> None:
-    """Refuse a running statistic of a type that this data does not go with."""
+    """Refuse a running statistic of a type that does not go with this data."""
     if value is None:
         raise TypeError(f"{name} is None; expected one value per channel")
     a = array(name, value)
@@ -391,7 +394,7 @@ def check_running_apart(running_mean: Any, running_var: Any, *tensors: Any) -> N
 
 
 def check_parameters_apart(out: Any, **parameters: Any) -> None:
-    """Refuse an `out` that a parameter lies in, where `out` is written by way of a copy."""
+    """Refuse an `out` that is written through a copy and shares memory with a parameter."""
     for name, value in parameters.items():
         if out is not None and _touches(out, value):
             refuse_overlap(name)
@@ -405,7 +408,7 @@ def _touches(a: Array, other: Any) -> bool:
     except TypeError as error:
         if not is_from_here(error):
             raise
-        return False  # where it is read, it is refused by its name
+        return False  # it is refused with its name where it is read
     return _share_memory(a, memory)
 
 
@@ -413,16 +416,16 @@ def check_counter(counter: Any) -> None:
     """Refuse a batch counter that cannot be written."""
     name = "num_batches_tracked"
     if not is_array(counter):
-        raise TypeError(f"{name} is {kind(counter)}; expected an array of int64 of shape ()")
+        raise TypeError(f"{name} is {described(counter)}; expected an array of int64 of shape ()")
     a = array(name, counter)
     if a.dtype != np.int64 or a.shape != ():
-        raise TypeError(f"{name} is {kind(a)}; expected an array of int64 of shape ()")
+        raise TypeError(f"{name} is {described(a)}; expected an array of int64 of shape ()")
     if not a.flags.writeable:
         raise ValueError(f"{name} is read-only; expected a writeable array to count in")
 
 
 def check_room(counter: Array) -> None:
-    """Refuse a counter that does not hold a count, or could not hold the next one."""
+    """Refuse a counter whose value is not a count, or has no successor in int64."""
     number = int(np.asarray(counter))
     if not 0 <= number < MOST_BATCHES:
         raise ValueError(f"num_batches_tracked is {number}; expected 0 to {MOST_BATCHES - 1}")
@@ -436,7 +439,7 @@ def _check_channels(name: str, a: Array, channels: int) -> None:
 
 
 def wrong_channels(shape: tuple[int, ...], axis: int, expected: int) -> str:
-    """Word the error of a tensor with another number of channels than the layer has."""
+    """Return the message for a tensor with another number of channels than the layer has."""
     return f"x has shape {shape} with {shape[axis]} channels on axis {axis}; expected {expected}"
 
 
@@ -447,20 +450,20 @@ def check_channels(shape: tuple[int, ...], axis: int, expected: int) -> None:
 
 
 def check_enough_values(shape: tuple[int, ...], axis: int) -> None:
-    """Refuse a batch of one value per channel, which has no variance; none at all is allowed."""
+    """Refuse a batch of one value per channel, which has no variance; an empty one is allowed."""
     if shape[axis] and prod(shape) == shape[axis]:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(shape)}"
         )
 
 
-# ---- What the core found wrong
+# ---- Errors that the core finds
 
 
 def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
-    """Refuse statistics of a batch of another size than x; 0 stands for constants.
+    """Refuse statistics of a batch of another size than `x`; size 0 means constants.
 
-    Where x is a part of the batch, the batch has at least as many values.
+    If `x` is a part of the batch, the batch has at least as many values.
     """
     if is_part:
         raise ValueError(
@@ -474,7 +477,7 @@ def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
 
 
 def refuse_part(count: float, m: int) -> NoReturn:
-    """Refuse moments that cannot be those of a batch that x is a part of."""
+    """Refuse moments that cannot be those of a batch that `x` is a part of."""
     if count == 1:
         raise ValueError("Expected more than 1 value per channel when training, got moments of one")
     raise ValueError(
@@ -484,7 +487,7 @@ def refuse_part(count: float, m: int) -> NoReturn:
 
 
 def refuse_uncommon() -> NoReturn:
-    """Say that arrays cannot be taken as they are although they were checked and converted."""
+    """Raise for arrays that were checked and converted and still are not the common case."""
     raise RuntimeError(
         "Canonical left arrays that are not the common case: another thread or a finalizer "
         "changed them during the call, or this is a defect of bnfast"

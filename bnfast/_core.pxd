@@ -40,7 +40,7 @@ cdef extern from "bnfast.h" nogil:
 
     ctypedef struct bnf_plan:
         bnf_layout layout
-        bnf_blocks blocks, spread
+        bnf_blocks blocks, write_blocks
         Py_ssize_t group, groups, width, widths
         bint fused, stream
         int threads
@@ -103,7 +103,7 @@ cdef extern from "driver.h" nogil:
     void bnf_use_caches(bnf_caches caches)
     bnf_caches bnf_caches_in_use()
 
-    ctypedef struct bnf_kind:
+    ctypedef struct bnf_dispatch_key:
         bnf_direction direction
         bnf_type type
         bnf_layout layout
@@ -111,7 +111,7 @@ cdef extern from "driver.h" nogil:
         bnf_activation activation
         bint residual
 
-    long long bnf_dispatches(bnf_kind kind)
+    long long bnf_dispatches(bnf_dispatch_key kind)
     void bnf_forget_dispatches()
 
     ctypedef struct bnf_driver:

@@ -4,14 +4,14 @@
 
 An entry point does three things in this order:
 
-1. Read options, parameters and whatever is no array yet, and make the results: the caller's Python
-   may run here (`__float__`, `__array__`, finalizers, signal handlers) and change any array.
+1. Read options, parameters and other objects that are not arrays yet, and make the results.
+   Python code of the caller may run here (`__float__`, `__array__`, finalizers, signal handlers)
+   and change any array.
 2. Look at the arrays: take shapes, types and pointers, once, after the last such place.
 3. Run the driver (`src/driver.c`) on them.
 
-The look recognises arrays of our own types that are dense in some order of their axes.  Whatever
-is less common goes to `_arrays`, which converts it or says what is wrong with it, and is then
-looked at the same way.
+Step 2 takes arrays of a supported type that are dense in some order of their axes.  Others go to
+`_arrays`, which converts them or raises, and then through step 2 again.
 """
 cimport numpy as cnp
 from cpython.object cimport PyObject
@@ -47,7 +47,7 @@ cdef extern from "Python.h":
 
 cdef extern from "numpy/arrayobject.h":
     PyObject *PyDataMem_DefaultHandler
-    # which NumPy's own declarations leave out
+    # missing in NumPy's own declarations
     const int NPY_HALF, NPY_USERDEF
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, PyObject *, int)
 
@@ -55,7 +55,7 @@ cdef extern from "numpy/numpyconfig.h":
     const char *NPY_FEATURE_VERSION_STRING   # the oldest NumPy this build runs with
 
 
-# --- The driver: instruction set, caches, threads, and the counts of what it did -----------------
+# --- The driver: instruction set, caches, threads, and counts of its calls ------------------------
 
 bnf_threads_setup()
 bnf_use_caches(bnf_read_caches())
@@ -82,7 +82,7 @@ cdef dict CODES_AND_SLOPES = {name: (facts.code, facts.slope)
 
 def dispatches():
     """How often each kernel set ran: {(direction, dtype, layout, isa, variant): count}."""
-    cdef bnf_kind kind
+    cdef bnf_dispatch_key kind
     built = [bnf_isa_name(i).decode() for i in range(bnf_isa_count())]
     names = (DIRECTION_NAMES, TYPE_NAMES, LAYOUT_NAMES, built, VARIANT_NAMES, RESIDUAL_NAMES)
     found = {}
@@ -159,8 +159,8 @@ def config():
 def threads():
     """How many threads a call from this thread may use, and what decides it.
 
-    OpenMP's own number counts if it was lowered, as threadpoolctl does: our teams name their number
-    and would not notice.
+    OpenMP's own number is a limit if it was lowered, as threadpoolctl does: our teams ask for an
+    explicit number, to which OpenMP does not apply it.
     """
     return _threads.granted(bnf_threads_lost(), bnf_threads_lowered())
 
@@ -196,7 +196,7 @@ def at_work():
 
 
 cdef int most_threads(cnp.ndarray x) except -1:
-    """How many threads a call on x may use, if x and what goes with it are large enough to ask."""
+    """How many threads a call on x may use; 1, without asking, if the call is too small for 2."""
     return get_num_threads() if bnf_useful_threads(5 * cnp.PyArray_NBYTES(x)) > 1 else 1
 
 
@@ -208,7 +208,7 @@ cdef int reserve(bnf_call *call) except -1:
 
 
 cdef void run(bnf_call *call) noexcept:
-    """Run a planned call, without the GIL unless it is over before another thread could have it."""
+    """Run a planned call, without the GIL unless it ends before another thread could take it."""
     if call.bytes < BNF_SMALL_BYTES:
         bnf_call_run(call)
     else:
@@ -217,8 +217,8 @@ cdef void run(bnf_call *call) noexcept:
 
 
 # --- Fresh outputs -----------------------------------------------------------------------
-# A large one owns pages of pages.c through a data-memory handler of NumPy's, so it is an array
-# like any other: it may be resized, seen by tracemalloc, freed anywhere and after everything.
+# A large one owns pages of pages.c through one of NumPy's data-memory handlers, so it is an array
+# like any other: it may be resized, traced by tracemalloc, and freed at any place and time.
 
 cdef void *data_malloc(void *context, size_t size) noexcept nogil:
     return bnf_pages_acquire(size)
@@ -253,7 +253,7 @@ pages.allocator.free = data_free
 
 
 cdef object handler_of_pages():
-    """The handler as NumPy takes it, with the pool's bound set before its first use."""
+    """The handler as NumPy takes it; at its first use the pool's limit is set."""
     global pages_handler
     if pages_handler is None:
         bnf_pages_set_bound(_memory.bound()[0])
@@ -268,11 +268,11 @@ cdef inline cnp.ndarray empty_like(cnp.ndarray x):
 
 
 cdef cnp.ndarray new_like(cnp.ndarray x):
-    """An output of x's shape, type and memory order, with whatever is in its memory."""
+    """An uninitialised output of x's shape, type and memory order."""
     if cnp.PyArray_NBYTES(x) < BNF_PAGES_LEAST:
         return empty_like(x)
     current = cnp.PyDataMem_GetHandler()
-    if <PyObject *>current != PyDataMem_DefaultHandler:   # the caller has plans of their own
+    if <PyObject *>current != PyDataMem_DefaultHandler:   # the caller has set another handler
         return empty_like(x)
     cnp.PyDataMem_SetHandler(handler_of_pages())
     try:
@@ -282,17 +282,17 @@ cdef cnp.ndarray new_like(cnp.ndarray x):
 
 
 def new_output(cnp.ndarray x not None):
-    """An array like x for a result, of the memory that results take."""
+    """An uninitialised array like x for a result, in the memory that results take."""
     return new_like(x)
 
 
 def release_memory():
-    """Give back the memory that is kept for coming results.
+    """Give back the memory that is kept for later results.
 
-    Outputs of 128 KiB and more, once freed, leave their memory to later ones, since new pages
-    cost more than a batch norm. What waits is never more than 1/16 of the memory this process may
-    use (the machine's or its cgroup's), and 1 GiB; `BNFAST_CACHE_BYTES` in the environment sets
-    another bound, 0 to keep nothing. Arrays in use are not touched.
+    The memory of outputs of 128 KiB and more, once these are freed, is kept for later outputs,
+    since new pages cost more time than a batch norm. At most 1/16 of the memory that this process
+    may use (the machine's or its cgroup's) is kept, and at most 1 GiB; `BNFAST_CACHE_BYTES` in the
+    environment sets another limit, and 0 keeps nothing. Arrays in use are not touched.
 
     Returns
     -------
@@ -310,19 +310,19 @@ def release_memory():
 
 
 def kept_memory():
-    """Bytes that wait for coming results, and the most that may."""
+    """Bytes that are kept for later results, and the most that may be."""
     handler_of_pages()
     return bnf_pages_held(), bnf_pages_bound()
 
 
-# --- Reading what is no array yet: the caller's Python may run ------------------------------------
+# --- Reading options and converting to arrays: Python code of the caller may run ------------------
 
-# The number that NumPy gave bfloat16 when ml_dtypes registered it, once an array of it was seen.
+# The number that NumPy gave bfloat16 when ml_dtypes registered it; -1 before the first array of it.
 cdef int bfloat16_number = -1
 
 
 cdef object as_array(str name, object value):
-    """An argument as a plain array of the same memory, if it has some; None stays None."""
+    """An argument as a plain array, without a copy if possible; None stays None."""
     global bfloat16_number
     if value is not None and not cnp.PyArray_CheckExact(value):
         value = _arrays.array(name, value)
@@ -339,14 +339,14 @@ cdef object as_target(str name, object value):
 
 
 cdef object as_counter(object value):
-    """A counter of batches, likewise."""
+    """A counter of batches as a plain array of the same memory; None stays None."""
     if value is not None and not cnp.PyArray_CheckExact(value):
         _arrays.check_counter(value)
     return as_target("num_batches_tracked", value)
 
 
 cdef object as_vector(str name, object value, object out):
-    """A per-channel parameter as an array that it can be read from; None stays None."""
+    """A per-channel parameter as an array that `read_parameter` takes; None stays None."""
     if value is None or (cnp.PyArray_CheckExact(value) and is_vector(<cnp.ndarray>value)):
         return value
     return _arrays.vector(name, value, out)
@@ -361,7 +361,7 @@ cdef object as_running(str name, object value):
 
 
 cdef object as_axis(object axis):
-    """An axis as an int; whether x has it is seen with x."""
+    """An axis as an int; whether x has such an axis is checked later."""
     return axis if type(axis) is int else _options.integer("axis", axis)
 
 
@@ -404,7 +404,7 @@ cdef double read_ddof(object ddof) except? -1:
 
 
 cdef double read_count(str name, object count) except? -1:
-    """The values per channel of a batch, exact as far as memory reaches."""
+    """The values per channel of a batch, exact for any that fits in memory."""
     cdef long long number = -1
     if type(count) is int:
         try:
@@ -414,7 +414,7 @@ cdef double read_count(str name, object count) except? -1:
     return <double>number if number >= 0 else _options.batch_size(name, count)
 
 
-# --- Looking at arrays: nothing of the caller's runs ----------------------------------------------
+# --- Looking at arrays: no code of the caller runs ------------------------------------------------
 
 cdef inline int type_of(cnp.ndarray a) noexcept:
     """Which bnf_type an array has; BNF_TYPES if none."""
@@ -430,15 +430,15 @@ cdef inline int type_of(cnp.ndarray a) noexcept:
 
 cdef enum:
     MOST_AXES = 64    # of NumPy's arrays
-    MOST_BASES = 64   # that are followed: a chain of them can be made to run in a circle
+    MOST_BASES = 64   # that are followed: a chain of bases can be made to be a cycle
 
 
 cdef void reach(cnp.ndarray a, uintptr_t *first, uintptr_t *end) noexcept:
-    """Between which addresses an array's values lie, gaps included."""
+    """The range of addresses of an array's values, gaps included."""
     cdef int i
-    cdef uintptr_t far   # whatever the strides are, their product wraps around
+    cdef uintptr_t far   # unsigned: a product with any stride wraps around
     first[0] = end[0] = <uintptr_t>cnp.PyArray_DATA(a)
-    if cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):   # whatever its strides are now
+    if cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):   # its strides may have been changed
         end[0] += <uintptr_t>cnp.PyArray_NBYTES(a)
     elif cnp.PyArray_SIZE(a) > 0:
         for i in range(cnp.PyArray_NDIM(a)):
@@ -451,7 +451,7 @@ cdef void reach(cnp.ndarray a, uintptr_t *first, uintptr_t *end) noexcept:
 
 
 cdef inline PyObject *base_of(cnp.ndarray a) noexcept:
-    """What an array is a view of, through a memoryview as well; NULL if of nothing."""
+    """What an array is a view of, also through a memoryview; NULL if it is not a view."""
     cdef PyObject *base = cnp.PyArray_BASE(a)
     if base != NULL and PyMemoryView_Check(<object>base):
         return PyMemoryView_GET_BASE(<object>base)
@@ -459,8 +459,8 @@ cdef inline PyObject *base_of(cnp.ndarray a) noexcept:
 
 
 cdef bint is_in_its_owner(cnp.ndarray a) noexcept:
-    """Whether a view lies within the array at the end of its bases, which `resize` may have given
-    other memory since."""
+    """Whether a view lies within the array at the end of its bases; `resize` may have given that
+    array other memory since."""
     cdef PyObject *owner = <PyObject *>a
     cdef PyObject *base = base_of(a)
     cdef uintptr_t first, end, owned, owned_end
@@ -482,7 +482,8 @@ cdef inline bint is_native(cnp.ndarray a) noexcept:
 
 
 cdef inline bint is_vector(cnp.ndarray a) noexcept:
-    """A contiguous row of a type that per-channel numbers are read in as they are."""
+    """Whether per-channel numbers can be read from an array: a contiguous row of float32 or
+    float64."""
     return (cnp.PyArray_TYPE(a) in (cnp.NPY_FLOAT, cnp.NPY_DOUBLE) and cnp.PyArray_NDIM(a) == 1
             and cnp.PyArray_IS_C_CONTIGUOUS(a) and is_native(a) and is_in_its_owner(a))
 
@@ -492,8 +493,8 @@ cdef inline bint is_vector_of(cnp.ndarray a, Py_ssize_t channels) noexcept:
 
 
 cdef int sort_axes(cnp.ndarray x, int *order) noexcept:
-    """Fill order with the axes in which x runs through memory, and return how many there are:
-    longest strides first, axes of one index left out.  Return -1 if x has gaps."""
+    """Fill order with the axes of x as they are in memory, longest strides first and without axes
+    of length 1, and return how many there are.  Return -1 if x has gaps."""
     cdef int i, j, n = 0
     cdef Py_ssize_t stride = cnp.PyArray_ITEMSIZE(x)
     for i in range(cnp.PyArray_NDIM(x)):
@@ -513,12 +514,13 @@ cdef int sort_axes(cnp.ndarray x, int *order) noexcept:
 
 
 cdef inline bint is_tensor(object x) noexcept:
-    """Whether a result can be made for x: what else has to be right with it is seen later."""
+    """Whether a result can be made for x: the rest is checked later."""
     return cnp.PyArray_CheckExact(x) and type_of(<cnp.ndarray>x) != BNF_TYPES
 
 
-cdef bint see(object tensor, object axis, bnf_shape *shape) noexcept:
-    """Fill shape and say yes if a tensor has data of ours, dense in some order of its axes."""
+cdef bint read_shape(object tensor, object axis, bnf_shape *shape) noexcept:
+    """Fill shape and return True if a tensor has a supported type and is dense in some order of
+    its axes."""
     cdef cnp.ndarray x
     cdef int[MOST_AXES] order
     cdef int rank, i, n, channel_axis
@@ -554,7 +556,7 @@ cdef bint see(object tensor, object axis, bnf_shape *shape) noexcept:
                 shape.outer *= cnp.PyArray_DIM(x, order[i])
             else:
                 shape.inner *= cnp.PyArray_DIM(x, order[i])
-    if shape.channels == 1:   # one run of values, and lanes for all of them
+    if shape.channels == 1:   # one planar run of values, which uses all lanes
         shape.inner *= shape.outer
         shape.outer = 1
     return True
@@ -584,7 +586,7 @@ cdef inline bint is_target(object out, cnp.ndarray x) noexcept:
 
 
 cdef inline bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Of two dense arrays, whether any byte is in both."""
+    """Whether two dense arrays share any byte."""
     cdef uintptr_t p = <uintptr_t>cnp.PyArray_DATA(a), q = <uintptr_t>cnp.PyArray_DATA(b)
     cdef uintptr_t m = <uintptr_t>cnp.PyArray_NBYTES(a), n = <uintptr_t>cnp.PyArray_NBYTES(b)
     return p < q + n and q < p + m and m > 0 and n > 0
@@ -595,21 +597,22 @@ cdef inline bint overlaps(cnp.ndarray a, object other) noexcept:
 
 
 cdef inline bint apart(cnp.ndarray out, object other) noexcept:
-    """Whether writing out leaves the tensor other readable: nothing shared, or all of it."""
+    """Whether the kernels may write out while they read other: no byte is shared, or all are."""
     return (other is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(<cnp.ndarray>other)
             or not overlap(out, <cnp.ndarray>other))
 
 
 cdef inline void *data_of(object tensor) noexcept:
-    """Where a tensor's data are; NULL for None."""
+    """The pointer to a tensor's data; NULL for None."""
     return NULL if tensor is None else cnp.PyArray_DATA(<cnp.ndarray>tensor)
 
 
 cdef bint look_forward(bnf_call *call, object x, object axis, object residual,
                        object y) noexcept:
-    """Take shape, type and pointers of a forward's or an inference's tensors; no if they are not
-    the common case."""
-    if not (see(x, axis, &call.shape) and (residual is None or is_like(residual, <cnp.ndarray>x))
+    """Take shape, type and pointers of the tensors of a forward or an inference; False if they are
+    not the common case."""
+    if not (read_shape(x, axis, &call.shape)
+            and (residual is None or is_like(residual, <cnp.ndarray>x))
             and is_target(y, <cnp.ndarray>x) and apart(<cnp.ndarray>y, x)
             and apart(<cnp.ndarray>y, residual)):
         return False
@@ -620,7 +623,7 @@ cdef bint look_forward(bnf_call *call, object x, object axis, object residual,
 
 cdef int read_parameter(str name, object vector, Py_ssize_t channels, double missing,
                         double *to, object out) except -1:
-    """Copy a per-channel parameter, or what stands for a missing one, as float64."""
+    """Copy a per-channel parameter as float64, or the value for a missing one."""
     cdef Py_ssize_t i
     cdef cnp.ndarray a
     cdef const float *narrow
@@ -647,8 +650,8 @@ cdef int read_parameter(str name, object vector, Py_ssize_t channels, double mis
 
 cdef int check_running(str name, object vector, cnp.ndarray x, Py_ssize_t channels,
                        bint updated) except -1:
-    """Refuse a running statistic that has not one value per channel, of a type that goes with x,
-    or cannot be written to where it is updated."""
+    """Refuse a running statistic that does not have one value per channel or a type that goes with
+    x, or that must be updated and cannot be written to."""
     cdef cnp.ndarray a = <cnp.ndarray>vector
     if not (is_vector_of(a, channels)
             and (cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT or cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE)
@@ -665,13 +668,13 @@ cdef inline bint touches(cnp.ndarray a, object x, object residual, object out, o
 
 
 cdef int64_t read_counter(cnp.ndarray counter) except -1:
-    """The number in a counter of batches, which there must be room to count up."""
+    """The number in a counter of batches; raise if the next number would not fit."""
     cdef int64_t number = -1
     cdef bint fits = (cnp.PyArray_NDIM(counter) == 0 and cnp.PyArray_ISSIGNED(counter)
                       and cnp.PyArray_ITEMSIZE(counter) == sizeof(number)
                       and cnp.PyArray_ISNOTSWAPPED(counter) and cnp.PyArray_ISWRITEABLE(counter)
                       and is_in_its_owner(counter))
-    if fits:   # at any address
+    if fits:   # memcpy: the address may be unaligned
         memcpy(&number, cnp.PyArray_DATA(counter), sizeof(number))
     if number < 0 or number == INT64_MAX:
         _arrays.check_counter(counter)
@@ -686,7 +689,7 @@ cdef void count_batch(cnp.ndarray counter, int64_t before) noexcept:
 
 
 def copy_into(cnp.ndarray target not None, cnp.ndarray source not None):
-    """Write an array's values into another of its shape, both looked at just before."""
+    """Write an array's values into another of its shape; both are checked just before."""
     if not (cnp.PyArray_SAMESHAPE(target, source) and is_in_its_owner(target)
             and is_in_its_owner(source)):
         _arrays.refuse_uncommon()
@@ -706,11 +709,11 @@ cdef inline void copy_numbers(cnp.ndarray vector, const double *values) noexcept
 
 
 def over_memory(uintptr_t address, shape, int type_number):
-    """A C-contiguous array over memory that is not NumPy's, whose owner keeps it for as long as
+    """A C-contiguous array over memory that is not NumPy's; its owner must keep the memory while
     the array is used.
 
-    For PyTorch's tensors: their own way to an array costs more than a small batch norm, and
-    takes from their storage for good that it can be resized.
+    For PyTorch's tensors: their own conversion to an array costs more than a small batch norm, and
+    makes their storage impossible to resize from then on.
     """
     cdef cnp.npy_intp sizes[16]
     cdef int i, rank = <int>len(shape)
@@ -722,10 +725,11 @@ def over_memory(uintptr_t address, shape, int type_number):
 
 
 def plan(shape, itemsize, gathers, reads, writes, l2, l3, threads):
-    """What tiling.c decides for a shape (outer, channels, inner) on a machine: for tests.
+    """The decisions of tiling.c for a shape (outer, channels, inner) on a machine, as a dict: for
+    tests.
 
-    A dict of its decisions, and of the tiles, (outer0, outer1, channel0, channel1, inner0,
-    inner1), that are summed and that are written.
+    The tiles that are summed and those that are written are (outer0, outer1, channel0, channel1,
+    inner0, inner1).
     """
     cdef bnf_shape planned
     cdef bnf_caches machine
@@ -740,8 +744,8 @@ def plan(shape, itemsize, gathers, reads, writes, l2, l3, threads):
         "stream": bool(found.stream),
         "sums": [tile_of(planned, found.blocks, block, group * found.group, found.group)
                  for block in range(found.blocks.count) for group in range(found.groups)],
-        "writes": [tile_of(planned, found.spread, block, group * found.width, found.width)
-                   for block in range(found.spread.count) for group in range(found.widths)],
+        "writes": [tile_of(planned, found.write_blocks, block, group * found.width, found.width)
+                   for block in range(found.write_blocks.count) for group in range(found.widths)],
     }
 
 
@@ -758,8 +762,8 @@ def moments(x, axis):
     x, axis = as_array("x", x), as_axis(axis)
     found = sum_up(x, axis)
     if found is None:
-        seen = _arrays.Canonical(x, axis)
-        found = sum_up(seen.x, seen.axis)
+        canonical = _arrays.Canonical(x, axis)
+        found = sum_up(canonical.x, canonical.axis)
         if found is None:
             _arrays.refuse_uncommon()
     return found
@@ -770,7 +774,7 @@ cdef object sum_up(object x, object axis):
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
-    if not see(x, axis, &shape):
+    if not read_shape(x, axis, &shape):
         return None
     if cnp.PyArray_SIZE(<cnp.ndarray>x) == 0:
         if not bnf_is_countable(shape.channels, 0):
@@ -780,7 +784,7 @@ cdef object sum_up(object x, object axis):
     mean, m2 = new_vector(shape.channels), new_vector(shape.channels)
     found = (shape.outer * shape.inner, mean, m2)
     memset(&call, 0, sizeof(call))
-    if not see(x, axis, &call.shape) or not same_shape(call.shape, shape):
+    if not read_shape(x, axis, &call.shape) or not same_shape(call.shape, shape):
         return None
     call.direction, call.type = BNF_MOMENTS, <bnf_type>type_of(<cnp.ndarray>x)
     call.x = data_of(x)
@@ -803,8 +807,8 @@ def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
               names=("mean", "var", "weight", "bias"), running=False):
     """act((x - mean) / sqrt(var + eps) * weight + bias (+ residual)).
 
-    With var None the scale is weight as it is.  With running, mean and var must be of the
-    types that running statistics have.
+    If var is None, the scale is weight.  With running, mean and var must have the types of running
+    statistics.
     """
     cdef Inference options
     options.act, options.eps = read_activation(activation), read_eps(eps, False)
@@ -818,14 +822,14 @@ def normalize(x, mean, var, weight, bias, eps, axis, residual, activation, out,
         _arrays.check_running_type(names[1], var, x.dtype)
     y = apply_given(x, axis, residual, target, &options, names, means, vars, scales, shifts)
     if y is None:
-        seen = _arrays.Canonical(x, axis, residual=residual, out=target)
+        canonical = _arrays.Canonical(x, axis, residual=residual, out=target)
         _arrays.check_parameters_apart(
             target, **dict(zip(names, (mean, var, weight, bias), strict=True)))
-        y = apply_given(seen.x, axis, seen.residual, seen.out, &options, names, means, vars,
-                        scales, shifts)
+        y = apply_given(canonical.x, axis, canonical.residual, canonical.out, &options, names,
+                        means, vars, scales, shifts)
         if y is None:
             _arrays.refuse_uncommon()
-        y = seen.give(y)
+        y = canonical.write_back(y)
     return y if out is None else out
 
 
@@ -868,11 +872,11 @@ cdef object apply_given(object x, object axis, object residual, object out, Infe
 
 
 cdef class FixedMap:
-    """act((x - mean) * scale + shift (+ residual)) with its numbers ready: the compiled half of
+    """act((x - mean) * scale + shift (+ residual)), with stored numbers: the compiled base class of
     `FrozenBatchNorm`."""
 
     cdef readonly object axis, activation
-    cdef double *numbers   # mean, scale and shift; ours alone, and the same from first to last
+    cdef double *numbers   # mean, scale and shift; owned by this object, and never changed
     cdef Py_ssize_t channels
     cdef Activation act
 
@@ -882,7 +886,7 @@ cdef class FixedMap:
         means = _arrays.constant("mean", mean)
         scales = _arrays.constant("scale", scale, len(means))
         shifts = _arrays.constant("shift", shift, len(means))
-        # All that runs the caller's Python, which may call this too, is done.
+        # Checked last: the caller's Python, which has run above, may call this, too.
         if self.numbers != NULL:
             raise RuntimeError("a frozen batch norm is immutable; make another one")
         self.take(means, scales, shifts)
@@ -904,23 +908,23 @@ cdef class FixedMap:
 
     @property
     def mean(self):
-        """What is subtracted, float64 per channel: a copy."""
+        """The numbers that are subtracted: a read-only copy, float64, shape (channels,)."""
         return self.copy_of(0)
 
     @property
     def scale(self):
-        """What is multiplied with, float64 per channel: a copy."""
+        """The factors: a read-only copy, float64, shape (channels,)."""
         return self.copy_of(1)
 
     @property
     def shift(self):
-        """What is added, float64 per channel: a copy."""
+        """The numbers that are added: a read-only copy, float64, shape (channels,)."""
         return self.copy_of(2)
 
     cdef object copy_of(self, Py_ssize_t row):
         self.check_made()
         cdef char *start = <char *>(self.numbers + row * self.channels)
-        # Of bytes, so that it and its base stay read-only.
+        # A view of bytes, so that it and its base stay read-only.
         return np.frombuffer(start[:self.channels * sizeof(double)], np.float64).view()
 
     cdef int check_made(self) except -1:
@@ -933,12 +937,12 @@ cdef class FixedMap:
 
         Parameters
         ----------
-        x : array_like
+        x : array_like of float32, float64, float16 or bfloat16
             Rank 2 or more, with as many channels on ``axis`` as the layer has.
-        residual : array_like, optional
-            Added before the activation; shape and dtype of `x`.
-        out : ndarray, optional
-            Where to write; `x` or `residual` itself, or apart from both.
+        residual : array_like, shape and dtype of `x`, optional
+            Added before the activation.
+        out : ndarray, shape and dtype of `x`, optional
+            Where to write: `x` or `residual` itself, or memory apart from both.
 
         Returns
         -------
@@ -950,11 +954,11 @@ cdef class FixedMap:
         target = as_target("out", out)
         y = self.apply(x, residual, target)
         if y is None:
-            seen = _arrays.Canonical(x, self.axis, residual=residual, out=target)
-            y = self.apply(seen.x, seen.residual, seen.out)
+            canonical = _arrays.Canonical(x, self.axis, residual=residual, out=target)
+            y = self.apply(canonical.x, canonical.residual, canonical.out)
             if y is None:
                 _arrays.refuse_uncommon()
-            y = seen.give(y)
+            y = canonical.write_back(y)
         return y if out is None else out
 
     cdef object apply(self, object x, object residual, object out):
@@ -985,17 +989,17 @@ cdef struct Training:
     Activation act
     double eps, momentum, ddof
     bint cumulative   # momentum is 1 / the number of batches
-    bint is_part      # of the batch whose moments are given
+    bint is_part      # x is a part of the batch whose moments are given
     double count      # of that batch
 
 
 cdef object copied_to(str name, object value, object running):
-    """Where an updated running statistic has to be copied to; None if it is no copy."""
+    """The array that an updated running statistic must be copied to; None if it is no copy."""
     return None if running is value else as_target(name, value)
 
 
 cdef int check_given_back(str name, object value, cnp.ndarray running, cnp.ndarray x) except -1:
-    """Refuse what an updated running statistic cannot be copied to; None is nothing."""
+    """Refuse an array that an updated running statistic cannot be copied to; None is accepted."""
     cdef cnp.ndarray a
     if value is None:
         return 0
@@ -1009,7 +1013,7 @@ cdef int check_given_back(str name, object value, cnp.ndarray running, cnp.ndarr
 
 cdef int check_updated(object means, object vars, tuple given_back, cnp.ndarray x,
                        Py_ssize_t channels) except -1:
-    """Refuse running statistics that cannot be updated and, where they are copies, given back."""
+    """Refuse running statistics that cannot be updated or, if they are copies, copied back."""
     check_running("running_mean", means, x, channels, True)
     check_running("running_var", vars, x, channels, True)
     check_given_back("running_mean", given_back[0], means, x)
@@ -1024,9 +1028,9 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
             activation, out, counter=None, moments=None):
     """Normalise with the batch: (y, (count, mean, var, inv_std)).
 
-    The running statistics and the counter of batches, if given, are moved last, when nothing is
-    left that could be raised.  With a counter, momentum may be None: the cumulative average.  With
-    moments, the (count, mean, m2) of a batch that x is a part of, nothing is summed here.
+    The running statistics and the counter of batches, if given, are updated last, when nothing can
+    raise any more.  With a counter, momentum may be None: the cumulative average.  moments are
+    (count, mean, m2) of a batch that x is a part of; nothing is then summed here.
     """
     cdef Training options
     cdef object means = None, vars = None, given_back = None
@@ -1053,14 +1057,15 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     found = train(x, axis, residual, target, &options, weights, biases, batch, means, vars,
                   given_back, batches, None)
     if found is None:
-        seen = _arrays.Canonical(x, axis, residual=residual, out=target)
+        canonical = _arrays.Canonical(x, axis, residual=residual, out=target)
         _arrays.check_parameters_apart(target, weight=weight, bias=bias)
         if options.is_part:
             _arrays.check_parameters_apart(target, **dict(zip(MOMENTS_NAMES, moments[1:])))
         if means is not None:
-            _arrays.check_running_apart(running_mean, running_var, target, *seen.given.values())
-        found = train(seen.x, axis, seen.residual, seen.out, &options, weights, biases, batch,
-                      means, vars, given_back, batches, seen)
+            _arrays.check_running_apart(
+                running_mean, running_var, target, *canonical.given.values())
+        found = train(canonical.x, axis, canonical.residual, canonical.out, &options, weights,
+                      biases, batch, means, vars, given_back, batches, canonical)
         if found is None:
             _arrays.refuse_uncommon()
     return found if out is None else (out, found[1])
@@ -1068,14 +1073,14 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
 
 cdef object train(object x, object axis, object residual, object out, Training *options,
                   object weight, object bias, tuple batch, object means, object vars,
-                  tuple given_back, object counter, object seen):
-    """`forward` of arrays; None if they are not the common case.  The result goes back through
-    seen, if given, before any statistic moves; given_back is where means and vars are copied to,
-    None for one that is no copy itself."""
+                  tuple given_back, object counter, object canonical):
+    """`forward` of arrays; None if they are not the common case.  canonical, if given, writes the
+    result back before any statistic changes.  means and vars are copied to the two arrays of
+    given_back, which are None for statistics that are not copies."""
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
-    if not see(x, axis, &shape):
+    if not read_shape(x, axis, &shape):
         return None
     if options.is_part:
         check_part(options.count, shape.outer * shape.inner)
@@ -1111,7 +1116,7 @@ cdef object train(object x, object axis, object residual, object out, Training *
             copy_numbers(stats[1], call.mean)
             copy_numbers(stats[2], call.var)
             copy_numbers(stats[3], call.inv_std)
-        found = (y if seen is None else seen.give(y), stats)
+        found = (y if canonical is None else canonical.write_back(y), stats)
         move_running(&call, <cnp.ndarray>x, means, vars, given_back, counter, options)
         return found
     finally:
@@ -1126,21 +1131,23 @@ cdef int check_part(double count, Py_ssize_t values) except -1:
 
 
 cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape, Training *options):
-    """(count, mean, var, inv_std) to be filled; of an empty batch there are none."""
+    """(count, mean, var, inv_std) to be filled; 0 and NaN for an empty batch."""
     if options.is_part and options.count > 0:
         return (int(options.count), new_vector(shape.channels), new_vector(shape.channels),
                 new_vector(shape.channels))
     if cnp.PyArray_SIZE(x) == 0:
         if not bnf_is_countable(shape.channels, 0):
             raise MemoryError
-        return (0, *(np.full(shape.channels, np.nan) for _ in range(3)))
+        missing = np.full(shape.channels, np.nan)
+        return 0, missing, missing.copy(), missing.copy()
     return (shape.outer * shape.inner, new_vector(shape.channels), new_vector(shape.channels),
             new_vector(shape.channels))
 
 
 def moved_average(old, new, double momentum):
-    """(1 - momentum) * old + momentum * new, of float64 vectors: how running statistics move."""
-    cdef cnp.ndarray moved = np.array(old, np.float64), batch = np.ascontiguousarray(new, np.float64)
+    """(1 - momentum) * old + momentum * new of float64 vectors: the running update."""
+    cdef cnp.ndarray moved = np.array(old, np.float64)
+    cdef cnp.ndarray batch = np.ascontiguousarray(new, np.float64)
     if cnp.PyArray_NDIM(moved) != 1 or not cnp.PyArray_SAMESHAPE(moved, batch):
         raise ValueError(f"shapes are {np.shape(old)} and {np.shape(new)}; expected one row each")
     bnf_move_averages(<double *>cnp.PyArray_DATA(moved), <const double *>cnp.PyArray_DATA(batch),
@@ -1157,8 +1164,8 @@ def inv_std(var, double eps):
 
 cdef int move_running(bnf_call *call, cnp.ndarray x, object means, object vars, tuple given_back,
                       object counter, Training *options) except -1:
-    """Move running statistics and counter, if given: all of them or none.  They are looked at
-    again: Python may have run since."""
+    """Update running statistics and counter, if given: all of them or none.  They are checked
+    again, since Python code may have run in between."""
     cdef bnf_running running
     cdef int64_t batches = 0
     cdef double momentum = options.momentum
@@ -1191,15 +1198,15 @@ cdef struct Backward:
     Activation act
     double count
     bint needs_x, needs_weight, needs_bias, needs_residual
-    bint is_part   # of the batch that sums are of
+    bint is_part   # x is a part of the batch whose sums are given
 
 
 def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out,
              needs, sums=None):
-    """(dx, dweight, dbias, dresidual), None where needs, four bools, does not ask.
+    """(dx, dweight, dbias, dresidual); None for those that needs, four bools, does not ask for.
 
-    With count 0 the statistics are constants: nothing flows through them.  With sums, the
-    (dweight, dbias) of a batch of count values that x is a part of, nothing is summed here.
+    With count 0 the statistics are constants: no gradient flows through them.  sums are (dweight,
+    dbias) of a batch of count values that x is a part of; nothing is then summed here.
     """
     cdef Backward options
     if dy is None:
@@ -1215,25 +1222,26 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
                None if sums is None else as_vector(SUMS_NAMES[1], sums[1], target))
     found = differentiate(dy, x, axis, residual, y, target, &options, vectors)
     if found is None:
-        seen = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=target,
-                                 out_may_be=("x", "dy"))
+        canonical = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=target,
+                                      out_may_be=("x", "dy"))
         _arrays.check_parameters_apart(
             target, weight=weight, bias=bias, **{"stats.mean": mean, "stats.inv_std": inv_std})
         if sums is not None:
             _arrays.check_parameters_apart(target, **dict(zip(SUMS_NAMES, sums, strict=True)))
-        found = differentiate(seen.dy, seen.x, axis, seen.residual, seen.y, seen.out, &options,
-                              vectors)
+        found = differentiate(canonical.dy, canonical.x, axis, canonical.residual, canonical.y,
+                              canonical.out, &options, vectors)
         if found is None:
             _arrays.refuse_uncommon()
         if options.needs_x:
-            found = (seen.give(found[0]), *found[1:])
+            found = (canonical.write_back(found[0]), *found[1:])
     return found if out is None or not options.needs_x else (out, *found[1:])
 
 
 cdef bint look_backward(bnf_call *call, object dy, object x, object axis, object residual,
                         object y, object out) noexcept:
-    """Take shape, type and pointers of what a backward reads; no if it is not the common case."""
-    if not (see(x, axis, &call.shape) and is_like(dy, <cnp.ndarray>x)
+    """Take shape, type and pointers of a backward's inputs; False if they are not the common case.
+    """
+    if not (read_shape(x, axis, &call.shape) and is_like(dy, <cnp.ndarray>x)
             and (residual is None or is_like(residual, <cnp.ndarray>x))
             and (y is None or is_like(y, <cnp.ndarray>x))
             and (out is None or (is_target(out, <cnp.ndarray>x) and apart(<cnp.ndarray>out, x)
@@ -1254,7 +1262,7 @@ cdef object differentiate(object dy, object x, object axis, object residual, obj
     cdef bnf_shape shape
     cdef int threads
     cdef Py_ssize_t values
-    if not see(x, axis, &shape):
+    if not read_shape(x, axis, &shape):
         return None
     threads = most_threads(<cnp.ndarray>x)
     dx = None if not options.needs_x else new_like(<cnp.ndarray>x) if out is None else out

@@ -1,4 +1,4 @@
-"""The wording of errors: what an argument was, and whose an exception is."""
+"""Error messages: the description of an argument, and where an exception comes from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ._types import Array
 
-# Types whose conversions and reprs run no Python code of a user's, objects in containers aside.
+# Types whose conversions and reprs run no Python code of a user, except for objects in containers.
 _PLAIN = frozenset(
     {*np.ScalarType, *(bytearray, dict, list, range, set, tuple, type), type(None), np.ndarray}
 )
@@ -19,15 +19,15 @@ _OURS = frozenset(f"{__package__}.{name}" for name in ("_arrays", "_errors", "_o
 
 
 def is_array(value: Any) -> TypeGuard[Array]:
-    """Whether an argument is an array by its type, whatever its `__class__` is."""
+    """Whether an argument is an array by its type; its `__class__` may be anything."""
     return issubclass(type(value), np.ndarray)
 
 
 def is_its_own(error: Exception, value: Any) -> bool:
-    """Whether an error is what a value answered when asked for a number, a truth or an array.
+    """Whether an error comes from converting a value to a number, a bool or an array.
 
-    Where its class is somebody else's, it is. A plain one answers from C, so that an error with
-    a frame of other Python in it is a signal handler's, or of an object that a list holds.
+    It does if the value's class is a user's. Plain types are converted in C, so an error that was
+    raised in other Python code comes from a signal handler or from an object in a list.
     """
     if type(value) not in _PLAIN:
         return True
@@ -42,8 +42,8 @@ def is_from_here(error: Exception) -> bool:
     return last is not None and last.tb_frame.f_globals.get("__name__") in _OURS
 
 
-def kind(value: Any) -> str:
-    """Return what an argument is, in the words of an error."""
+def described(value: Any) -> str:
+    """Return the description of an argument for an error message."""
     text = shown(value)
     if is_array(value) or text.startswith(_SUMMARY):
         return text
@@ -51,7 +51,7 @@ def kind(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return the beginning of an argument's repr, which may raise anything and is no matter."""
+    """Return the beginning of an argument's repr; a user's repr may raise, which is no error."""
     if is_array(value):
         return f"an array of {value.dtype}"
     try:
@@ -64,7 +64,7 @@ def shown(value: Any) -> str:
 
 
 def _summary(value: Any) -> str:
-    """Return the type and shape of what has a repr of several lines: a tensor, a module."""
+    """Return type and shape of an object whose repr has several lines: a tensor, a module."""
     shape = getattr(value, "shape", None)
     of_shape = f" and shape {tuple(shape)}" if isinstance(shape, tuple) else ""
     return f"{_SUMMARY}{type(value).__name__}{of_shape:.60}"

@@ -1,4 +1,4 @@
-"""Options of a call that are no arrays: converted, or refused with their name."""
+"""Options of a call that are not arrays: converted, or refused with their name."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._errors import is_its_own, kind, shown
+from ._errors import described, is_its_own, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ._types import Activation
 
-# The kinds of dtype that are not read as numbers: bool, complex, durations, dates, texts.
+# The kinds of dtype that are not read as numbers: bool, complex, durations, dates, strings.
 _NO_NUMBERS = tuple("bcmMSU")
-# So that the bytes of their float64 numbers can be counted.
+# The size in bytes of as many float64 numbers fits in ptrdiff_t.
 _MOST_CHANNELS = sys.maxsize // 8
 
 
 class ActivationFacts(NamedTuple):
-    """What src/activations.inc says of an activation."""
+    """The entry of an activation in src/activations.inc."""
 
     code: int  # its bnf_activation
-    from_output: bool  # whether the output tells the derivative
+    from_output: bool  # whether the derivative can be computed from the output
     slope: float  # the default; 0 for an activation that takes none
 
 
@@ -46,7 +46,7 @@ def activation(value: Any, known: Mapping[str, ActivationFacts]) -> tuple[str, f
 
 
 def plain_activation(value: Any, known: Mapping[str, ActivationFacts]) -> Activation:
-    """Return an activation in Python's own types, whose use runs no code of the caller's."""
+    """Return an activation in Python's own types, whose use runs no code of the caller."""
     if value is None:
         return None
     name, slope = activation(value, known)
@@ -77,7 +77,7 @@ def integer(name: str, value: Any, expected: str = "an integer") -> int:
 def _as_real(value: Any) -> float:
     if _is_no_number(value) or not hasattr(value, "__float__"):
         raise TypeError
-    if getattr(value, "shape", ()) != ():  # NumPy makes a number of one in brackets, too
+    if getattr(value, "shape", ()) != ():  # NumPy also converts an array of one value
         raise TypeError
     return float.__float__(float(value))
 
@@ -89,13 +89,13 @@ def _as_integer(value: Any) -> int:
 
 
 def _is_no_number(value: Any) -> bool:
-    """Whether Python or NumPy would make a number of what is a text, a truth or a duration."""
+    """Whether it is a string, a bool or a duration, which Python or NumPy would convert."""
     kind_of_dtype = getattr(getattr(value, "dtype", None), "kind", "f")
     return isinstance(value, str | bytes | bool) or kind_of_dtype in _NO_NUMBERS
 
 
 def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]) -> Any:
-    """Return what an option is when asked, or raise TypeError with the option's own error."""
+    """Convert an option; if the conversion raises, raise TypeError naming the option."""
     try:
         return question(value)
     except MemoryError:
@@ -103,16 +103,16 @@ def _answer(name: str, value: Any, expected: str, question: Callable[[Any], Any]
     except Exception as error:
         if not is_its_own(error, value):
             raise
-        raise TypeError(f"{name} is {kind(value)}; expected {expected}") from error
+        raise TypeError(f"{name} is {described(value)}; expected {expected}") from error
 
 
 def decimal(text: str) -> int | None:
-    """Return a setting in the environment as a number; None if it is no plain one of 64 bits."""
+    """Return an environment variable's text as an int; None if it is not a decimal of 64 bits."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def channel_count(name: str, value: Any) -> int:
-    """Return a number of channels; memory may still not suffice for so many."""
+    """Return a number of channels; there may still be too little memory for so many."""
     number = integer(name, value)
     if not 0 <= number <= _MOST_CHANNELS:
         raise ValueError(f"{name} is {shown(number)}; expected 0 to {_MOST_CHANNELS}")
@@ -126,7 +126,7 @@ def truth(name: str, value: Any) -> bool:
 
 
 def dtype(name: str, value: Any, expected: str) -> np.dtype[Any]:
-    """Return an option that NumPy can take for a dtype."""
+    """Return an option that NumPy can convert to a dtype."""
     try:
         found: np.dtype[Any] = np.dtype(value)
     except Exception as error:
@@ -146,7 +146,7 @@ def eps(value: Any, training: bool) -> float:
 
 
 def ddof(value: Any) -> int:
-    """Return the correction of the running variance: m - ddof values."""
+    """Return ddof, 0 or 1: the running variance divides by ``m - ddof``."""
     number = integer("ddof", value)
     if number not in (0, 1):
         raise ValueError(f"ddof is {shown(number)}; expected 0 or 1")
@@ -154,7 +154,7 @@ def ddof(value: Any) -> int:
 
 
 def batch_size(name: str, count: Any) -> float:
-    """Return the values per channel of a batch, exact as far as memory reaches."""
+    """Return the values per channel of a batch, exact for any that fits in memory."""
     number = integer(name, count)
     if not 0 <= number < 2**63:
         raise ValueError(f"{name} is {shown(number)}; expected 0 to {2**63 - 1}")

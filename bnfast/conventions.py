@@ -38,7 +38,19 @@ __all__ = ["FLAX", "KERAS", "ONNX", "PYTORCH", "TENSORFLOW", "Convention"]
 
 
 class Convention(TypedDict):
-    """The keywords whose defaults differ between frameworks."""
+    """The keywords whose defaults differ between frameworks.
+
+    Attributes
+    ----------
+    eps : float
+        Added to the variance.
+    momentum : float
+        The weight of the new batch in the running statistics.
+    ddof : int
+        1 or 0: the batch variance that updates the running one is divided by ``m - ddof``.
+    axis : int
+        The channel axis.
+    """
 
     eps: float
     momentum: float

@@ -1,8 +1,8 @@
 """Batch normalization as functions over NumPy arrays.
 
-The thin side of `_core`: signatures, defaults and documentation. Every tensor argument of a call
-has the shape of `x`, of any rank from 2, with its channels on `axis`; m is the number of values a
-channel has in it.
+These functions hold signatures, defaults and documentation; `_core` does the work. Every tensor
+argument of a call has the shape of `x`, which has two or more axes, one of them the channel axis
+`axis`. In formulas, m is the number of values per channel.
 """
 
 from __future__ import annotations
@@ -35,36 +35,61 @@ _SCALE_SHIFT = ("mean", "var", "scale", "shift")
 
 
 class BatchStats(NamedTuple):
-    """What a batch was normalised with, kept for its backward.
+    """The statistics that a batch was normalised with, which its backward needs.
 
     Attributes
     ----------
-    mean, var, inv_std : ndarray of float64, shape (channels,)
-        The batch's mean, its biased variance (divided by m), and ``1 / sqrt(var + eps)``.
+    mean : ndarray of float64, shape (channels,)
+        The mean of the batch.
+    var : ndarray of float64, shape (channels,)
+        Its biased variance, the sum of squared deviations divided by `count`.
+    inv_std : ndarray of float64, shape (channels,)
+        ``1 / sqrt(var + eps)``.
     count : int
-        m, the values per channel; 0 says that the numbers are constants, not a batch's.
+        Values per channel. 0 means that the statistics are constants, not those of a batch.
+
+    Examples
+    --------
+    `batch_norm_forward` returns one:
+
+    >>> import numpy as np
+    >>> import bnfast
+    >>> y, stats = bnfast.batch_norm_forward(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> stats.mean, stats.var, stats.count
+    (array([ 2., 20.]), array([  1., 100.]), 2)
+
+    `from_population` makes one of known statistics:
+
+    >>> fixed = bnfast.BatchStats.from_population(mean=[0.0, 5.0], var=[4.0, 16.0], eps=0.0)
+    >>> fixed.inv_std, fixed.count
+    (array([0.5 , 0.25]), 0)
     """
 
     mean: Vector
     var: Vector
     inv_std: Vector
-    count: int  # type: ignore[assignment]  # tuple.count, which nobody misses here
+    count: int  # type: ignore[assignment]  # replaces the method tuple.count
 
     @classmethod
     def from_population(cls, mean: ArrayLike, var: ArrayLike, eps: float = 1e-5) -> BatchStats:
-        """Return constant statistics, as an eval-mode layer has them.
+        """Return constant statistics, such as the running ones of a layer in evaluation mode.
 
         Parameters
         ----------
-        mean, var : array_like, shape (channels,)
+        mean, var : array_like of float32, float64, float16 or bfloat16, shape (channels,)
             Population mean and variance.
         eps : float
-            Added to the variance.
+            Added to the variance; at least 0.
 
         Returns
         -------
         BatchStats
-            With ``count`` 0: a backward with it lets no gradient through the statistics.
+            With ``count`` 0: in a backward, no gradient flows through these statistics.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument has a type, shape or value that is not accepted.
         """
         means = _arrays.constant("mean", mean)
         variances = _arrays.constant("var", var, len(means))
@@ -73,7 +98,20 @@ class BatchStats(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of a loss with respect to the inputs of a batch norm; None where not wanted."""
+    """Gradients of a loss with respect to the inputs of a batch norm.
+
+    Attributes
+    ----------
+    x : ndarray or None
+        With the shape and dtype of the input.
+    weight, bias : ndarray of float64, shape (channels,), or None
+    residual : ndarray or None
+        With the shape and dtype of the input.
+
+    Notes
+    -----
+    A gradient that was not asked for is None.
+    """
 
     x: Tensor | None
     weight: Vector | None
@@ -99,17 +137,17 @@ def batch_norm(
 ) -> Tensor:
     """Normalise each channel, with the batch's statistics or with running ones.
 
-    The positional order of ``torch.nn.functional.batch_norm``.
+    The order of the positional arguments is that of ``torch.nn.functional.batch_norm``.
 
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16
-        Rank 2 or more. Read in place whenever some order of its axes is C-contiguous.
-    running_mean, running_var : ndarray, shape (channels,), optional
-        Float32, or, where `x` is, float64. Needed in inference. In training updated in place, if
-        given: ``running = (1 - momentum) * running + momentum * batch``.
-    weight, bias : array_like, shape (channels,), optional
-        Gamma and beta, of any of these types; 1 and 0 where left out.
+        Rank 2 or more. Not copied if some order of its axes is C-contiguous.
+    running_mean, running_var : ndarray of float32 or float64, shape (channels,), optional
+        Float64 only if `x` is float64. Required in inference. In training, if given, updated in
+        place: ``running = (1 - momentum) * running + momentum * batch``.
+    weight, bias : array_like of any of the types of `x`, shape (channels,), optional
+        Gamma and beta; 1 and 0 if None.
     training : bool
         Normalise with the batch's mean and variance, and update the running ones.
     momentum : float
@@ -119,14 +157,14 @@ def batch_norm(
     axis : int
         The channel axis.
     ddof : {1, 0}
-        The running variance takes the batch's over ``m - ddof``: 1 as in PyTorch and the paper,
-        0 as in Keras, ONNX and Flax.
-    residual : array_like, optional
-        Added before the activation; shape and dtype of `x`.
-    activation : {None, "relu", "relu6", "leaky_relu", "hardswish"} or ("leaky_relu", slope)
-        Applied last; the slope, 0.01 unless given, is above 0 and at most 1.
-    out : ndarray, optional
-        Where to write; `x` or `residual` itself, or apart from both.
+        The batch variance that updates `running_var` is divided by ``m - ddof``, where m is the
+        number of values per channel: 1 as in PyTorch and the paper, 0 as in Keras, ONNX and Flax.
+    residual : array_like, shape and dtype of `x`, optional
+        Added before the activation.
+    activation : {None, "relu", "relu6", "leaky_relu", "hardswish"} or ("leaky_relu", float)
+        Applied last. The number is the slope, above 0 and at most 1; without it, 0.01.
+    out : ndarray, shape and dtype of `x`, optional
+        Where to write: `x` or `residual` itself, or memory apart from both.
 
     Returns
     -------
@@ -139,19 +177,40 @@ def batch_norm(
     TypeError
         If an argument has a dtype or type that is not accepted.
     ValueError
-        If an argument has a wrong shape or value, or channels have one value each in training.
+        If an argument has a wrong shape or value, or there is one value per channel in training.
 
     See Also
     --------
-    batch_norm_forward : keeps the statistics for `batch_norm_backward`.
+    batch_norm_forward : also returns the statistics that `batch_norm_backward` needs.
 
     Notes
     -----
     Algorithm 1 of Ioffe and Szegedy (2015) in training, Algorithm 2's line 11 in inference.
 
-    ``x - mean`` is formed in the type of `x`. Where values lie further from their mean than that
-    type reaches (3.4e38 in float32), the difference is infinite, and so is the output, as in
-    PyTorch; the statistics are not, being float64.
+    ``x - mean`` is computed in the type of `x`. A difference beyond the range of that type (3.4e38
+    in float32) is infinite, and so is the output, as in PyTorch. The statistics are float64, and
+    stay finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> x = np.array([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]], dtype=np.float32)
+    >>> running_mean, running_var = np.zeros(2, np.float32), np.ones(2, np.float32)
+    >>> y = bnfast.batch_norm(x, running_mean, running_var, training=True)
+    >>> y.round(3)
+    array([[-1.225, -1.225],
+           [ 0.   ,  0.   ],
+           [ 1.225,  1.225]], dtype=float32)
+    >>> running_mean, running_var  # moved by a tenth of the way to the batch's
+    (array([0.2, 2. ], dtype=float32), array([ 1. , 10.9], dtype=float32))
+
+    In inference the running statistics are used, and stay as they are:
+
+    >>> bnfast.batch_norm(x, running_mean, running_var, activation="relu").round(3)
+    array([[0.8  , 2.423],
+           [1.8  , 5.452],
+           [2.8  , 8.481]], dtype=float32)
     """
     if (running_mean is None) != (running_var is None):
         missing, given = (
@@ -181,7 +240,7 @@ def batch_norm(
             "running_mean and running_var are None; expected both in inference (training=True "
             "normalises with the batch)"
         )
-    # Of no use here, but a bad one is a mistake all the same.
+    # Inference does not use momentum, but a wrong value is an error all the same.
     if type(momentum) is not float or momentum != 0.1:
         _options.real("momentum", momentum)
     return _core.normalize(
@@ -212,43 +271,47 @@ def batch_norm_forward(
     out: Tensor | None = None,
     moments: Moments | None = None,
 ) -> tuple[Tensor, BatchStats]:
-    """Normalise with the batch, and return what the backward needs.
+    """Normalise with the batch's statistics, and return what the backward needs.
 
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16
         Rank 2 or more.
-    weight, bias : array_like, shape (channels,), optional
-        Gamma and beta, of any of these types; 1 and 0 if None.
+    weight, bias : array_like of any of the types of `x`, shape (channels,), optional
+        Gamma and beta; 1 and 0 if None.
     eps : float
         Added to the variance; above 0.
     axis : int
         The channel axis.
-    residual : array_like, optional
-        Added before the activation; shape and dtype of `x`.
-    activation : str, ("leaky_relu", slope) or None
-        Applied last, as in `batch_norm`.
-    out : ndarray, optional
-        Where to write; `x` or `residual` itself, or apart from both.
+    residual : array_like, shape and dtype of `x`, optional
+        Added before the activation.
+    activation : str, ("leaky_relu", float) or None
+        Applied last: one of the names that `batch_norm` takes.
+    out : ndarray, shape and dtype of `x`, optional
+        Where to write: `x` or `residual` itself, or memory apart from both.
     moments : Moments, optional
-        The moments of a batch that `x` is only a part of. `x` is normalised by them, `stats` are
-        of that batch, and nothing is summed here.
+        The moments of a whole batch that `x` is a part of. `x` is then normalised with them,
+        `stats` are those of the whole batch, and no statistics are computed here.
 
     Returns
     -------
     y : ndarray
-        As `batch_norm` returns it.
+        ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: `out`, or a fresh
+        array in the memory order of `x`.
     stats : BatchStats
-        Float64 whatever the data are: a float32 mean ruins the backward at a mean of 1e6.
+        Float64 for every type of `x`: a float32 mean ruins the backward at a mean of 1e6.
 
     Raises
     ------
-    TypeError, ValueError
-        As `batch_norm`; also if `moments` are of fewer values than `x` has, or of one.
+    TypeError
+        If an argument has a dtype or type that is not accepted.
+    ValueError
+        If an argument has a wrong shape or value, if there is one value per channel, or if
+        `moments` are of fewer values per channel than `x` has.
 
     See Also
     --------
-    batch_norm_backward : whose ``sums`` are the other half of a batch in parts.
+    batch_norm_backward : takes ``sums``, the counterpart of `moments`.
 
     Notes
     -----
@@ -270,17 +333,19 @@ def batch_norm_forward(
     >>> bool(np.allclose(np.concatenate(parts), y))
     True
     """
-    given = None
-    if moments is not None:
-        if not isinstance(moments, Moments):
-            raise TypeError(f"moments is {_errors.kind(moments)}; expected Moments")
-        if any(part is None for part in (moments.mean, moments.m2)):
-            raise TypeError("moments have no mean or no m2; expected one value per channel each")
-        given = moments.count, moments.mean, moments.m2
+    given = None if moments is None else _parts_of(moments)
     y, (count, mean, var, inv_std) = _core.forward(
         x, None, None, weight, bias, 0.0, eps, axis, 1, residual, activation, out, None, given
     )
     return y, BatchStats(mean, var, inv_std, count)
+
+
+def _parts_of(moments: Any) -> tuple[int, Vector, Vector]:
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments is {_errors.described(moments)}; expected Moments")
+    if any(part is None for part in (moments.mean, moments.m2)):
+        raise TypeError("moments have no mean or no m2; expected one value per channel each")
+    return moments.count, moments.mean, moments.m2
 
 
 def batch_norm_backward(
@@ -302,52 +367,72 @@ def batch_norm_backward(
 
     Parameters
     ----------
-    dy : array_like
-        Gradient with respect to the output; shape and dtype of `x`.
-    x : array_like
-        The forward's input.
+    dy : array_like, shape and dtype of `x`
+        Gradient of the loss with respect to the forward's output.
+    x : array_like of float32, float64, float16 or bfloat16
+        The forward's input, of rank 2 or more.
     stats : BatchStats
-        What the forward returned; `BatchStats.from_population` for constant statistics.
-    weight, bias : array_like, shape (channels,), optional
-        The forward's (`bias` only matters where there is an activation).
+        The statistics that `batch_norm_forward` returned; `BatchStats.from_population` for
+        constant ones.
+    weight, bias : array_like of any of the types of `x`, shape (channels,), optional
+        The forward's; 1 and 0 if None. `bias` matters only if there is an activation.
     axis : int
         The channel axis.
-    residual : array_like, optional
+    residual : array_like, shape and dtype of `x`, optional
         The forward's.
-    activation : str, ("leaky_relu", slope) or None
+    activation : str, ("leaky_relu", float) or None
         The forward's. Its derivative is recomputed from `x` (and `residual`), or read from `y`.
-    y : array_like, optional
-        The forward's output. It can replace `residual`, and saves a recomputation, if the
-        activation is piecewise linear (relu, relu6, leaky_relu); it is not read otherwise.
-    out : ndarray, optional
-        Where to write the gradient of `x`; `dy` or `x` itself, or apart from all.
+    y : array_like, shape and dtype of `x`, optional
+        The forward's output. If the activation is piecewise linear (relu, relu6, leaky_relu), it
+        can replace `residual`, and saves a recomputation; otherwise it is not read.
+    out : ndarray, shape and dtype of `x`, optional
+        Where to write the gradient of `x`: `dy` or `x` itself, or memory apart from all inputs.
     needs : iterable of {"x", "weight", "bias", "residual"}, optional
-        The gradients wanted; all that apply, by default. What is not asked for costs nothing.
-    sums : (array_like, array_like), each of shape (channels,), optional
-        The gradients of weight and bias over a batch that `x` is only a part of, as are
-        `stats` then, whose ``count`` is that batch's. The gradient of `x` flows through them, and
-        nothing is summed here.
+        The gradients to compute; by default all that apply. The others cost nothing.
+    sums : (array_like, array_like), of any of the types of `x`, shape (channels,) each, optional
+        The gradients of weight and bias over a whole batch that `x` is a part of. `stats` must
+        then be those of the whole batch. The gradient of `x` flows through these sums, and they
+        are not computed here.
 
     Returns
     -------
     Gradients
-        ``x`` (`out`, or fresh) and ``residual`` (always fresh) in the dtype of `x`, ``weight``
-        and ``bias`` in float64; None for what `needs` leaves out.
+        ``x`` (`out`, or a fresh array) and ``residual`` (always fresh) with the shape and dtype of
+        `x`, ``weight`` and ``bias`` in float64 with shape (channels,); None for those that `needs`
+        leaves out.
 
     Raises
     ------
-    TypeError, ValueError
-        As `batch_norm`; also for an unknown name in `needs`, or for `stats` of another batch size.
+    TypeError
+        If an argument has a dtype or type that is not accepted.
+    ValueError
+        If an argument has a wrong shape or value, if `needs` has an unknown name, or if `stats`
+        are of a batch of another size.
 
     Notes
     -----
-    A batch in parts (on several processes, or too large to be in memory at once), whose forward
-    took `moments`, takes two calls per part: one under ``stats._replace(count=0)`` with
-    ``needs=("weight", "bias")``, whose results are added up over the parts, and one with those
-    ``sums``.
+    A batch in parts (on several processes, or too large for memory), whose forward took `moments`,
+    needs two calls per part. The first, with ``stats._replace(count=0)`` and
+    ``needs=("weight", "bias")``, gives the part's sums; add these up over the parts. The second
+    takes the totals as `sums`.
 
-    The chain rule of the paper's section 3. At a kink of the activation the gradient is
+    This is the chain rule of the paper's section 3. At a kink of the activation the gradient is
     PyTorch's: 0 for relu and relu6, the slope for leaky_relu, 0 at -3 and 1 at 3 for hardswish.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> x = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    >>> dy = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> y, stats = bnfast.batch_norm_forward(x)
+    >>> gradients = bnfast.batch_norm_backward(dy, x, stats)
+    >>> gradients.x.round(4)
+    array([[ 0.2291,  0.0115],
+           [-0.3436, -0.0172],
+           [ 0.1145,  0.0057]])
+    >>> gradients.weight.round(4), gradients.bias
+    (array([-1.069 ,  1.3363]), array([1., 1.]))
     """
     _check_tells(y, residual, activation)
     wanted = _wanted(needs, residual, activation, y, out)
@@ -382,7 +467,7 @@ def batch_norm_backward(
 
 
 def _check_tells(y: Any, residual: Any, activation: Any) -> None:
-    """Refuse an output in the residual's place where it does not tell the derivative."""
+    """Refuse `y` in place of the residual if the activation's derivative needs the input."""
     if y is None or residual is not None or activation is None:
         return
     name, _ = _options.activation(activation, _core.ACTIVATIONS)
@@ -421,7 +506,7 @@ def _wanted(
 def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
     if not isinstance(sums, tuple | list) or len(sums) != 2 or any(s is None for s in sums):
         raise TypeError(
-            f"sums is {_errors.kind(sums)}; expected the gradients of weight "
+            f"sums is {_errors.described(sums)}; expected the gradients of weight "
             "and bias, one value per channel each"
         )
     return sums[0], sums[1]
@@ -430,7 +515,7 @@ def _sums_of(sums: Any) -> tuple[ArrayLike, ArrayLike]:
 def _stats_of(stats: Any) -> BatchStats:
     if not isinstance(stats, BatchStats):
         raise TypeError(
-            f"stats is {_errors.kind(stats)}; expected the BatchStats that "
+            f"stats is {_errors.described(stats)}; expected the BatchStats that "
             "batch_norm_forward returned"
         )
     for name in ("mean", "inv_std"):
@@ -458,24 +543,47 @@ def normalize(
     ----------
     x : array_like of float32, float64, float16 or bfloat16
         Rank 2 or more.
-    mean, var : array_like, shape (channels,)
-        Float32 or float64; a float64 mean is applied to float64 precision.
-    weight, bias, eps, axis, residual, activation, out
-        As in `batch_norm` in inference.
+    mean, var : array_like of any of the types of `x`, shape (channels,)
+        The digits of a float64 mean beyond those of `x` count too.
+    weight, bias : array_like of any of the types of `x`, shape (channels,), optional
+        Gamma and beta; 1 and 0 if None.
+    eps : float
+        Added to the variance; at least 0.
+    axis : int
+        The channel axis.
+    residual : array_like, shape and dtype of `x`, optional
+        Added before the activation.
+    activation : str, ("leaky_relu", float) or None
+        Applied last: one of the names that `batch_norm` takes.
+    out : ndarray, shape and dtype of `x`, optional
+        Where to write: `x` or `residual` itself, or memory apart from both.
 
     Returns
     -------
     ndarray
-        ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``.
+        ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: `out`, or a fresh
+        array in the memory order of `x`.
 
     Raises
     ------
-    TypeError, ValueError
-        As `batch_norm`.
+    TypeError
+        If an argument has a dtype or type that is not accepted.
+    ValueError
+        If an argument has a wrong shape or value.
 
     Notes
     -----
-    Line 11 of the paper's Algorithm 2, the mean subtracted first.
+    Line 11 of the paper's Algorithm 2. The mean is subtracted first, so that a mean far from zero
+    loses no digits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> bnfast.normalize(x, mean=[1.0, 20.0], var=[4.0, 25.0], eps=0)
+    array([[ 0., -2.],
+           [ 1.,  2.]])
     """
     for name, value in (("mean", mean), ("var", var)):
         if value is None:
@@ -499,10 +607,16 @@ def scale_shift(
     ----------
     x : array_like of float32, float64, float16 or bfloat16
         Rank 2 or more.
-    scale, shift : array_like, shape (channels,)
-        1 and 0 where None.
-    axis, residual, activation, out
-        As in `batch_norm`.
+    scale, shift : array_like of any of the types of `x`, shape (channels,), or None
+        1 and 0 if None.
+    axis : int
+        The channel axis.
+    residual : array_like, shape and dtype of `x`, optional
+        Added before the activation.
+    activation : str, ("leaky_relu", float) or None
+        Applied last: one of the names that `batch_norm` takes.
+    out : ndarray, shape and dtype of `x`, optional
+        Where to write: `x` or `residual` itself, or memory apart from both.
 
     Returns
     -------
@@ -511,13 +625,24 @@ def scale_shift(
 
     Raises
     ------
-    TypeError, ValueError
-        As `batch_norm`.
+    TypeError
+        If an argument has a dtype or type that is not accepted.
+    ValueError
+        If an argument has a wrong shape or value.
 
     Notes
     -----
-    A batch norm written as one such map has a rounded ``shift - mean * scale`` in it, an error
-    that grows with ``mean * scale``; `normalize` and the layers subtract the mean first.
+    A batch norm written as such a map needs ``shift - mean * scale``, rounded: an error that grows
+    with ``mean * scale``. `normalize` and the layers avoid it by subtracting the mean first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> bnfast.scale_shift(x, scale=[2.0, 0.5], shift=[-3.0, 0.0], activation="relu")
+    array([[ 0.,  5.],
+           [ 3., 15.]])
     """
     return _core.normalize(
         x, None, None, scale, shift, 0.0, axis, residual, activation, out, _SCALE_SHIFT

@@ -248,10 +248,10 @@ def recompute_statistics(
     targets = _checked_layers(layers)
     if not targets:
         return
-    row = _row_of(batches)
+    iterator = _iterator_of(batches)
     done = 0
     with _reporting(progress, batches) as report, _observing(targets) as totals:
-        for batch in row:
+        for batch in iterator:
             forward(batch)
             done += 1
             report(done)
@@ -260,7 +260,7 @@ def recompute_statistics(
     _write_statistics(targets, totals)
 
 
-def _row_of(batches: Iterable[Any]) -> Iterator[Any]:
+def _iterator_of(batches: Iterable[Any]) -> Iterator[Any]:
     try:
         return iter(batches)
     except TypeError:

@@ -27,30 +27,45 @@ _STATE = ("weight", "bias", *_RUNNING, "num_batches_tracked")
 
 
 class FrozenBatchNorm(_core.FixedMap):
-    """An immutable batch norm for inference, from `BatchNorm.freeze`.
+    """An immutable batch norm for inference, which `BatchNorm.freeze` makes.
 
     ``frozen(x, residual=None, out=None)`` returns
-    ``activation((x - mean) * scale + shift (+ residual))``; it may be called from many threads.
+    ``activation((x - mean) * scale + shift (+ residual))``. Many threads may call it at once.
 
     Parameters
     ----------
-    mean, scale, shift : array_like, shape (channels,)
-        Kept as read-only float64.
+    mean, scale, shift : array_like of float32, float64, float16 or bfloat16, shape (channels,)
+        Copied.
     axis : int
         The channel axis.
-    activation : str, ("leaky_relu", slope) or None
-        Applied last.
+    activation : str, ("leaky_relu", float) or None
+        Applied last: one of the names that `batch_norm` takes.
 
     Attributes
     ----------
     mean, scale, shift : ndarray of float64, shape (channels,)
+        Read-only.
     axis : int
-    activation : str, tuple or None
+    activation : str, ("leaky_relu", float) or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has a type, shape or value that is not accepted.
 
     Notes
     -----
-    The linear map of the paper's Algorithm 2, its mean subtracted first so that a mean far from
-    zero costs no digits.
+    The linear map of the paper's Algorithm 2. The mean is subtracted first, so that a mean far
+    from zero loses no digits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import bnfast
+    >>> frozen = bnfast.FrozenBatchNorm(mean=[1.0, 2.0], scale=[3.0, 0.5], shift=[0.0, 10.0])
+    >>> frozen(np.array([[1.0, 2.0], [2.0, 4.0]]))
+    array([[ 0., 10.],
+           [ 3., 11.]])
     """
 
     __slots__ = ()
@@ -71,7 +86,7 @@ class FrozenBatchNorm(_core.FixedMap):
     def __repr__(self) -> str:
         try:
             channels = len(self.mean)
-        except RuntimeError:  # a repr is for finding such things out
+        except RuntimeError:  # a repr must not raise
             return f"{type(self).__name__}(never initialised)"
         return (
             f"{type(self).__name__}({channels} channels, axis={self.axis}, "
@@ -80,36 +95,37 @@ class FrozenBatchNorm(_core.FixedMap):
 
 
 class BatchNorm:
-    """Batch normalization of the channels on one axis, any rank from 2.
+    """Batch normalization of the channels on one axis, for arrays of rank 2 or more.
 
     Parameters
     ----------
     num_features : int
-        Channels.
+        The number of channels.
     eps : float
         Added to the variance.
     momentum : float or None
         The weight of a new batch in the running statistics; None for the cumulative average.
     affine : bool
-        Whether there are `weight` and `bias`.
+        Whether the layer has `weight` and `bias`.
     track_running_stats : bool
-        Whether there are running statistics; without, batches are normalised by their own in
-        both modes.
+        Whether the layer has running statistics. If False, batches are normalised with their own
+        statistics in both modes.
     axis : int
         The channel axis.
     ddof : {1, 0}
-        The running variance takes a batch's over ``m - ddof``.
-    activation : str, ("leaky_relu", slope) or None
-        Applied to the output.
+        The batch variance that updates `running_var` is divided by ``m - ddof``, where m is the
+        number of values per channel: 1 as in PyTorch and the paper, 0 as in Keras, ONNX and Flax.
+    activation : str, ("leaky_relu", float) or None
+        Applied to the output: one of the names that `batch_norm` takes.
     dtype : dtype
-        Of the parameters and running statistics: float32, also for float16 and bfloat16 data,
-        or float64 for float64 data.
+        The type of parameters and running statistics: float32 (for float16 and bfloat16 data too)
+        or float64 (for float64 data).
 
     Attributes
     ----------
-    weight, bias, running_mean, running_var : ndarray, shape (num_features,), or None
-    weight_grad, bias_grad : ndarray, shape (num_features,), or None
-        What `backward` adds into.
+    weight, bias, running_mean, running_var : ndarray of `dtype`, shape (num_features,), or None
+    weight_grad, bias_grad : ndarray of `dtype`, shape (num_features,), or None
+        `backward` adds to them.
     num_batches_tracked : ndarray of int64, shape (), or None
     training : bool
 
@@ -121,14 +137,34 @@ class BatchNorm:
     Notes
     -----
     Ioffe and Szegedy (2015): Algorithm 1 in training, Algorithm 2's linear map in evaluation.
-    Changing `x` or the residual in place between a forward and its backward gives the gradient of
-    the changed array, and changing weight or bias that of the changed layer: there is no version
-    counter. The output may be changed as one likes, unless it was written over the residual, whose
-    place it then takes.
+
+    There is no version counter. If `x` or the residual is changed in place between a forward and
+    its backward, the gradient is that of the changed array; if weight or bias is changed, that of
+    the changed layer. The output may be changed freely, unless it was written over the residual:
+    the backward then reads it in place of the residual.
+
+    Examples
+    --------
+    A training step, then evaluation:
+
+    >>> import numpy as np
+    >>> import bnfast
+    >>> layer = bnfast.BatchNorm(2, dtype=np.float64)
+    >>> x = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    >>> y = layer(x)
+    >>> dx = layer.backward(np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]))
+    >>> layer.weight_grad.round(4), layer.bias_grad
+    (array([-1.069 ,  1.3363]), array([1., 1.]))
+    >>> layer.weight -= 0.1 * layer.weight_grad
+    >>> layer.zero_grad()
+    >>> layer.eval()(x).round(2)
+    array([[0.8 , 1.35],
+           [1.84, 3.11],
+           [3.92, 6.63]])
     """
 
     _ranks: tuple[int, ...] | None = None  # any
-    # What the last training forward left for its backward.
+    # What the last training forward saved for its backward.
     _saved: Saved | None = None
 
     def __init__(
@@ -187,18 +223,36 @@ class BatchNorm:
         _fill(0, self.weight_grad, self.bias_grad)
 
     def train(self, mode: bool = True) -> BatchNorm:
-        """Switch to training (or, with False, evaluation) and return self."""
+        """Switch to training or evaluation mode.
+
+        Parameters
+        ----------
+        mode : bool
+            True for training, False for evaluation, which frees what a backward would need.
+
+        Returns
+        -------
+        BatchNorm
+            The layer itself.
+        """
         self.training = _options.truth("mode", mode)
         if not self.training:
             self._forget()
         return self
 
     def eval(self) -> BatchNorm:
-        """Switch to evaluation, drop what a backward would need, and return self."""
+        """Switch to evaluation mode and return the layer: ``train(False)``."""
         return self.train(False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of parameters and running statistics, under PyTorch's names."""
+        """Return copies of parameters and running statistics, under PyTorch's names.
+
+        Returns
+        -------
+        dict of str to ndarray
+            ``weight``, ``bias``, ``running_mean``, ``running_var`` and ``num_batches_tracked``, as
+            far as the layer has them.
+        """
         return {
             name: np.array(value) for name in _STATE if (value := getattr(self, name)) is not None
         }
@@ -206,28 +260,28 @@ class BatchNorm:
     def load_state_dict(
         self, state: Mapping[str, Any], strict: bool = True, prefix: str = ""
     ) -> None:
-        """Copy parameters and running statistics in, in place.
+        """Copy a state into the layer's parameters and running statistics, in place.
 
         Parameters
         ----------
         state : mapping of str to array_like
-            A layer's `state_dict`, or a whole model's.
+            The `state_dict` of a layer or of a whole model.
         strict : bool
-            Refuse missing keys and, under the prefix, unknown ones. Where running statistics
-            come without a ``num_batches_tracked`` (old checkpoints), it is taken as 0 all the
-            same.
+            Refuse missing keys and unknown keys that begin with `prefix`. A missing
+            ``num_batches_tracked`` (old checkpoints) is never refused: beside running statistics
+            it is taken as 0.
         prefix : str
-            What this layer's keys begin with, as ``"layer1.0.bn1."``.
+            The beginning of this layer's keys, such as ``"layer1.0.bn1."``.
 
         Raises
         ------
         RuntimeError
             If keys are missing or unknown, or shapes differ; nothing is copied then.
         TypeError
-            If an entry is not of a floating-point type, or `state` is no mapping.
+            If an entry is not of a floating-point type, or `state` is not a mapping.
         ValueError
-            If a batch count is negative or past int64, or an array of the layer's own cannot be
-            copied into.
+            If a batch count is negative or too large for int64, or one of the layer's arrays
+            cannot be written to.
         """
         found = _entries(state, prefix)
         own = self._own_arrays()
@@ -238,13 +292,13 @@ class BatchNorm:
         }
         if "num_batches_tracked" in own and not new.keys().isdisjoint(_RUNNING):
             new.setdefault("num_batches_tracked", np.zeros((), np.int64))
-        # Looked at again: what was given may have changed them while it was read.
+        # Check the layer's arrays again: reading the state may have run code that changed them.
         for name, a in self._own_arrays().items():
             if name in new:
                 _arrays.copy_into(a, new[name])
 
     def _own_arrays(self) -> dict[str, Tensor]:
-        """Return the arrays that a state is copied into, each known to take it."""
+        """Return the arrays that a state is copied into; raise if one cannot be written to."""
         own = {name: a for name in _STATE if (a := getattr(self, name)) is not None}
         for name, a in own.items():
             if name == "num_batches_tracked":
@@ -268,18 +322,18 @@ class BatchNorm:
         *,
         update_stats: bool = True,
     ) -> Tensor:
-        """Normalise `x`: by its own statistics in training, by the running ones in evaluation.
+        """Normalise `x` with its own statistics in training, with the running ones in evaluation.
 
         Parameters
         ----------
-        x : array_like
-            With `num_features` channels on `axis`.
-        residual : array_like, optional
+        x : array_like of float32, float64, float16 or bfloat16
+            Rank 2 or more, with `num_features` channels on `axis`.
+        residual : array_like, shape and dtype of `x`, optional
             Added before the activation.
-        out : ndarray, optional
-            Where to write; `x` or `residual` itself, or apart from both.
+        out : ndarray, shape and dtype of `x`, optional
+            Where to write: `x` or `residual` itself, or memory apart from both.
         update_stats : bool
-            Whether a training forward moves the running statistics: False for the recomputed
+            Whether a training forward updates the running statistics. False is for the repeated
             forward of checkpointing.
 
         Returns
@@ -289,8 +343,11 @@ class BatchNorm:
 
         Raises
         ------
-        TypeError, ValueError
-            As `batch_norm`; every statistic and counter is then as it was.
+        TypeError
+            If an argument has a dtype or type that is not accepted.
+        ValueError
+            If an argument has a wrong shape or value, or there is one value per channel in
+            training. Statistics and counters are then unchanged.
         """
         x = self._checked(x)
         if not self.training and self._has_running_stats():
@@ -314,11 +371,11 @@ class BatchNorm:
             and (update_stats is True or _options.truth("update_stats", update_stats))
             and self._observer is None
         )
-        momentum = self.momentum if updates else 0.0  # None: the core's, of the counter
+        momentum = self.momentum if updates else 0.0  # None: the core computes it from the counter
         if momentum is None:
             self._check_counting()
             if self.num_batches_tracked is None:
-                momentum = 0.0  # of nothing
+                momentum = 0.0  # there are no running statistics
         if residual is not None and type(residual) is not np.ndarray:
             residual = _arrays.array("residual", residual)
         y, (count, mean, var, inv_std) = _core.forward(
@@ -349,18 +406,18 @@ class BatchNorm:
     def backward(self, dy: ArrayLike) -> Any:
         """Return the gradient of the last training forward's input.
 
-        Adds the gradients of weight and bias into `weight_grad` and `bias_grad`.
+        Adds the gradients of weight and bias to `weight_grad` and `bias_grad`.
 
         Parameters
         ----------
-        dy : array_like
-            Gradient with respect to that forward's output.
+        dy : array_like, shape and dtype of the forward's `x`
+            Gradient of the loss with respect to that forward's output.
 
         Returns
         -------
-        dx : ndarray
-        dresidual : ndarray
-            Only where the forward had a residual: then the two are returned as a tuple.
+        dx : ndarray, shape and dtype of the forward's `x`
+        dresidual : ndarray, shape and dtype of the forward's `x`
+            Only if the forward had a residual; the two are then returned as a tuple.
 
         Raises
         ------
@@ -388,19 +445,37 @@ class BatchNorm:
         needs = ["x"] + ["weight", "bias"] * self.affine + ["residual"] * saved.had_residual
         gradients = self._gradients(dy, saved, needs)
         if self.affine:
-            self._check_gradients()  # now that nothing of the caller's is left to run
+            self._check_gradients()  # only now: no code of the caller runs after this
             weights, biases = np.asarray(self.weight_grad), np.asarray(self.bias_grad)
             sums = _sum(weights, gradients.weight), _sum(biases, gradients.bias)
             weights[...], biases[...] = sums
         return (gradients.x, gradients.residual) if saved.had_residual else gradients.x
 
     def freeze(self) -> FrozenBatchNorm:
-        """Return this layer's inference as an immutable callable, whatever mode it is in.
+        """Return an immutable callable that does this layer's inference; its mode does not matter.
+
+        Returns
+        -------
+        FrozenBatchNorm
+            With copies of the running statistics and parameters, in float64.
 
         Raises
         ------
         RuntimeError
             If the layer has no running statistics.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import bnfast
+        >>> layer = bnfast.BatchNorm(2, activation="relu", dtype=np.float64)
+        >>> x = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+        >>> y = layer(x)  # a training call updates the running statistics
+        >>> frozen = layer.freeze()
+        >>> frozen
+        FrozenBatchNorm(2 channels, axis=1, activation='relu')
+        >>> bool(np.allclose(frozen(x), layer.eval()(x)))
+        True
         """
         if self.running_mean is None or self.running_var is None:
             raise RuntimeError("freeze needs running statistics; this layer tracks none")
@@ -416,10 +491,10 @@ class BatchNorm:
     def _keep(
         self, x: Tensor, stats: BatchStats, residual: Tensor | None, y: Tensor, out: Tensor | None
     ) -> None:
-        """Hold on to what a backward needs.
+        """Save what a backward needs.
 
-        The mask of an activation is recomputed from inputs, not read off `y`, which the caller may
-        go on to change.
+        The derivative of an activation is recomputed from the inputs, not read from `y`, since the
+        caller may change `y`.
         """
         masked = self.activation is not None and residual is not None
         covered = _overwritten(residual, out)
@@ -427,13 +502,13 @@ class BatchNorm:
             None if _overwritten(x, out) else x,
             stats,
             residual is not None,
-            residual=residual if masked and not covered else None,
-            y=y if masked and covered else None,
-            lacks_residual=masked and covered and not self._is_told_by_output(),
+            residual if masked and not covered else None,
+            y if masked and covered else None,
+            masked and covered and not self._is_told_by_output(),
         )
 
     def _is_told_by_output(self) -> bool:
-        """Whether the output tells the activation's derivative."""
+        """Whether the activation's derivative can be computed from its output."""
         name, _ = _options.activation(self.activation, _core.ACTIVATIONS)
         return _core.ACTIVATIONS[name].from_output
 
@@ -461,7 +536,7 @@ class BatchNorm:
                 _arrays.check_updatable(name, getattr(self, name), self.num_features)
 
     def _check_counting(self) -> None:
-        """Refuse a batch counter that cannot count this batch; there need be none."""
+        """Refuse a batch counter that cannot count this batch; a layer may have no counter."""
         if self.num_batches_tracked is not None:
             _arrays.check_counter(self.num_batches_tracked)
             _arrays.check_room(self.num_batches_tracked)
@@ -479,11 +554,11 @@ class BatchNorm:
         return 1 / (int(self.num_batches_tracked) + 1)
 
     def _has_running_stats(self) -> bool:
-        """Whether evaluation takes running statistics; where one of them is missing, it says so."""
+        """Whether evaluation uses running statistics; it then refuses a missing one."""
         return self.running_mean is not None or self.running_var is not None
 
     def _checked(self, x: Any) -> Tensor:
-        """Return `x` as an array, of this layer's rank and channels."""
+        """Return `x` as an array; raise if it does not have this layer's rank and channels."""
         array = x if type(x) is np.ndarray else _arrays.array("x", x)
         shape = array.shape
         if self._ranks is not None and len(shape) not in self._ranks:
@@ -506,32 +581,32 @@ class BatchNorm:
 
 
 class BatchNorm1d(BatchNorm):
-    """`BatchNorm` of (N, C) or (N, C, L)."""
+    """`BatchNorm` for (N, C) or (N, C, L); other ranks are refused. Its parameters are the same."""
 
     _ranks = (2, 3)
 
 
 class BatchNorm2d(BatchNorm):
-    """`BatchNorm` of (N, C, H, W)."""
+    """`BatchNorm` for (N, C, H, W); other ranks are refused. Its parameters are the same."""
 
     _ranks = (4,)
 
 
 class BatchNorm3d(BatchNorm):
-    """`BatchNorm` of (N, C, D, H, W)."""
+    """`BatchNorm` for (N, C, D, H, W); other ranks are refused. Its parameters are the same."""
 
     _ranks = (5,)
 
 
 class Saved(NamedTuple):
-    """What a training forward leaves for its backward."""
+    """What a training forward saves for its backward."""
 
-    x: Any  # None where the output was written over it
+    x: Any  # None if the output was written over it
     stats: BatchStats
     had_residual: bool
     residual: Tensor | None
     y: Tensor | None
-    lacks_residual: bool = False  # it was overwritten, and y does not replace it
+    lacks_residual: bool = False  # it is needed and was overwritten, and y cannot replace it
 
 
 def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:
@@ -542,7 +617,7 @@ def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:
 
 def _dtype(value: Any) -> np.dtype[Any]:
     expected = "float32, which float16 and bfloat16 data go with too, or float64"
-    if value is None:  # which NumPy takes for float64
+    if value is None:  # NumPy would read it as float64
         raise TypeError(f"dtype is None; expected {expected}")
     dtype = value if isinstance(value, np.dtype) else _options.dtype("dtype", value, expected)
     if dtype not in (np.float32, np.float64):
@@ -557,7 +632,7 @@ def _fill(value: int, *arrays: Tensor | None) -> None:
 
 
 def _sum(total: Tensor, new: Any) -> Any:
-    """Return what `total` is to become, in its own type, of which it holds what it can."""
+    """Return the sum in the type of `total`; values outside its range become infinite."""
     with np.errstate(all="ignore"):
         return (total + new).astype(total.dtype, copy=False)
 
@@ -580,7 +655,7 @@ def _check_keys(found: set[str], own: set[str], prefix: str, layer: str) -> None
 
 
 def _entries(state: Any, prefix: Any) -> dict[str, Any]:
-    """Return the entries under the prefix, by what follows it."""
+    """Return the entries whose keys begin with the prefix, and remove it from their keys."""
     if not isinstance(state, Mapping):
         raise TypeError(
             f"state is of type {type(state).__name__}; expected a mapping of names to arrays"
@@ -592,7 +667,7 @@ def _entries(state: Any, prefix: Any) -> dict[str, Any]:
 
 
 def _entry(name: str, value: Any, own: Tensor) -> Tensor:
-    """Return a state entry as the array it is to be copied into, or say why it cannot be."""
+    """Return a state entry with the type of `own`, or raise if it cannot be copied into it."""
     entry = _arrays.array(name, value)
     if entry.shape != own.shape:
         raise RuntimeError(f"{name} has shape {entry.shape}; expected {own.shape}")
@@ -602,5 +677,5 @@ def _entry(name: str, value: Any, own: Tensor) -> Tensor:
     entry = _arrays.copied(entry)
     if kinds == "iu" and not 0 <= int(entry) <= _arrays.MOST_BATCHES:
         raise ValueError(f"{name} is {entry}; expected 0 to {_arrays.MOST_BATCHES}")
-    with np.errstate(all="ignore"):  # a variance past float32 is infinite there, as in PyTorch
+    with np.errstate(all="ignore"):  # a variance beyond float32 becomes infinite, as in PyTorch
         return entry.astype(own.dtype)

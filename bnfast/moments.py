@@ -27,11 +27,11 @@ class Moments:
     Parameters
     ----------
     count : int
-        Values per channel.
-    mean : array_like, shape (channels,)
+        Values per channel; 0 or more.
+    mean : array_like of numbers, shape (channels,)
         Their mean.
-    m2 : array_like, shape (channels,)
-        The sum of squared deviations from it.
+    m2 : array_like of numbers, shape (channels,)
+        The sum of squared deviations from the mean; 0 or more.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Moments:
     Raises
     ------
     TypeError, ValueError
-        If an argument has another type or shape.
+        If an argument has a type, shape or value that is not accepted.
 
     Examples
     --------
@@ -75,13 +75,33 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int) -> Moments:
-        """Return the moments of no values, the neutral element of `merge`."""
+        """Return the moments of no values, the neutral element of `merge`.
+
+        Parameters
+        ----------
+        channels : int
+
+        Returns
+        -------
+        Moments
+            With ``count`` 0, and mean and M2 of zeros.
+        """
         number = _options.channel_count("channels", channels)
         return cls._made(0, np.zeros(number), np.zeros(number))
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
-        """Merge any number of moments in pairs, so that rounding grows with the logarithm.
+        """Merge moments in pairs, so that rounding grows only with the logarithm of their number.
+
+        Parameters
+        ----------
+        parts : iterable of Moments
+            One or more, with the same number of channels.
+
+        Returns
+        -------
+        Moments
+            Of the values of all parts together.
 
         Raises
         ------
@@ -97,7 +117,17 @@ class Moments:
         return row[0].merge(cls.empty(len(row[0].mean)))
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of both sets of values together, exact to rounding."""
+        """Return the moments of both sets of values together, exact to rounding: ``a + b``.
+
+        Parameters
+        ----------
+        other : Moments
+            With the same number of channels.
+
+        Returns
+        -------
+        Moments
+        """
         other = _moments_of("other", other)
         if self.mean.shape != other.mean.shape:
             raise ValueError(
@@ -126,23 +156,49 @@ class Moments:
 
         Parameters
         ----------
-        x : array_like
+        x : array_like of float32, float64, float16 or bfloat16
             Rank 2 or more; every axis except `axis` is reduced.
         axis : int
             The channel axis.
+
+        Returns
+        -------
+        Moments
+            These moments.
         """
         merged = self.merge(moments(x, axis=axis))
         self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
         return self
 
     def var(self, ddof: float = 0) -> Vector:
-        """Return the variance, M2 / (count - ddof); NaN where ``count <= ddof``."""
+        """Return the variance, M2 / (count - ddof).
+
+        Parameters
+        ----------
+        ddof : float
+            0 for the biased variance, 1 for the unbiased one.
+
+        Returns
+        -------
+        ndarray of float64, shape (channels,)
+            NaN if ``count <= ddof``.
+        """
         values = self.count - _options.real("ddof", ddof)
         with np.errstate(all="ignore"):
             return self.m2 / values if values > 0 else np.full_like(self.m2, np.nan)
 
     def std(self, ddof: float = 0) -> Vector:
-        """Return the standard deviation, the root of `var`."""
+        """Return the standard deviation, the square root of `var`.
+
+        Parameters
+        ----------
+        ddof : float
+            0 for the biased variance, 1 for the unbiased one.
+
+        Returns
+        -------
+        ndarray of float64, shape (channels,)
+        """
         return np.sqrt(self.var(ddof))
 
     def __add__(self, other: object) -> Moments:
@@ -207,7 +263,7 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
 
 def _moments_of(name: str, value: Any) -> Moments:
     if not isinstance(value, Moments):
-        raise TypeError(f"{name} is {_errors.kind(value)}; expected Moments")
+        raise TypeError(f"{name} is {_errors.described(value)}; expected Moments")
     return value
 
 

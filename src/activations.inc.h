@@ -1,7 +1,7 @@
 /* The formulas of activations.inc: for each entry, `name(z, slope)`, and `name_gradient(dy, z,
  * slope)`, which is dy times the derivative at the pre-activation z (or at y, from_output).
  *
- * NaN passes through: max and min return their second operand where one is NaN.  At a kink the
+ * NaN passes through: max and min return their second operand if one is NaN.  At a kink the
  * gradient is PyTorch's: 0, or the slope of leaky_relu. */
 
 INLINE vec NAME(relu)(vec z, vec slope)
@@ -37,8 +37,8 @@ INLINE vec NAME(leaky_relu_gradient)(vec dy, vec z, vec slope)
     return select_le(z, set1(0.0), mul(slope, dy), dy);
 }
 
-/* z * min(max(z + 3, 0), 6) / 6.  Not z * 6 / 6 for large z, which overflows, and 0 at minus
- * infinity, where the product is NaN. */
+/* z * min(max(z + 3, 0), 6) / 6.  The factor of z is computed first, since z * 6 overflows for
+ * large z.  0 is selected up to -3, since the product is NaN at minus infinity. */
 INLINE vec NAME(hardswish)(vec z, vec slope)
 {
     (void)slope;

@@ -14,7 +14,7 @@ INLINE void NAME(apply_run)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t end, NA
                             vec slope, variant v)
 {
     ptrdiff_t odd = f->stream ? NAME(lead)((const T *)f->y + i, end - i) : 0;
-    do { /* the lead, whole vectors; then the tail, by the lead's code */
+    do { /* unaligned head, full vectors, then the tail with the head's partial-vector code */
         if (odd)
             NAME(apply_some)(f, i, odd, a, slope, v);
         for (i += odd; i + LANES <= end; i += LANES)
@@ -25,7 +25,7 @@ INLINE void NAME(apply_run)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t end, NA
 
 INLINE void NAME(apply_planar_as)(const bnf_forward *operands, bnf_tile tile, variant v)
 {
-    /* No store can change a copy, so it stays in registers. */
+    /* A local copy: no store can change it, so the compiler keeps it in registers. */
     const bnf_forward own = *operands, *f = &own;
     NAME(affine) rounded;
     NAME(round_affine)(f->mean, f->scale, f->shift, tile, 1, &rounded);
@@ -34,7 +34,7 @@ INLINE void NAME(apply_planar_as)(const bnf_forward *operands, bnf_tile tile, va
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
             const ptrdiff_t plane = (o * f->shape.channels + c) * f->shape.inner;
             NAME(apply_run)(f, plane + tile.inner0, plane + tile.inner1,
-                            NAME(spread_affine)(&rounded, c - tile.channel0), slope, v);
+                            NAME(broadcast_affine)(&rounded, c - tile.channel0), slope, v);
         }
 }
 
@@ -45,9 +45,10 @@ INLINE void NAME(apply_strip)(const bnf_forward *f, ptrdiff_t row, ptrdiff_t i, 
     NAME(apply_some)(f, row + i, n, NAME(load_affine)(rounded, i, n), slope, v);
 }
 
-/* Row by row, the parameters from L1: rows may lie a multiple of 4 KiB apart,
- * and then a strip of several would load right behind stores to the same low
- * address bits, which processors take for the same address. */
+/* Row by row, with the parameters read from L1.  Rows may lie a multiple of 4 KiB
+ * apart.  A strip of several rows would then load right after stores whose
+ * addresses have the same low 12 bits, which processors mistake for the same
+ * address. */
 INLINE void NAME(apply_interleaved_as)(const bnf_forward *operands, bnf_tile tile, variant v)
 {
     const bnf_forward own = *operands, *f = &own;
@@ -61,7 +62,7 @@ INLINE void NAME(apply_interleaved_as)(const bnf_forward *operands, bnf_tile til
         const ptrdiff_t columns = at_once * (tile.channel1 - tile.channel0);
         const ptrdiff_t row = o * f->shape.channels + tile.channel0;
         ptrdiff_t odd = f->stream ? NAME(lead)((const T *)f->y + row, columns) : 0, i = 0;
-        do { /* as in a planar run */
+        do { /* as in apply_run */
             if (odd)
                 NAME(apply_strip)(f, row, i, odd, &rounded, slope, v);
             for (i += odd; i + LANES <= columns; i += LANES)
@@ -71,8 +72,8 @@ INLINE void NAME(apply_interleaved_as)(const bnf_forward *operands, bnf_tile til
     }
 }
 
-/* From here to the table's entries: each constant a variant is given makes a
- * loop of its own. */
+/* From here to the table's entries: each constant that is put into a variant
+ * makes a loop of its own. */
 INLINE void NAME(apply_as)(const bnf_forward *f, bnf_tile tile, variant v)
 {
     if (v.layout == BNF_PLANAR)

@@ -3,8 +3,8 @@
  *
  * Every tensor is (outer, channels, inner), C-contiguous: NCHW is (N, C, H*W),
  * NHWC is (N*H*W, C, 1), a dense (N, C) is (N, C, 1).  inner > 1 is the planar
- * layout, inner == 1 the interleaved one.  Per-channel numbers are float64
- * whatever the data are; a kernel rounds them to its own type once. */
+ * layout, inner == 1 the interleaved one.  Per-channel numbers are float64 for
+ * every data type; a kernel rounds them to its own type once. */
 #ifndef BNFAST_H
 #define BNFAST_H
 
@@ -12,15 +12,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* setup.py undoes such flags; any other build must go without them. */
+/* setup.py turns such flags off; other builds must not set them. */
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
     defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
 #error "bnfast needs exact arithmetic: build it without -ffast-math and its parts"
 #endif
 
 /* float16 (IEEE 754's binary16) and bfloat16 (the upper half of a float32) as they
- * lie in memory: structs, so that _Generic tells them apart and nothing adds them
- * up by mistake.  They are computed in float32 and rounded once, to nearest even. */
+ * are in memory: structs, so that _Generic can select by them and arithmetic on
+ * them does not compile.  They are computed in float32 and rounded once, to
+ * nearest even. */
 typedef struct {
     uint16_t bits;
 } bnf_f16;
@@ -57,14 +58,11 @@ static inline const char *bnf_type_name(bnf_type type)
 
 static inline ptrdiff_t bnf_type_size(bnf_type type)
 {
-    switch (type) {
-#define TYPE(CODE, name, element, ...) \
-    case BNF_##CODE:                   \
-        return sizeof(element);
+    static const ptrdiff_t SIZES[BNF_TYPES] = {
+#define TYPE(CODE, name, element, ...) [BNF_##CODE] = sizeof(element),
 #include "types.inc"
-    default:
-        return 0;
-    }
+    };
+    return SIZES[type];
 }
 
 /* NULL for BNF_LINEAR */
@@ -104,13 +102,13 @@ static inline double bnf_default_slope(bnf_activation activation)
     }
 }
 
-/* Where the backward finds the pre-activation z, at which it takes the activation's derivative:
+/* Where the backward gets the pre-activation z, at which it computes the activation's derivative:
  * nowhere (there is no activation), recomputed from x, recomputed from x and the residual, or the
- * output y in its place. */
+ * output y instead of z. */
 typedef enum { BNF_NO_Z, BNF_Z_FROM_X, BNF_Z_FROM_X_RESIDUAL, BNF_Z_FROM_Y } bnf_z_source;
 
-/* The most channels a tile may have while it is summed: its sums live on the
- * stack, in L1, while the data go by.  A planar channel keeps 16 lanes of them. */
+/* The most channels of a tile that is summed: its sums are on the stack and stay
+ * in L1 while the data are read.  A planar channel has 16 lanes of them. */
 #define BNF_MAX_PLANAR 64
 #define BNF_MAX_INTERLEAVED 512
 /* The most channels of any tile: their parameters, rounded, are on the stack. */
@@ -133,11 +131,11 @@ typedef struct {
     const double *mean, *scale, *shift;
     bnf_activation activation;
     double slope; /* of an activation that takes one */
-    bool stream;  /* write y around the caches */
+    bool stream;  /* write y with streaming stores, which bypass the caches */
 } bnf_forward;
 
 /* g = dy * act'(pre-activation); dx = dy_factor*g + x_factor*(x - mean) + constant,
- * or dx = dy_factor*g alone where the statistics are constants. */
+ * or dx = dy_factor*g if the statistics are constants. */
 typedef struct {
     bnf_shape shape;
     const void *dy, *x, *residual, *y; /* residual and y as z_source needs them */
@@ -148,13 +146,14 @@ typedef struct {
     double slope;
     bnf_z_source z_source;
     bool through_moments;
-    bool stream; /* write dx around the caches */
+    bool stream; /* write dx with streaming stores */
 } bnf_backward;
 
-/* Interleaved rows of few channels are taken several at a time, as one row that has a
- * copy of each channel for each of them: by themselves, rows of three would use three
- * lanes of eight, in loops of one step.  How many follows from the channels alone, since
- * sums depend on it; a tile that is summed has all of so few channels. */
+/* Interleaved rows of few channels are taken several at a time, as one long row with a
+ * copy of the channels for each of them: alone, a row of three channels would use three
+ * lanes of eight, in a loop of one step.  How many are taken depends on the channels
+ * alone, since sums depend on it.  A tile that is summed has all channels if they are
+ * so few. */
 #define BNF_FEW_CHANNELS 16
 #define BNF_ROW_OF_COPIES 128
 
@@ -190,7 +189,7 @@ typedef struct {
 
 /* dispatch.c */
 int bnf_isa_count(void);                   /* instruction sets built in, best last */
-const bnf_table *bnf_isa_table(int index); /* NULL where this processor cannot run it */
+const bnf_table *bnf_isa_table(int index); /* NULL if this processor cannot run it */
 const char *bnf_isa_name(int index);
 
 /* caches.c */
@@ -204,14 +203,14 @@ bnf_caches bnf_read_caches(void);
 typedef struct {
     ptrdiff_t count;    /* blocks a channel is cut into */
     ptrdiff_t outers;   /* images (or rows) a block spans */
-    ptrdiff_t segments; /* pieces a plane is cut into; 1 unless a plane is a long one */
+    ptrdiff_t segments; /* pieces a plane is cut into; 1 unless planes are long */
     ptrdiff_t length;   /* values of a plane in one piece */
 } bnf_blocks;
 
 typedef struct {
     bnf_layout layout;
     bnf_blocks blocks;
-    bnf_blocks spread;       /* how the tiles that are written are cut: any way, for speed */
+    bnf_blocks write_blocks; /* how the tiles that are written are cut: any way, for speed */
     ptrdiff_t group, groups; /* channels of a tile that is summed, such tiles across all */
     ptrdiff_t width, widths; /* the same for a tile that is written */
     bool fused;              /* a group is summed and written while the caches hold it */

@@ -1,7 +1,7 @@
-/* The sizes of this machine's caches, as Linux tells them.
+/* The sizes of this machine's caches, as Linux reports them.
  *
  * Not sysconf(_SC_LEVEL3_CACHE_SIZE): that is the sum over the socket (384 MiB
- * on a processor whose cores reach 32 of them). */
+ * on a processor whose cores can each use 32 MiB). */
 #include <stdio.h>
 #include <string.h>
 
@@ -33,7 +33,7 @@ static ptrdiff_t parse_size(const char *word)
 
 bnf_caches bnf_read_caches(void)
 {
-    /* The fallback, for other systems and containers without /sys, is a modest machine. */
+    /* For other systems, and containers without /sys: the caches of a small machine. */
     bnf_caches caches = {32 * 1024, 512 * 1024, 8 * 1024 * 1024, false};
     char level[16], type[16], size[16];
     for (int index = 0; read_word(index, "level", level, sizeof level); index++) {

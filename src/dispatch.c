@@ -1,7 +1,7 @@
 /* Which kernel tables were built, and which of them this processor can run.
  *
- * setup.py says for which processor it builds tables beside the scalar one:
- * BNF_TABLES_X86_64, BNF_TABLES_AARCH64, or nothing. */
+ * setup.py defines for which kind of processor it builds tables beside the scalar
+ * one: BNF_TABLES_X86_64, BNF_TABLES_AARCH64, or neither. */
 #include "bnfast.h"
 
 extern const bnf_table bnf_table_scalar;

@@ -1,5 +1,5 @@
-/* Sums are gathered block by block into slots; settling turns a group's slots into what spreading
- * multiplies with.  moments() spreads nothing, inference gathers nothing. */
+/* Sums are gathered block by block into slots.  Finishing turns the slots of a group into the
+ * numbers that the output is written with.  moments() writes nothing, inference gathers nothing. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -10,8 +10,8 @@
 #include "moments.h"
 #include "threads.h"
 
-/* What computes in the environment of float_env.h is never inlined, so that no arithmetic is moved
- * out of it. */
+/* Functions that compute in the environment of float_env.h are never inlined: the compiler could
+ * move their arithmetic out of it. */
 #define APART __attribute__((noinline))
 
 static struct {
@@ -25,7 +25,7 @@ static atomic_llong dispatches[BNF_DIRECTIONS][BNF_TYPES][BNF_LAYOUTS][BNF_MOST_
 
 /* ---- Forward, inference, moments */
 
-static void open_forward(bnf_call *call)
+static void prepare_forward(bnf_call *call)
 {
     call->forward = (bnf_forward){
         .shape = call->shape,
@@ -41,12 +41,12 @@ static void open_forward(bnf_call *call)
     };
 }
 
-static void open_inference(bnf_call *call)
+static void prepare_inference(bnf_call *call)
 {
     if (call->has_var)
         for (ptrdiff_t c = 0; c < call->shape.channels; c++)
             call->scale[c] *= bnf_inv_std(call->var[c], call->eps);
-    open_forward(call);
+    prepare_forward(call);
 }
 
 static void gather_moments(bnf_call *call, bnf_tile tile, ptrdiff_t block)
@@ -55,31 +55,31 @@ static void gather_moments(bnf_call *call, bnf_tile tile, ptrdiff_t block)
     call->kernels->moments(call->x, call->shape, tile, call->slot_a + row, call->slot_b + row);
 }
 
-static void settle_moments(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+static void finish_moments(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 {
     bnf_merge_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_a, call->slot_b);
 }
 
-static void close_forward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+static void set_forward_numbers(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 {
-    bnf_close_forward(call->count, call->eps, c0, c1, call->m2, call->weight, call->var,
-                      call->inv_std, call->scale);
+    bnf_forward_numbers(call->count, call->eps, c0, c1, call->m2, call->weight, call->var,
+                        call->inv_std, call->scale);
 }
 
-static void open_training(bnf_call *call)
+static void prepare_training(bnf_call *call)
 {
     if (call->has_moments)
-        close_forward(call, 0, call->shape.channels);
-    open_forward(call);
+        set_forward_numbers(call, 0, call->shape.channels);
+    prepare_forward(call);
 }
 
-static void settle_forward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+static void finish_forward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 {
-    settle_moments(call, c0, c1);
-    close_forward(call, c0, c1);
+    finish_moments(call, c0, c1);
+    set_forward_numbers(call, c0, c1);
 }
 
-static void spread_forward(bnf_call *call, bnf_tile tile)
+static void write_forward(bnf_call *call, bnf_tile tile)
 {
     call->kernels->apply(&call->forward, tile);
 }
@@ -95,13 +95,13 @@ static bnf_z_source z_source_of(const bnf_call *call)
     return call->residual ? BNF_Z_FROM_X_RESIDUAL : BNF_Z_FROM_X;
 }
 
-static void close_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+static void set_backward_numbers(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 {
-    bnf_close_backward(call->scale, call->count, c0, c1, call->inv_std, call->dbias, call->dweight,
-                       call->dy_factor, call->x_factor, call->constant);
+    bnf_backward_numbers(call->scale, call->count, c0, c1, call->inv_std, call->dbias,
+                         call->dweight, call->dy_factor, call->x_factor, call->constant);
 }
 
-static void open_backward(bnf_call *call)
+static void prepare_backward(bnf_call *call)
 {
     if (call->has_var)
         for (ptrdiff_t c = 0; c < call->shape.channels; c++)
@@ -111,8 +111,9 @@ static void open_backward(bnf_call *call)
         call->ones[c] = 1.0;
     }
     if (call->has_sums)
-        close_backward(call, 0, call->shape.channels);
-    /* The residual's gradient alone is g: what dx is under constants and a factor of one. */
+        set_backward_numbers(call, 0, call->shape.channels);
+    /* The residual's gradient is g.  Alone, it is computed as dx with constant statistics and a
+     * factor of one. */
     const bool alone = !call->dx;
     call->backward = (bnf_backward){
         .shape = call->shape,
@@ -142,15 +143,15 @@ static void gather_gradients(bnf_call *call, bnf_tile tile, ptrdiff_t block)
     call->kernels->grad_sums(&call->backward, tile, call->slot_a + row, call->slot_b + row);
 }
 
-static void settle_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
+static void finish_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 {
     bnf_add_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_a);
     bnf_add_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_b);
-    bnf_close_sums(c0, c1, call->inv_std, call->slot_b, call->dweight);
-    close_backward(call, c0, c1);
+    bnf_weight_gradient(c0, c1, call->inv_std, call->slot_b, call->dweight);
+    set_backward_numbers(call, c0, c1);
 }
 
-static void spread_backward(bnf_call *call, bnf_tile tile)
+static void write_backward(bnf_call *call, bnf_tile tile)
 {
     call->kernels->grad_input(&call->backward, tile);
 }
@@ -175,14 +176,14 @@ static void move_average(void *running, bool wide, double momentum, const double
 static APART void move_averages(bnf_call *call, bnf_running running, double momentum, double ddof)
 {
     const ptrdiff_t channels = call->shape.channels;
-    double *var = call->scale; /* which has done its work */
+    double *var = call->scale; /* not needed any more */
     for (ptrdiff_t c = 0; c < channels; c++)
         var[c] = bnf_variance(call->m2[c], call->count, ddof);
     move_average(running.mean, running.wide_mean, momentum, call->mean, channels);
     move_average(running.var, running.wide_var, momentum, var, channels);
 }
 
-/* ---- All steps over all tiles.  Which thread takes a tile may vary; what it computes may not. */
+/* ---- All steps over all tiles.  Which thread takes a tile may vary; the result does not. */
 
 static bool gathers(const bnf_call *call)
 {
@@ -191,7 +192,7 @@ static bool gathers(const bnf_call *call)
     return call->direction == BNF_MOMENTS || call->gathers;
 }
 
-static bool spreads(const bnf_call *call) { return call->y || call->dx || call->dresidual; }
+static bool writes(const bnf_call *call) { return call->y || call->dx || call->dresidual; }
 
 static void gather_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t group)
 {
@@ -201,17 +202,17 @@ static void gather_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t group)
     call->steps->gather(call, tile, block);
 }
 
-static void settle_group(bnf_call *call, ptrdiff_t group)
+static void finish_group(bnf_call *call, ptrdiff_t group)
 {
     const ptrdiff_t c0 = group * call->plan.group, c1 = c0 + call->plan.group;
-    call->steps->settle(call, c0, c1 < call->shape.channels ? c1 : call->shape.channels);
+    call->steps->finish(call, c0, c1 < call->shape.channels ? c1 : call->shape.channels);
 }
 
-static void spread_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t width)
+static void write_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t width)
 {
     const bnf_plan *plan = &call->plan;
-    call->steps->spread(
-        call, bnf_block_tile(call->shape, plan->spread, block, width * plan->width, plan->width));
+    call->steps->write(call, bnf_block_tile(call->shape, plan->write_blocks, block,
+                                            width * plan->width, plan->width));
 }
 
 /* All steps of one group of channels, while the caches hold it. */
@@ -220,21 +221,21 @@ static void run_group(void *context, ptrdiff_t group)
     bnf_call *call = context;
     for (ptrdiff_t block = 0; block < call->plan.blocks.count; block++)
         gather_tile(call, block, group);
-    settle_group(call, group);
-    spread_tile(call, 0, group);
+    finish_group(call, group);
+    write_tile(call, 0, group);
 }
 
-/* A block's tiles side by side, as they lie in memory. */
+/* The tiles of a block follow one another, as they do in memory. */
 static void gather_one(void *context, ptrdiff_t i)
 {
     bnf_call *call = context;
     gather_tile(call, i / call->plan.groups, i % call->plan.groups);
 }
 
-static void spread_one(void *context, ptrdiff_t i)
+static void write_one(void *context, ptrdiff_t i)
 {
     bnf_call *call = context;
-    spread_tile(call, i / call->plan.widths, i % call->plan.widths);
+    write_tile(call, i / call->plan.widths, i % call->plan.widths);
 }
 
 static void run_tiles(bnf_call *call, int threads)
@@ -247,10 +248,11 @@ static void run_tiles(bnf_call *call, int threads)
     if (gathers(call)) {
         bnf_share_out(plan->blocks.count * plan->groups, threads, BNF_STATIC, gather_one, call);
         for (ptrdiff_t group = 0; group < plan->groups; group++)
-            settle_group(call, group);
+            finish_group(call, group);
     }
-    if (spreads(call))
-        bnf_share_out(plan->spread.count * plan->widths, threads, BNF_STATIC, spread_one, call);
+    if (writes(call))
+        bnf_share_out(plan->write_blocks.count * plan->widths, threads, BNF_STATIC, write_one,
+                      call);
 }
 
 static void count_dispatch(const bnf_call *call)
@@ -261,17 +263,10 @@ static void count_dispatch(const bnf_call *call)
                               1, memory_order_relaxed);
 }
 
-static bool has_values(bnf_shape shape)
-{
-    return shape.outer > 0 && shape.channels > 0 && shape.inner > 0;
-}
-
 static APART void compute(bnf_call *call)
 {
-    call->steps->open(call);
-    if (!has_values(call->shape))
-        return;
     count_dispatch(call);
+    call->steps->prepare(call);
     if (call->bytes < BNF_SMALL_BYTES)
         run_tiles(call, 1);
     else {
@@ -283,13 +278,18 @@ static APART void compute(bnf_call *call)
 
 /* ---- What driver.h declares */
 
+static bool has_values(bnf_shape shape)
+{
+    return shape.outer > 0 && shape.channels > 0 && shape.inner > 0;
+}
+
 void bnf_call_plan(bnf_call *call, int threads)
 {
     static const bnf_steps steps[BNF_DIRECTIONS] = {
-        [BNF_MOMENTS] = {open_forward, gather_moments, settle_moments, NULL},
-        [BNF_FORWARD] = {open_training, gather_moments, settle_forward, spread_forward},
-        [BNF_BACKWARD] = {open_backward, gather_gradients, settle_backward, spread_backward},
-        [BNF_INFERENCE] = {open_inference, NULL, NULL, spread_forward},
+        [BNF_MOMENTS] = {prepare_forward, gather_moments, finish_moments, NULL},
+        [BNF_FORWARD] = {prepare_training, gather_moments, finish_forward, write_forward},
+        [BNF_BACKWARD] = {prepare_backward, gather_gradients, finish_backward, write_backward},
+        [BNF_INFERENCE] = {prepare_inference, NULL, NULL, write_forward},
     };
     const bnf_shape shape = call->shape;
     const ptrdiff_t itemsize = bnf_type_size(call->type);
@@ -332,22 +332,26 @@ bool bnf_call_reserve(bnf_call *call)
         *vectors[i] = call->memory + i * channels;
     call->slot_a = call->memory + VECTORS * channels;
     call->slot_b = call->slot_a + blocks * channels;
-    /* The whole batch's are in the first row once its blocks are merged. */
+    /* Once the blocks are merged, the first row has the numbers of the whole batch. */
     if (blocks > 0 && call->direction == BNF_BACKWARD)
         call->dbias = call->slot_a;
     else if (blocks > 0)
         call->mean = call->slot_a, call->m2 = call->slot_b;
     else
-        call->m2 = call->dweight; /* which is a backward's */
+        call->m2 = call->dweight; /* only a backward uses dweight */
     return true;
 }
 
 void bnf_call_run(bnf_call *call)
 {
-    if (!has_values(call->shape) && !call->has_moments) /* statistics follow from given moments */
+    const bool empty = !has_values(call->shape);
+    if (empty && !call->has_moments)
         return;
     const bnf_float_env found = bnf_enter_float_env();
-    compute(call);
+    if (empty)
+        call->steps->prepare(call); /* the statistics follow from the moments that are given */
+    else
+        compute(call);
     bnf_leave_float_env(found);
 }
 
@@ -398,7 +402,7 @@ void bnf_use_caches(bnf_caches caches) { in_use.caches = caches; }
 
 bnf_caches bnf_caches_in_use(void) { return in_use.caches; }
 
-long long bnf_dispatches(bnf_kind kind)
+long long bnf_dispatches(bnf_dispatch_key kind)
 {
     return atomic_load(&dispatches[kind.direction][kind.type][kind.layout][kind.isa]
                                   [kind.activation][kind.residual]);

@@ -1,5 +1,5 @@
-/* One whole call over a tensor, without an interpreter: plan it, gather its sums, settle what
- * follows from them, spread the result.
+/* One whole call over a tensor, without an interpreter: plan it, gather its sums, finish the
+ * numbers per channel that follow from them, write the result.
  *
  *     bnf_call call = {.direction = BNF_FORWARD, .type = BNF_F32, .shape = {32, 64, 49}, ...};
  *     bnf_call_plan(&call, threads);        kernels and tiles; writes nothing
@@ -22,25 +22,26 @@ typedef enum {
     BNF_DIRECTIONS
 } bnf_direction;
 
-/* A call on fewer bytes runs on one thread, and is over before another call could have begun. */
+/* A call on fewer bytes runs on one thread and is not counted among the calls at work: it is over
+ * before another one could begin. */
 #define BNF_SMALL_BYTES 65536
 
 typedef struct bnf_call bnf_call;
-typedef void bnf_open_step(bnf_call *call);
+typedef void bnf_prepare_step(bnf_call *call);
 typedef void bnf_gather_step(bnf_call *call, bnf_tile tile, ptrdiff_t block);
-typedef void bnf_settle_step(bnf_call *call, ptrdiff_t channel0, ptrdiff_t channel1);
-typedef void bnf_spread_step(bnf_call *call, bnf_tile tile);
+typedef void bnf_finish_step(bnf_call *call, ptrdiff_t channel0, ptrdiff_t channel1);
+typedef void bnf_write_step(bnf_call *call, bnf_tile tile);
 
-/* What the steps of a direction are; gather and settle, or spread, are NULL where it has none. */
+/* The steps of a direction; gather and finish, or write, are NULL if it has none. */
 typedef struct {
-    bnf_open_step *open;
+    bnf_prepare_step *prepare;
     bnf_gather_step *gather;
-    bnf_settle_step *settle;
-    bnf_spread_step *spread;
+    bnf_finish_step *finish;
+    bnf_write_step *write;
 } bnf_steps;
 
 struct bnf_call {
-    /* What is asked: set before bnf_call_plan; zero what does not apply. */
+    /* Set before bnf_call_plan; zero if it does not apply. */
     bnf_direction direction;
     bnf_type type;
     bnf_shape shape;
@@ -52,16 +53,16 @@ struct bnf_call {
     bool has_moments; /* forward: mean and m2 are given, those of a batch that x is a part of */
     bool has_var;     /* inference, backward: var is given, and not yet in scale or inv_std */
     bool has_sums;    /* backward: dweight and dbias are given, those of the whole batch */
-    bool gathers;     /* backward: they are to be summed here */
+    bool gathers;     /* backward: dweight and dbias must be summed here */
     const void *x, *residual;
     const void *dy,
         *output;          /* backward; output: the forward's y, read if it tells the derivative */
     void *y;              /* forward, inference */
     void *dx, *dresidual; /* backward; NULL: not wanted */
 
-    /* Numbers per channel, float64: the caller sets those that go in between bnf_call_reserve and
-     * bnf_call_run (an inference may point at its own instead of reserving), and reads those that
-     * come out after it.
+    /* Numbers per channel, float64.  The caller sets those marked "in" after bnf_call_reserve (for
+     * an inference it may point at arrays of its own instead of reserving), and reads those marked
+     * "out" after bnf_call_run.
      *     moments                                        out: mean, m2
      *     forward     in: weight, shift (, mean, m2)     out: mean, m2, var, inv_std
      *     inference   in: mean, scale, shift (, var)
@@ -72,7 +73,7 @@ struct bnf_call {
     /* The driver's own. */
     bnf_plan plan;
     ptrdiff_t bytes;  /* of all tensors */
-    int most_threads; /* that it was granted, were it alone */
+    int most_threads; /* that it may use if no other call is at work */
     const bnf_kernels *kernels;
     const bnf_steps *steps;
     bnf_forward forward;
@@ -87,33 +88,34 @@ bool bnf_call_reserve(bnf_call *call);
 void bnf_call_run(bnf_call *call);
 void bnf_call_release(bnf_call *call);
 
-/* Running statistics, float32 or float64 (wide), a value per channel. */
+/* Running statistics, float32 or float64 (wide), one value per channel. */
 typedef struct {
     void *mean, *var;
     bool wide_mean, wide_var;
 } bnf_running;
 
 /* running = (1 - momentum) * running + momentum * batch, after a forward has run; the batch's
- * variance is over count - ddof.  Apart from the call, since it comes after all that can fail. */
+ * variance is over count - ddof.  Not a part of the call: it comes after everything that can fail.
+ */
 void bnf_move_running(bnf_call *call, bnf_running running, double momentum, double ddof);
 
-/* What bnf_move_running makes of each number, for vectors of float64. */
+/* The formula of bnf_move_running, for vectors of float64. */
 void bnf_move_averages(double *running, const double *batch, double momentum, ptrdiff_t channels);
 
 /* var becomes 1 / sqrt(var + eps). */
 void bnf_invert_std(double *var, double eps, ptrdiff_t channels);
 
-/* Whether so many numbers per channel can be counted in bytes. */
+/* Whether the size in bytes of a call's numbers per channel fits in ptrdiff_t. */
 bool bnf_is_countable(ptrdiff_t channels, ptrdiff_t blocks);
 
-/* The instruction set and the caches that calls are planned for, of the whole process.  A set must
- * be chosen before the first call, and changed by tests alone. */
+/* The instruction set and the caches that calls are planned for, for the whole process.  The set
+ * must be chosen before the first call; only tests change it afterwards. */
 void bnf_use_isa(int index);
 int bnf_isa_in_use(void);
 void bnf_use_caches(bnf_caches caches);
 bnf_caches bnf_caches_in_use(void);
 
-/* How many calls there were of a kind; counts are exact from any number of threads. */
+/* How many calls there were of one kind; the counts are exact for any number of threads. */
 #define BNF_MOST_ISAS 8
 typedef struct {
     bnf_direction direction;
@@ -122,13 +124,13 @@ typedef struct {
     int isa;
     bnf_activation activation;
     bool residual;
-} bnf_kind;
-long long bnf_dispatches(bnf_kind kind);
+} bnf_dispatch_key;
+long long bnf_dispatches(bnf_dispatch_key kind);
 void bnf_forget_dispatches(void);
 
 /* The entry points as a table, for other extension modules of the same build. */
 typedef struct {
-    size_t call_size; /* sizeof(bnf_call): another one is of another build */
+    size_t call_size; /* sizeof(bnf_call); another size means another build */
     void (*plan)(bnf_call *call, int threads);
     bool (*reserve)(bnf_call *call);
     void (*run)(bnf_call *call);

@@ -1,10 +1,10 @@
 /* The floating-point environment that results are computed in: rounding to nearest, denormals
  * kept, no traps.
  *
- * A thread inherits its environment when it is born and keeps it, so a pool's threads may have
- * another one than the thread that calls (torch.set_flush_denormal, fesetround), and then bits
- * would depend on which thread took which tile.  Every thread enters this one environment instead
- * and leaves with its own. */
+ * A thread inherits its environment when it is created and keeps it, so the threads of a pool may
+ * have another one than the calling thread (torch.set_flush_denormal, fesetround).  Bits would then
+ * depend on which thread took which tile.  So every thread enters this one environment, and gets
+ * its own back when it leaves. */
 #ifndef BNFAST_FLOAT_ENV_H
 #define BNFAST_FLOAT_ENV_H
 
@@ -13,7 +13,7 @@
 #include <xmmintrin.h>
 
 #define STANDARD_CSR 0x1f80u /* all traps off, to nearest, no flush to zero on input or output */
-#define CSR_FLAGS 0x3fu      /* what has happened so far: no part of the environment's control */
+#define CSR_FLAGS 0x3fu      /* the exceptions raised so far: no control bits */
 
 typedef unsigned bnf_float_env;
 

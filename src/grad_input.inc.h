@@ -1,5 +1,5 @@
 /* 4. grad_input: dx = dy_factor*g + x_factor*(x - mean) + constant, or
- * dx = dy_factor*g where the statistics are constants; the residual's gradient is g. */
+ * dx = dy_factor*g if the statistics are constants; the residual's gradient is g. */
 
 INLINE void NAME(grad_input_some)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n,
                                   NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
@@ -40,8 +40,8 @@ INLINE void NAME(grad_input_planar_as)(const bnf_backward *operands, bnf_tile ti
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
             const ptrdiff_t plane = (o * b->shape.channels + c) * b->shape.inner;
             NAME(grad_input_run)(b, plane + tile.inner0, plane + tile.inner1,
-                                 NAME(spread_affine)(&affine, c - tile.channel0),
-                                 NAME(spread_slopes)(&slopes, c - tile.channel0), slope, v);
+                                 NAME(broadcast_affine)(&affine, c - tile.channel0),
+                                 NAME(broadcast_slopes)(&slopes, c - tile.channel0), slope, v);
         }
 }
 
@@ -90,7 +90,7 @@ INLINE void NAME(grad_input_as)(const bnf_backward *b, bnf_tile tile, variant v)
 
 INLINE void NAME(grad_input_added)(const bnf_backward *b, bnf_tile tile, variant v)
 {
-    if (v.z_source != BNF_Z_FROM_X && b->dresidual) /* from x alone: there is no residual */
+    if (v.z_source != BNF_Z_FROM_X && b->dresidual) /* BNF_Z_FROM_X: there is no residual */
         NAME(grad_input_as)(b, tile, (v.residual = true, v));
     else
         NAME(grad_input_as)(b, tile, v);

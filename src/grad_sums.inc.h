@@ -1,5 +1,5 @@
-/* 3. grad_sums: tile -> sum of g, sum of g * (x - mean) per channel, g being dy
- * before the activation. */
+/* 3. grad_sums: tile -> sum of g, sum of g * (x - mean) per channel, where g is
+ * the gradient with respect to the pre-activation. */
 
 INLINE void NAME(grad_sums_step)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, d8 mean,
                                  NAME(affine_vec) a, vec slope, variant v, d8 *sum, d8 *dot)
@@ -47,7 +47,7 @@ INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile til
         for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
             const ptrdiff_t plane = (o * b->shape.channels + c) * b->shape.inner;
             NAME(grad_sums_run)(b, plane + tile.inner0, plane + tile.inner1, b->mean[c],
-                                NAME(spread_affine)(&rounded, c - tile.channel0), slope, v,
+                                NAME(broadcast_affine)(&rounded, c - tile.channel0), slope, v,
                                 &sums[c - tile.channel0]);
         }
     for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
@@ -62,7 +62,7 @@ INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t 
 {
     const d8 mean = load(sums->about);
     d8 sum = load(sums->first), dot = load(sums->second);
-    if (n < LANES) { /* at most one strip of a row, not worth the code of several at once */
+    if (n < LANES) { /* at most one strip per row: not worth another unrolled loop */
         for (ptrdiff_t r = 0; r < rows; r++)
             NAME(grad_sums_step)(b, i + r * stride, n, mean, a, slope, v, &sum, &dot);
     } else {
@@ -107,7 +107,7 @@ INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_til
                              &rounded, slope, v, sums);
     for (; o < tile.outer1; o += at_once) {
         if (o + at_once > tile.outer1)
-            at_once = 1; /* and then into the first copies' sums */
+            at_once = 1; /* the last rows go into the sums of the first copy */
         NAME(grad_sums_rows)(b, o * stride + tile.channel0, at_once * stride, 1, at_once * channels,
                              &rounded, slope, v, sums);
     }

@@ -1,32 +1,34 @@
 /* The four kernels, each in a planar and an interleaved form, written once.
  *
- * Included once per data type by kernels_<isa>.c, which defines around it
+ * types.inc.h includes this file once per data type, and defines around it
  *   T        the element type in memory,
  *   vec      the vector that eight of them are computed in (f8 or d8),
  *   P        one lane of it, the type of parameters: float, or double for double,
  *   NAME(f)  the name of f for this type.
  *
  * Statistics are summed in float64 around a pivot that is itself one of the
- * values.  That is exact enough in one look at float32 data: if x_j is the
- * pivot and S the sum of (x - x_j)^2 over n values, then M2 = S - n (mean - x_j)^2
- * and M2 >= (mean - x_j)^2 (x_j's own term), so S <= (n + 1) M2 and the
- * subtraction magnifies the rounding of S, at most n/16 units of 2^-53, by no
- * more than n + 1: 2e-9 for a block of 16384 planar values, 3e-8 for 16384
- * rows of one lane, on any data in any order.  (A float32 sum has no such room:
- * there a guessed pivot loses digits.)  float16 and bfloat16 data are float32
- * data with fewer digits.  float64 data have no spare bits, so
- * they are swept twice while the caches hold the block, the first sweep's mean
- * being the second one's pivot.
+ * values.  For float32 data one pass is then exact enough.  Proof: let x_j be
+ * the pivot and S the sum of (x - x_j)^2 over n values.  Then
+ * M2 = S - n (mean - x_j)^2.  M2 contains x_j's own term, so
+ * M2 >= (mean - x_j)^2 and S <= (n + 1) M2.  The subtraction therefore
+ * magnifies the rounding error of S, at most n/16 units of 2^-53, by at most
+ * n + 1: 2e-9 for a block of 16384 planar values, 3e-8 for 16384 rows of one
+ * lane, for any data in any order.  (A float32 sum has no such spare bits:
+ * with a guessed pivot it loses digits.)  float16 and bfloat16 data are float32
+ * data with fewer digits.  float64 data have no spare bits either, so a block
+ * is read twice while the caches hold it: the mean of the first pass is the
+ * pivot of the second.
  *
- * What was taken from where: the shapes and roles said at the line from llm.c's
- * layernorm, the fixed-width accumulators from YNNPACK's reductions. */
+ * Models: llm.c's layernorm for shapes and roles stated at the line, YNNPACK's
+ * reductions for fixed-width accumulators. */
 
 #define SWEEPS (sizeof(T) < sizeof(double) ? 1 : 2)
-/* Whether the backward has one loop for all activations, sources of z and residuals, which decides
- * inside, in place of a loop for each.  True for halves: their loops would double the library, and
- * a branch that always goes the same way costs little beside their conversions. */
+/* Whether the backward has one loop for all activations, sources of z and residuals, which branches
+ * inside, instead of one loop for each combination.  True for halves: a loop for each would double
+ * the size of the library, and a branch that always goes the same way costs little beside their
+ * conversions. */
 #define FEW_LOOPS (ISA_FEW_LOOPS || sizeof(T) < sizeof(P))
-/* Into the table's entries, so that every variant is a loop of its own. */
+/* Functions are inlined into the table's entries, so that each variant has a loop of its own. */
 #define INLINE ISA_INLINE
 
 /* --- n values in memory, n up to LANES -------------------------------------- */
@@ -39,7 +41,7 @@ INLINE vec NAME(load_some)(const T *p, ptrdiff_t n)
 INLINE void NAME(store_some)(T *p, ptrdiff_t n, vec a, bool stream_it)
 {
     if (n < LANES && stream_it && n * sizeof(T) % STREAM_ALIGNMENT == 0)
-        stream_part(p, n, a); /* else its line would be written both ways */
+        stream_part(p, n, a); /* a line with streamed and normal stores is slow */
     else if (n < LANES)
         store_part(p, n, a);
     else if (stream_it)
@@ -51,7 +53,7 @@ INLINE void NAME(store_some)(T *p, ptrdiff_t n, vec a, bool stream_it)
 /* --- Parameters of a tile's channels, rounded to the type of a lane --------- */
 
 /* The mean is kept as a high and a low part: x - high is exact near the mean,
- * so a constant channel gives exactly its bias and a mean of 1e6 costs nothing. */
+ * so a constant channel gives exactly its bias and a mean of 1e6 loses no digits. */
 typedef struct {
     P high[BNF_MAX_CHANNELS], low[BNF_MAX_CHANNELS];
     P scale[BNF_MAX_CHANNELS], shift[BNF_MAX_CHANNELS];
@@ -94,7 +96,7 @@ static __attribute__((noinline)) void NAME(round_slopes)(const bnf_backward *b, 
 }
 
 /* Planar: one channel in every lane. */
-INLINE NAME(affine_vec) NAME(spread_affine)(const NAME(affine) * a, ptrdiff_t i)
+INLINE NAME(affine_vec) NAME(broadcast_affine)(const NAME(affine) * a, ptrdiff_t i)
 {
     return (NAME(affine_vec)){.high = set1(a->high[i]),
                               .low = set1(a->low[i]),
@@ -102,7 +104,7 @@ INLINE NAME(affine_vec) NAME(spread_affine)(const NAME(affine) * a, ptrdiff_t i)
                               .shift = set1(a->shift[i])};
 }
 
-INLINE NAME(slopes_vec) NAME(spread_slopes)(const NAME(slopes) * s, ptrdiff_t i)
+INLINE NAME(slopes_vec) NAME(broadcast_slopes)(const NAME(slopes) * s, ptrdiff_t i)
 {
     return (NAME(slopes_vec)){.dy_factor = set1(s->dy_factor[i]),
                               .x_factor = set1(s->x_factor[i]),
@@ -134,8 +136,8 @@ INLINE vec NAME(center)(vec x, NAME(affine_vec) a) { return sub(sub(x, a.high), 
 
 #include "activations.inc.h"
 
-/* z as y has it: a half near a kink may round to it, and then the gradient is the kink's,
- * whether it is taken at y or at a recomputed z. */
+/* z rounded to the type of y.  A half near a kink may round to the kink.  The gradient is then that
+ * of the kink, both from y and from a recomputed z. */
 INLINE vec NAME(as_written)(vec z)
 {
     if (sizeof(T) == sizeof(P))
@@ -156,7 +158,7 @@ INLINE vec NAME(recomputed)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, NAM
     return bnf_is_from_output(v.activation) ? NAME(as_written)(z) : z;
 }
 
-/* g, the gradient before the activation, of the n values at offset i. */
+/* g, the gradient with respect to the pre-activation, of the n values at offset i. */
 INLINE vec NAME(before_activation)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n,
                                    NAME(affine_vec) a, vec slope, variant v)
 {
@@ -168,7 +170,7 @@ INLINE vec NAME(before_activation)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t
     return NAME(activate_gradient)(dy, z, slope, v);
 }
 
-/* How many of n values lead up to an address that streaming stores accept. */
+/* How many of n values come before the first address that streaming stores accept. */
 INLINE ptrdiff_t NAME(lead)(const T *p, ptrdiff_t n)
 {
     return at_most(n, (ptrdiff_t)(-(size_t)p % STREAM_ALIGNMENT / sizeof(T)));

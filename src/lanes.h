@@ -1,11 +1,11 @@
-/* One name for an operation, whichever of f8 and d8 it is done on, so that
- * kernels.inc.h reads the same for every data type.  Included by each
- * kernels_<isa>.c after its simd_<isa>.h, which defines beside its operations
+/* One name for each operation on f8 and on d8, so that kernels.inc.h reads the
+ * same for every data type.  Included after simd_<isa>.h, which defines, beside
+ * its operations,
  *
  *   ISA_UNROLL_ROWS  before a loop over ROWS rows: a pragma that unrolls it, or nothing,
  *   ISA_FEW_LOOPS    whether the backward has few loops (FEW_LOOPS in kernels.inc.h) for all types:
- *                    true for sets that run only where there is no better one, to keep a wheel
- *                    small,
+ *                    true for sets that are used only on processors without a better one, to keep a
+ *                    wheel small,
  *   ISA_INLINE       how a kernel's functions are declared. */
 #ifndef BNFAST_LANES_H
 #define BNFAST_LANES_H
@@ -16,10 +16,10 @@
  * hardware prefetcher sees.  (One instruction for several rows jumps back and forth and reaches a
  * third of the memory's speed.) */
 #define ROWS 8
-/* NumPy's own, so that its arrays need no lead (see lead in kernels.inc.h). */
+/* That of NumPy's arrays, which therefore have no unaligned head (lead in kernels.inc.h). */
 #define STREAM_ALIGNMENT 16
 
-/* Selected by the element pointed to, so that const pointers match. */
+/* Selected by the type of the element, not of the pointer, so that const pointers match. */
 #define by_element(p, f32, f64, f16, bf16) \
     _Generic(*(p), float: f32, double: f64, bnf_f16: f16, bnf_bf16: bf16)
 #define load(p) by_element(p, f8_load, d8_load, f16_load, bf16_load)(p)
@@ -46,26 +46,26 @@
 
 static inline d8 d8_same(d8 a) { return a; }
 
-/* Fewer than eight halves are less than a streaming store writes. */
+/* Never needed: fewer than eight halves are less than one streaming store writes. */
 static inline void no_part(const void *p, ptrdiff_t n, f8 a) { (void)p, (void)n, (void)a; }
 
-/* Asks for what lies a page ahead while a run is summed: the hardware's own
- * prefetcher stops at the end of each page.  Never faults, wherever it points. */
+/* Prefetches one page ahead while a run is summed: the hardware prefetcher stops
+ * at the end of each page.  A prefetch never faults, for any address. */
 static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + 4096); }
 
 static inline double finite_or_zero(double a) { return a - a == 0 ? a : 0.0; }
 
 static inline ptrdiff_t at_most(ptrdiff_t limit, ptrdiff_t n) { return n < limit ? n : limit; }
 
-/* How many rows of a tile are taken as one: of some of its channels alone, each by itself. */
+/* How many rows of a tile are taken as one: one by one if it has only some of the channels. */
 static inline ptrdiff_t rows_at_once(bnf_shape shape, bnf_tile tile)
 {
     const bool whole = tile.channel1 - tile.channel0 == shape.channels;
     return whole ? bnf_rows_at_once(shape) : 1;
 }
 
-/* What a loop is compiled for.  A constant where a loop is reached, so that none
- * of it is decided inside (but for FEW_LOOPS in kernels.inc.h). */
+/* What a loop is compiled for.  It is a constant where a loop is called, so that
+ * no branch is left inside (except with FEW_LOOPS, see kernels.inc.h). */
 typedef struct {
     bnf_layout layout;
     bnf_activation activation;
@@ -85,23 +85,23 @@ static inline lane_sums no_sums(void)
     return (lane_sums){{zero, zero}, {zero, zero}};
 }
 
-/* The same for eight channels side by side, with what is subtracted from their
- * values.  One struct and not three arrays: those would lie 4 KiB apart, in
- * one and the same set of the cache, and the rows want its ways. */
+/* The same for eight channels side by side, with the numbers that are subtracted
+ * from their values.  One struct and not three arrays: the arrays would lie 4 KiB
+ * apart and so share one set of the cache, whose ways the rows need. */
 typedef struct {
     double about[LANES], first[LANES], second[LANES];
 } strip_sums;
 
 #define BNF_MAX_STRIPS (BNF_MAX_INTERLEAVED / LANES)
 
-/* Columns beyond the channels are copies of them, as many as rows are taken at once. */
+/* Columns beyond the channels are copies of them, for rows that are taken at once. */
 static inline void copy_about(strip_sums *sums, ptrdiff_t columns, ptrdiff_t channels)
 {
     for (ptrdiff_t i = channels, c = 0; i < columns; i++, c++)
         sums[i / LANES].about[i % LANES] = sums[c / LANES].about[c % LANES];
 }
 
-/* Leaves the copies' sums empty. */
+/* Adds the copies' sums to those of the channels, and sets them to zero. */
 static inline void fold_copies(strip_sums *sums, ptrdiff_t columns, ptrdiff_t channels)
 {
     for (ptrdiff_t i = columns; i-- > channels;) { /* the last copy into the one before it, ... */

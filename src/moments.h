@@ -1,9 +1,9 @@
-/* What a channel's numbers become once its blocks are gathered: the merge of
- * Chan, Golub and LeVeque (1979) and the closing formulas of the forward and
- * the backward, in float64.
+/* What follows once a channel's blocks are gathered: the merge of Chan, Golub and
+ * LeVeque (1979) and the last formulas of the forward and the backward, in float64.
  *
- * Slots are (blocks, channels) arrays, one row a block; the fixed tree below
- * leaves the whole batch's in row 0, whoever gathered which block. */
+ * Slots are (blocks, channels) arrays, one row per block.  The fixed tree below
+ * leaves the numbers of the whole batch in row 0, whichever thread gathered which
+ * block. */
 #ifndef BNFAST_MOMENTS_H
 #define BNFAST_MOMENTS_H
 
@@ -23,7 +23,7 @@ static inline void bnf_merge(double n_a, double *mean_a, double *m2_a, double n_
     }
 }
 
-/* The variance over count - ddof; of one value, or of none, there is none. */
+/* The variance over count - ddof; NaN if count <= ddof. */
 static inline double bnf_variance(double m2, double count, double ddof)
 {
     return count > ddof ? m2 / (count - ddof) : NAN;
@@ -36,7 +36,7 @@ static inline double bnf_moved_average(double running, double batch, double mome
     return (1 - momentum) * running + momentum * batch;
 }
 
-/* Pairs of neighbours, then pairs of pairs. */
+/* Neighbouring blocks are merged in pairs, then the pairs in pairs, and so on. */
 static inline void bnf_merge_blocks(bnf_shape shape, bnf_blocks blocks, ptrdiff_t c0, ptrdiff_t c1,
                                     double *mean, double *m2)
 {
@@ -61,10 +61,10 @@ static inline void bnf_add_blocks(bnf_shape shape, bnf_blocks blocks, ptrdiff_t 
                 sum[a * shape.channels + c] += sum[(a + step) * shape.channels + c];
 }
 
-/* Algorithm 1 of the paper, after the sums: what x is normalised with. */
-static inline void bnf_close_forward(double count, double eps, ptrdiff_t c0, ptrdiff_t c1,
-                                     const double *m2, const double *weight, double *var,
-                                     double *inv_std, double *scale)
+/* Algorithm 1 of the paper, after the sums: the numbers that x is normalised with. */
+static inline void bnf_forward_numbers(double count, double eps, ptrdiff_t c0, ptrdiff_t c1,
+                                       const double *m2, const double *weight, double *var,
+                                       double *inv_std, double *scale)
 {
     for (ptrdiff_t c = c0; c < c1; c++) {
         var[c] = bnf_variance(m2[c], count, 0);
@@ -73,9 +73,9 @@ static inline void bnf_close_forward(double count, double eps, ptrdiff_t c0, ptr
     }
 }
 
-/* The weight's gradient, dot = sum of g * (x - mean); the bias' is sum = sum of g. */
-static inline void bnf_close_sums(ptrdiff_t c0, ptrdiff_t c1, const double *inv_std,
-                                  const double *dot, double *dweight)
+/* The gradient of weight, from dot = sum of g * (x - mean).  That of bias is the sum of g. */
+static inline void bnf_weight_gradient(ptrdiff_t c0, ptrdiff_t c1, const double *inv_std,
+                                       const double *dot, double *dweight)
 {
     for (ptrdiff_t c = c0; c < c1; c++)
         dweight[c] = inv_std[c] * dot[c];
@@ -84,10 +84,10 @@ static inline void bnf_close_sums(ptrdiff_t c0, ptrdiff_t c1, const double *inv_
 /* The chain rule of the paper's section 3:
  *     dx = weight * inv_std * (g - dbias/m - (x - mean) * inv_std * dweight/m),
  * the last two terms through the batch's mean and variance. */
-static inline void bnf_close_backward(const double *scale, double count, ptrdiff_t c0, ptrdiff_t c1,
-                                      const double *inv_std, const double *dbias,
-                                      const double *dweight, double *dy_factor, double *x_factor,
-                                      double *constant)
+static inline void bnf_backward_numbers(const double *scale, double count, ptrdiff_t c0,
+                                        ptrdiff_t c1, const double *inv_std, const double *dbias,
+                                        const double *dweight, double *dy_factor, double *x_factor,
+                                        double *constant)
 {
     for (ptrdiff_t c = c0; c < c1; c++) {
         dy_factor[c] = scale[c];

@@ -1,7 +1,7 @@
 /* 1. moments: tile -> mean, M2 per channel */
 
-/* The first n values, as what the others' distances are summed from: finite, so
- * that an infinity stays one in the mean. */
+/* The first n values as pivots.  0 replaces a value that is not finite, so that
+ * an infinity in the data gives an infinite mean and not NaN. */
 INLINE d8 NAME(pivots)(const T *x, ptrdiff_t n)
 {
     const vec value = NAME(load_some)(x, n), zero = set1(0.0);
@@ -15,7 +15,7 @@ INLINE void NAME(moments_step)(d8 x, d8 pivot, d8 *sum, d8 *square)
     *square = fmadd(d, d, *square);
 }
 
-/* Lanes past the end are filled with the pivot, and add nothing. */
+/* Lanes past the end are filled with the pivot, so they add nothing. */
 INLINE d8 NAME(widen_some)(const T *x, ptrdiff_t n, double pivot)
 {
     return n < LANES ? widen(load_part(x, n, set1(pivot))) : load_wide(x);
@@ -38,8 +38,8 @@ INLINE void NAME(moments_run)(const T *x, ptrdiff_t n, double pivot, lane_sums *
     *sums = s;
 }
 
-/* From the sums of d = x - pivot and of d^2 over n values.  A sum of squares is
- * not negative, though its rounding may be; NaN is left alone. */
+/* Mean and M2 from the sums of d = x - pivot and of d^2 over n values.  Where
+ * rounding makes M2 negative, it is set to 0; NaN stays NaN. */
 INLINE double NAME(mean_of)(double pivot, double sum, double n) { return pivot + sum / n; }
 
 INLINE double NAME(m2_of)(double sum, double square, double n)
@@ -48,8 +48,8 @@ INLINE double NAME(m2_of)(double sum, double square, double n)
     return m2 < 0 ? 0.0 : m2;
 }
 
-/* x (outer, channels, inner): image after image, since a tile's channels are
- * one contiguous run in each. */
+/* x is (outer, channels, inner).  It is read image by image, since a tile's
+ * channels are one contiguous run in each. */
 static void NAME(moments_planar)(const void *data, bnf_shape shape, bnf_tile tile, double *mean,
                                  double *m2)
 {
@@ -105,7 +105,8 @@ INLINE void NAME(moments_rows)(const T *x, ptrdiff_t stride, ptrdiff_t rows, ptr
         NAME(moments_strip)(x, stride, rows, channels, sums);
 }
 
-/* One sweep.  The rows left over are a copy of their own, behind the others. */
+/* One pass.  Rows left over when several are taken at once have a copy of the
+ * channels of their own, after the others. */
 static void NAME(moments_sweep)(const T *x, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t at_once,
                                 ptrdiff_t channels, strip_sums *sums)
 {
@@ -118,7 +119,7 @@ static void NAME(moments_sweep)(const T *x, ptrdiff_t stride, ptrdiff_t rows, pt
         NAME(moments_rows)(x, stride, 1, channels, sums + columns / LANES);
 }
 
-/* x (outer, channels) */
+/* x is (outer, channels). */
 static void NAME(moments_interleaved)(const void *data, bnf_shape shape, bnf_tile tile,
                                       double *mean, double *m2)
 {

@@ -1,8 +1,8 @@
 /* The pool of pages.h: a short list of free blocks, oldest first, under a mutex.
  *
- * Blocks come in classes an eighth of a power of two apart, and only a block of
- * the very class is taken again: shapes repeat, and no result holds more than an
- * eighth, or 64 KiB, over its size. */
+ * Sizes of blocks are classes, an eighth of a power of two apart, and a block is
+ * reused only for its own class: shapes repeat, and no result holds more than an
+ * eighth, or 64 KiB, more than its size. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
@@ -13,8 +13,8 @@
 
 #include "pages.h"
 
-/* AddressSanitizer is told what of a block nobody may touch, or else it would see pages of ours and
- * nothing wrong with any of them. */
+/* Tells AddressSanitizer which parts of a block are out of bounds; it takes all of the pool's pages
+ * for valid memory otherwise. */
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 static void hide(char *p, size_t bytes) { ASAN_POISON_MEMORY_REGION(p, bytes); }
@@ -24,11 +24,11 @@ static void hide(char *p, size_t bytes) { (void)p, (void)bytes; }
 static void reveal(char *p, size_t bytes) { (void)p, (void)bytes; }
 #endif
 
-/* One page in front of the data tells how large the block is, and leaves the data on a page's
- * boundary: never just past where an input begins in its own page, where loads would wait for
- * stores that agree in the address's low 12 bits. */
+/* One page in front of the data holds the size of the block and keeps the data page-aligned.  So an
+ * output never begins at an offset in its page shortly after that of an input: loads of the input
+ * would then wait for stores whose addresses have the same low 12 bits. */
 #define PAGE ((size_t)4096)
-#define LARGEST_PAGE ((size_t)64 << 10) /* of any system: what a block's size is made of */
+#define LARGEST_PAGE ((size_t)64 << 10) /* of any system; sizes of blocks are multiples of it */
 #define HUGE_PAGE ((size_t)2 << 20)
 #define CLASSES_PER_OCTAVE 8
 #define MOST_BLOCKS 256
@@ -49,11 +49,11 @@ static struct {
 static void lock(void) { pthread_mutex_lock(&pool.lock); }
 static void unlock(void) { pthread_mutex_unlock(&pool.lock); }
 
-/* ---- Blocks, and the system they come from */
+/* ---- Blocks, and how they are mapped */
 
 static char *round_up(char *p, size_t step) { return p + (step - (uintptr_t)p % step) % step; }
 
-/* The size of the block for so many bytes of data; 0 if there can be none. */
+/* The size of the block for so many bytes of data; 0 if they are too many. */
 static size_t class_size(size_t bytes)
 {
     if (bytes > PTRDIFF_MAX / 2)
@@ -65,7 +65,7 @@ static size_t class_size(size_t bytes)
     return (needed + step - 1) / step * step;
 }
 
-/* The data of a block, of which so many bytes are asked for: the rest is out of bounds. */
+/* The data of a block.  So many bytes of it are asked for; the rest is out of bounds. */
 static void *data_of(block b, size_t bytes)
 {
     char *data = b.base + PAGE;
@@ -88,7 +88,7 @@ static void unmap(char *from, char *to)
         munmap(from, (size_t)(to - from));
 }
 
-/* A block that huge pages can fill starts at one's boundary: 200 MB are then 100 faults. */
+/* A block large enough for huge pages starts at the boundary of one: 200 MB are then 100 faults. */
 static char *map(size_t size)
 {
     const bool huge = size >= HUGE_PAGE;
@@ -102,7 +102,7 @@ static char *map(size_t size)
     unmap(p, base);
     unmap(base + size, p + asked);
 #ifdef MADV_HUGEPAGE
-    madvise(base, size, MADV_HUGEPAGE); /* a wish: small pages do as well */
+    madvise(base, size, MADV_HUGEPAGE); /* only a hint: small pages work too */
 #endif
     return base;
 }
@@ -118,7 +118,7 @@ static block take(int i)
     return b;
 }
 
-/* The last one freed is the likeliest to be in the caches. */
+/* The block freed last is the most likely to be in the caches. */
 static block take_size(size_t size)
 {
     for (int i = pool.count - 1; i >= 0; i--)
@@ -129,7 +129,7 @@ static block take_size(size_t size)
 
 static void discard(block b)
 {
-    reveal(b.base, b.size); /* whoever is given these addresses next */
+    reveal(b.base, b.size); /* other memory may get these addresses next */
     munmap(b.base, b.size);
 }
 
@@ -160,15 +160,16 @@ static void keep(block b)
 
 /* ---- Forks */
 
-/* The child gives its share of the waiting blocks up: writing to a page that two processes
- * share copies it, which is dearer than a new one, for the parent too. */
+/* The child unmaps the waiting blocks: writing to a page that two processes share copies it, which
+ * costs more than a new page, for the parent too. */
 static void after_fork_in_child(void)
 {
     shrink_to(0);
     unlock();
 }
 
-/* Once. pthread_once would tie what is linked here to glibc 2.34, where it changed its library. */
+/* Once.  Not with pthread_once: glibc 2.34 moved it to another library, and a build that is linked
+ * there would need that version. */
 static void watch_forks(void)
 {
     if (!atomic_flag_test_and_set(&pool.watches_forks))
@@ -215,7 +216,7 @@ void *bnf_pages_resize(void *data, size_t bytes)
     if (!moved)
         return NULL;
     const block new = block_of(moved);
-    reveal(old.base, old.size); /* how much of it was asked for is not known any more */
+    reveal(old.base, old.size); /* how many of its bytes were asked for is not stored */
     reveal(new.base, new.size);
     memcpy(moved, data, (wanted < old.size ? wanted : old.size) - PAGE);
     bnf_pages_release(data);

@@ -1,10 +1,9 @@
 /* Eight lanes of float32 or float64 on AVX2, FMA and F16C.
  *
- * Every instruction set offers the same dozen operations on the same two
- * types, f8 and d8, whatever its own width: a kernel written on eight lanes
- * adds in the same order everywhere, so results are equal to the bit among
- * all sets that have a fused multiply-add (YNNPACK's fixed-width accumulators,
- * taken one step further). */
+ * Every instruction set has the same dozen operations on the same two types, f8
+ * and d8, for any width of its registers.  A kernel written on eight lanes adds
+ * in the same order on all of them, so results have the same bits on all sets
+ * that have a fused multiply-add (as YNNPACK's fixed-width accumulators). */
 #ifndef BNFAST_SIMD_AVX2_H
 #define BNFAST_SIMD_AVX2_H
 
@@ -33,7 +32,7 @@ static inline f8 f8_load_part(const float *p, ptrdiff_t n, f8 fill)
     return _mm256_blendv_ps(fill, _mm256_maskload_ps(p, first), _mm256_castsi256_ps(first));
 }
 
-/* By halves, since a masked store is microcoded on AMD. */
+/* In halves, since a masked store is microcoded (slow) on AMD. */
 static inline void f8_store_part(float *p, ptrdiff_t n, f8 a)
 {
     __m128 rest = _mm256_castps256_ps128(a);
@@ -146,7 +145,7 @@ static inline d8 f8_widen(f8 a)
     return (d8){_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
                 _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
 }
-/* Not f8_widen(f8_load(p)): conversions straight from memory save a shuffle. */
+/* Not f8_widen(f8_load(p)): a conversion that reads memory saves a shuffle. */
 static inline d8 f8_load_wide(const float *p)
 {
     return (d8){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
@@ -163,8 +162,9 @@ static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
 }
 static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
 
-/* What is cut off rounds up from a half on, or from above it where the rest is
- * even; a NaN keeps its upper half, made quiet. */
+/* Rounded to nearest even: 0x7fff, plus 1 if the upper half is odd, carries into
+ * the upper half exactly if it must be rounded up.  A NaN keeps its upper half,
+ * made quiet. */
 static inline __m128i bf16_narrow(f8 a)
 {
     const __m256i bits = _mm256_castps_si256(a), upper = _mm256_srli_epi32(bits, 16);

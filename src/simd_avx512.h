@@ -1,5 +1,5 @@
 /* Eight lanes of float32 or float64 on AVX-512 (F, VL, DQ, BW): the operations
- * of simd_avx2.h, a d8 being one register, and tails being masks. */
+ * of simd_avx2.h, with a d8 in one register, and masks for tails. */
 #ifndef BNFAST_SIMD_AVX512_H
 #define BNFAST_SIMD_AVX512_H
 
@@ -79,7 +79,7 @@ static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
 }
 static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
 
-/* As AVX2's, but the upper halves are picked out by one permutation. */
+/* As in simd_avx2.h, but one permutation picks the upper halves. */
 static inline __m128i bf16_narrow(f8 a)
 {
     const __m256i upper_halves =

@@ -21,8 +21,9 @@ static inline void stream_end(void) { _mm_sfence(); }
 static inline f8 f8_set1(double a) { return _mm256_set1_ps((float)a); }
 static inline f8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void f8_store(float *p, f8 a) { _mm256_storeu_ps(p, a); }
-/* In quarters of a line: NumPy aligns its arrays to 16 bytes and no more, and
- * the halves of a line that a wider store had to skip would be read back. */
+/* In quarters of a line: NumPy aligns its arrays to 16 bytes only.  A wider store
+ * would have to skip a part of the first and last line, which would then be read
+ * from memory. */
 static inline void f8_stream(float *p, f8 a)
 {
     _mm_stream_ps(p, _mm256_castps256_ps128(a));
@@ -38,7 +39,7 @@ static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
 static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
 static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
 static inline f8 f8_fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }
-/* a > b ? a : b and a < b ? a : b: b where either is NaN. */
+/* a > b ? a : b and a < b ? a : b: b if either is NaN. */
 static inline f8 f8_max(f8 a, f8 b) { return _mm256_max_ps(a, b); }
 static inline f8 f8_min(f8 a, f8 b) { return _mm256_min_ps(a, b); }
 
@@ -52,13 +53,13 @@ static inline f8 f16_load(const bnf_f16 *p) { return f16_widen(halves_load(&p->b
 static inline void f16_store(bnf_f16 *p, f8 a) { halves_store(&p->bits, f16_narrow(a)); }
 static inline void f16_stream(bnf_f16 *p, f8 a) { halves_stream(&p->bits, f16_narrow(a)); }
 
-/* bfloat16, by its bits: the instruction that some processors have takes
- * denormals for zeros. */
+/* bfloat16, with integer operations: the instruction that some processors have
+ * treats denormals as zeros. */
 static inline f8 bf16_widen(__m128i a)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
 }
-static inline __m128i bf16_narrow(f8 a); /* each set's own way */
+static inline __m128i bf16_narrow(f8 a); /* defined by each set */
 static inline f8 bf16_load(const bnf_bf16 *p) { return bf16_widen(halves_load(&p->bits)); }
 static inline void bf16_store(bnf_bf16 *p, f8 a) { halves_store(&p->bits, bf16_narrow(a)); }
 static inline void bf16_stream(bnf_bf16 *p, f8 a) { halves_stream(&p->bits, bf16_narrow(a)); }

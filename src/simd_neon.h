@@ -1,13 +1,13 @@
 /* Eight lanes of float32 or float64 on AArch64's Advanced SIMD, which every
- * such processor has: the operations of simd_avx2.h, two or four registers to
- * a vector.  fma is fused, so results are the FMA sets' to the bit.
+ * such processor has: the operations of simd_avx2.h, with two or four registers
+ * per vector.  fma is fused, so results have the bits of the other FMA sets.
  *
- * NEON's own max and min give NaN where either operand is one; ours compare
- * and select, and so give the second operand, as on x86.
+ * NEON's max and min return NaN if either operand is NaN.  Those here compare and
+ * select, and so return the second operand, as on x86.
  *
  * Streaming stores are plain ones.  There is no intrinsic for them; STNP would
- * need assembly and a pair of registers, and is only a hint: cores that write
- * whole lines one after the other stop fetching them first by themselves. */
+ * need assembly and a pair of registers, and is only a hint.  A core that writes
+ * whole lines one after the other stops reading them first without it. */
 #ifndef BNFAST_SIMD_NEON_H
 #define BNFAST_SIMD_NEON_H
 
@@ -29,7 +29,7 @@ typedef struct {
     float64x2_t a, b, c, d;
 } d8;
 
-/* Plain stores are in order for whoever waits for the thread that made them. */
+/* Nothing to do: another thread that waits for this one sees its plain stores. */
 static inline void stream_end(void) {}
 
 static inline f8 f8_set1(double a)
@@ -87,7 +87,7 @@ static inline f8 f8_fma(f8 a, f8 b, f8 c)
 {
     return (f8){vfmaq_f32(c.lo, a.lo, b.lo), vfmaq_f32(c.hi, a.hi, b.hi)};
 }
-/* a > b ? a : b and a < b ? a : b: b where either is NaN. */
+/* a > b ? a : b and a < b ? a : b: b if either is NaN. */
 static inline f8 f8_max(f8 a, f8 b)
 {
     return (f8){vbslq_f32(vcgtq_f32(a.lo, b.lo), a.lo, b.lo),
@@ -122,7 +122,7 @@ static inline void d8_store(double *p, d8 x)
     vst1q_f64(p + 6, x.d);
 }
 
-/* The first n (or none, or both) of two lanes from memory, the others from fill. */
+/* The first n of two lanes (none if n <= 0, both if n >= 2) from memory, the others from fill. */
 static inline float64x2_t d2_load_part(const double *p, ptrdiff_t n, float64x2_t fill)
 {
     if (n >= 2)
@@ -226,8 +226,8 @@ static inline f8 f8_first_of(f8 a, ptrdiff_t n, f8 fill)
                 vbslq_f32(vcltq_u32(vld1q_u32(lanes + 4), end), a.hi, fill.hi)};
 }
 
-/* float16, by the processor's own conversion, which all of them have; only
- * arithmetic in float16 is an extension. */
+/* float16, by the conversions that every AArch64 processor has; only arithmetic
+ * in float16 is an extension. */
 static inline f8 f16_widen(uint16x8_t a)
 {
     const float16x8_t halves = vreinterpretq_f16_u16(a);
@@ -250,14 +250,15 @@ static inline void f16_store_part(bnf_f16 *p, ptrdiff_t n, f8 a)
 }
 static inline void f16_stream(bnf_f16 *p, f8 a) { f16_store(p, a); }
 
-/* bfloat16, by its bits: few processors have instructions for it. */
+/* bfloat16, with integer operations: few processors have instructions for it. */
 static inline f8 bf16_widen(uint16x8_t a)
 {
     return (f8){vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vget_low_u16(a)), 16)),
                 vreinterpretq_f32_u32(vshlq_n_u32(vmovl_high_u16(a), 16))};
 }
-/* What is cut off rounds up from a half on, or from above it where the rest is
- * even; a NaN keeps its upper half, made quiet. */
+/* Rounded to nearest even: 0x7fff, plus 1 if the upper half is odd, carries into
+ * the upper half exactly if it must be rounded up.  A NaN keeps its upper half,
+ * made quiet. */
 static inline uint16x4_t bf16_narrow_four(float32x4_t a)
 {
     const uint32x4_t bits = vreinterpretq_u32_f32(a);

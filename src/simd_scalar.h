@@ -1,11 +1,11 @@
 /* Eight lanes of float32 or float64 in plain C11: the operations of
  * simd_avx2.h on arrays, for processors that have no header of their own.
  *
- * fma is fused where the processor the compiler builds for has an instruction
- * for it (AArch64, POWER, RISC-V with D, s390x), and results are then those of
- * the FMA sets to the bit.  Elsewhere (plain x86-64) it rounds twice, as SSE2
- * does and with SSE2's bits: the C library's fma, exact as it is, would take
- * some hundred instructions for each value. */
+ * fma is fused if the processor that the compiler builds for has an instruction
+ * for it (AArch64, POWER, RISC-V with D, s390x).  Results then have the bits of
+ * the FMA sets.  Elsewhere (plain x86-64) it rounds twice, and results have the
+ * bits of SSE2: the C library's fma is exact, but takes some hundred
+ * instructions per value. */
 #ifndef BNFAST_SIMD_SCALAR_H
 #define BNFAST_SIMD_SCALAR_H
 
@@ -14,8 +14,9 @@
 
 #include "bnfast.h"
 
-/* Traits, see lanes.h.  Lanes computed one by one hide the branches of a variant, and all its loops
- * would be megabytes of scalar code: here the compiler decides what to inline. */
+/* Traits, see lanes.h.  Beside lanes that are computed one by one, the branches of a variant cost
+ * little, and a loop for each variant would be megabytes of scalar code: here the compiler decides
+ * what to inline. */
 #define ISA_UNROLL_ROWS
 #define ISA_FEW_LOOPS true
 #define ISA_INLINE static inline
@@ -89,7 +90,7 @@ static inline f8 f8_fma(f8 a, f8 b, f8 c)
         c.lane[i] = f1_fma(a.lane[i], b.lane[i], c.lane[i]);
     return c;
 }
-/* a > b ? a : b and a < b ? a : b: b where either is NaN. */
+/* a > b ? a : b and a < b ? a : b: b if either is NaN. */
 static inline f8 f8_max(f8 a, f8 b)
 {
     for (int i = 0; i < 8; i++)
@@ -219,8 +220,8 @@ static inline float of_bits(uint32_t bits)
     return a;
 }
 
-/* Exponents are biased by 15, a float32's by 127: 112 more, and twice that for
- * the infinities and NaNs.  A denormal counts 2^-24. */
+/* Exponents are biased by 15, those of float32 by 127: 112 are added, and twice
+ * that for infinities and NaNs.  A denormal counts units of 2^-24. */
 static inline float f16_widen(bnf_f16 a)
 {
     const uint32_t sign = (a.bits & 0x8000u) << 16, size = (a.bits & 0x7fffu) << 13;
@@ -230,14 +231,14 @@ static inline float f16_widen(bnf_f16 a)
 }
 
 /* Rounded to nearest even.  The last place of a float16 denormal is 2^-24, and so
- * is that of 0.5: adding it rounds. */
+ * is that of 0.5 in float32: adding 0.5 rounds to it. */
 static inline bnf_f16 f16_narrow(float a)
 {
     const uint32_t bits = bits_of(a), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
     uint32_t narrow;
     if (size > 0x7f800000) /* NaN, made quiet */
         narrow = 0x7e00 | (size >> 13 & 0x3ff);
-    else if (size >= 0x477ff000) /* 65520, half a place above the largest */
+    else if (size >= 0x477ff000) /* 65520, half a last place above the largest float16 */
         narrow = 0x7c00;
     else if (size < 113u << 23)
         narrow = bits_of(of_bits(size) + 0.5f) - (126u << 23);
@@ -248,8 +249,9 @@ static inline bnf_f16 f16_narrow(float a)
 
 static inline float bf16_widen(bnf_bf16 a) { return of_bits((uint32_t)a.bits << 16); }
 
-/* What is cut off rounds up from a half on, or from above it where the rest is
- * even; a NaN keeps its upper half, made quiet. */
+/* Rounded to nearest even: 0x7fff, plus 1 if the upper half is odd, carries into
+ * the upper half exactly if it must be rounded up.  A NaN keeps its upper half,
+ * made quiet. */
 static inline bnf_bf16 bf16_narrow(float a)
 {
     const uint32_t bits = bits_of(a);

@@ -1,7 +1,7 @@
 /* Eight lanes of float32 or float64 on SSE2, the x86-64 baseline: the
- * operations of simd_avx2.h, two or four registers to a vector.  Without a
- * fused multiply-add, fma rounds twice, so results differ from the FMA sets'
- * in the last bit. */
+ * operations of simd_avx2.h, with two or four registers per vector.  There is no
+ * fused multiply-add: fma rounds twice, so results differ from those of the FMA
+ * sets in the last bit. */
 #ifndef BNFAST_SIMD_SSE2_H
 #define BNFAST_SIMD_SSE2_H
 
@@ -11,8 +11,8 @@
 #include "bnfast.h"
 #include "simd_m128i.h"
 
-/* Traits, see lanes.h.  Eight float64 lanes take four registers of sixteen: unrolled rows would
- * only be spills. */
+/* Traits, see lanes.h.  Eight float64 lanes take four of sixteen registers: unrolled rows would
+ * spill. */
 #define ISA_UNROLL_ROWS
 #define ISA_FEW_LOOPS true
 #define ISA_INLINE static inline __attribute__((always_inline))
@@ -49,7 +49,7 @@ static inline f8 f8_add(f8 a, f8 b) { return (f8){_mm_add_ps(a.lo, b.lo), _mm_ad
 static inline f8 f8_sub(f8 a, f8 b) { return (f8){_mm_sub_ps(a.lo, b.lo), _mm_sub_ps(a.hi, b.hi)}; }
 static inline f8 f8_mul(f8 a, f8 b) { return (f8){_mm_mul_ps(a.lo, b.lo), _mm_mul_ps(a.hi, b.hi)}; }
 static inline f8 f8_fma(f8 a, f8 b, f8 c) { return f8_add(f8_mul(a, b), c); }
-/* a > b ? a : b and a < b ? a : b: b where either is NaN. */
+/* a > b ? a : b and a < b ? a : b: b if either is NaN. */
 static inline f8 f8_max(f8 a, f8 b) { return (f8){_mm_max_ps(a.lo, b.lo), _mm_max_ps(a.hi, b.hi)}; }
 static inline f8 f8_min(f8 a, f8 b) { return (f8){_mm_min_ps(a.lo, b.lo), _mm_min_ps(a.hi, b.hi)}; }
 
@@ -179,15 +179,16 @@ static inline d8 f8_widen(f8 a)
 }
 static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
 
-/* --- float16 and bfloat16, four in the lower halves of 32-bit lanes, by their bits --- */
+/* --- float16 and bfloat16, four in the lower halves of 32-bit lanes, by integer operations --- */
 
 static inline __m128i i4_pick(__m128i mask, __m128i yes, __m128i no)
 {
     return _mm_or_si128(_mm_and_si128(mask, yes), _mm_andnot_si128(mask, no));
 }
 
-/* Exponents are biased by 15, a float32's by 127: 112 more, and twice that for
- * the infinities and NaNs.  A denormal is the fraction of 2^-14, above it. */
+/* Exponents are biased by 15, those of float32 by 127: 112 are added, and twice
+ * that for infinities and NaNs.  A denormal is read as the fraction of a number
+ * above 2^-14, and 2^-14 is subtracted. */
 static inline __m128 f16_widen_four(__m128i a)
 {
     const __m128i rebias = _mm_set1_epi32(112 << 23), one = _mm_set1_epi32(1 << 23);
@@ -203,7 +204,7 @@ static inline __m128 f16_widen_four(__m128i a)
 }
 
 /* Rounded to nearest even.  The last place of a float16 denormal is 2^-24, and so
- * is that of 0.5: adding it rounds. */
+ * is that of 0.5 in float32: adding 0.5 rounds to it. */
 static inline __m128i f16_narrow_four(__m128 a)
 {
     const __m128i bits = _mm_castps_si128(a);
@@ -224,8 +225,9 @@ static inline __m128i f16_narrow_four(__m128 a)
     return _mm_or_si128(narrow, sign);
 }
 
-/* What is cut off rounds up from a half on, or from above it where the rest is
- * even; a NaN keeps its upper half, made quiet. */
+/* Rounded to nearest even: 0x7fff, plus 1 if the upper half is odd, carries into
+ * the upper half exactly if it must be rounded up.  A NaN keeps its upper half,
+ * made quiet. */
 static inline __m128i bf16_narrow_four(__m128 a)
 {
     const __m128i bits = _mm_castps_si128(a), upper = _mm_srli_epi32(bits, 16);
@@ -236,7 +238,7 @@ static inline __m128i bf16_narrow_four(__m128 a)
     return i4_pick(_mm_castps_si128(_mm_cmpunord_ps(a, a)), quiet, rounded);
 }
 
-/* Signed, since the only packing that SSE2 has saturates to signed numbers. */
+/* As signed numbers: SSE2's only packing saturates to those. */
 static inline __m128i halves_pack(__m128i lo, __m128i hi)
 {
     return _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(lo, 16), 16),

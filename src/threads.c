@@ -1,4 +1,4 @@
-/* Tiles are shared out by OpenMP, of whose runtime a process has one, whoever else uses it. */
+/* Tiles are shared out by OpenMP, whose runtime is shared with all libraries of the process. */
 #define _GNU_SOURCE
 #include <link.h>
 #include <omp.h>
@@ -16,7 +16,7 @@
 static struct {
     atomic_bool started, lost;
     bool set_up, forked; /* forked: without exec, before this library was loaded */
-    pid_t home;          /* the process that all of this is about */
+    pid_t home;          /* the process that this state belongs to */
     int openmp_default;
     _Atomic uint64_t at_work; /* calls in the upper half, their threads in the lower */
 } state;
@@ -27,8 +27,8 @@ static int most_of(int a, int b) { return a > b ? a : b; }
 /* ---- Forks
  *
  * libgomp keeps a thread's pool in thread-local memory.  A forked process inherits that memory but
- * none of the pool's threads, and its next parallel region would wait for them for ever.  Memory
- * that is all zero says that there never was a pool. */
+ * none of the pool's threads, and its next parallel region would wait for them forever.  Memory
+ * that is all zero means that there never was a pool. */
 
 typedef struct {
     uintptr_t code;      /* an address in the runtime's code */
@@ -55,11 +55,11 @@ static int look_for_runtime(struct dl_phdr_info *info, size_t size, void *contex
     return found;
 }
 
-/* Whether this thread may have a pool of the runtime's. */
+/* Whether this thread may have a pool of OpenMP threads. */
 static bool has_pool(void)
 {
 #if defined(__x86_64__) || defined(__aarch64__)
-    extern void *__tls_get_addr(size_t index[2]); /* of the loader: module, offset */
+    extern void *__tls_get_addr(size_t index[2]); /* the loader's; module, offset */
     runtime_memory runtime = {.code = (uintptr_t)omp_get_max_threads};
     dl_iterate_phdr(look_for_runtime, &runtime);
     if (runtime.module == 0 || runtime.size == 0)
@@ -67,11 +67,11 @@ static bool has_pool(void)
     const char *bytes = __tls_get_addr((size_t[2]){runtime.module, 0});
     return bytes[0] != 0 || memcmp(bytes, bytes + 1, runtime.size - 1) != 0;
 #else
-    return true; /* the loader counts offsets from elsewhere, where that is not known */
+    return true; /* unknown: on other processors the loader may count offsets differently */
 #endif
 }
 
-/* Linux marks a process that was forked and has not executed a program of its own since. */
+/* Linux marks a process that was forked and has not called exec since. */
 static bool was_forked(void)
 {
     const unsigned forked_no_exec = 0x40; /* PF_FORKNOEXEC */
@@ -86,8 +86,8 @@ static bool was_forked(void)
            flags & forked_no_exec;
 }
 
-/* Asked in the parent: in the child, the loader's lock may be held by a thread that is not there.
- */
+/* Found out in the parent: in the child, a thread that does not exist there may hold the loader's
+ * lock. */
 static _Thread_local bool loses_pool;
 
 static void before_fork(void) { loses_pool = atomic_load(&state.started) || has_pool(); }
@@ -104,7 +104,7 @@ static void after_fork_in_child(void)
 bool bnf_threads_lost(void)
 {
     static _Thread_local bool looked;
-    if (state.home != getpid()) /* by a system call that runs no handlers */
+    if (state.home != getpid()) /* forked by a system call that runs no handlers */
         atomic_store(&state.lost, true);
     if (state.forked && !looked) {
         looked = true;
@@ -121,17 +121,17 @@ void bnf_threads_setup(void)
     state.set_up = true;
     state.home = getpid();
     state.forked = was_forked();
-    bnf_threads_lost(); /* this thread may have one later by right */
+    bnf_threads_lost(); /* look now: a pool that this thread gets later is a valid one */
     state.openmp_default = omp_get_max_threads();
     pthread_atfork(before_fork, NULL, after_fork_in_child);
 }
 
-/* ---- Threads that can be had
+/* ---- Threads that the system grants
  *
- * libgomp ends the process where it cannot create a thread. */
+ * libgomp ends the process if it cannot create a thread. */
 
-/* glibc 2.34 gave these a new version, which whatever is linked on it would ask for; the old one
- * is the same.  Sanitizers put functions of their own in their place, of no version. */
+/* glibc 2.34 gave these symbols a new version, which a build that is linked there would need; the
+ * old version is the same function.  Sanitizers replace them by functions without a version. */
 #if defined(__GLIBC__) && !defined(BNF_SANITIZED)
 #if defined(__x86_64__)
 __asm__(".symver pthread_create, pthread_create@GLIBC_2.2.5");
@@ -149,7 +149,7 @@ static void *wait_for_release(void *gate)
     return NULL;
 }
 
-/* How many of so many threads the system grants beside this one, found out by creating them. */
+/* How many of so many more threads the system grants, found out by creating them. */
 static int granted(int wanted)
 {
     enum { MOST = 1024 };
@@ -166,8 +166,8 @@ static int granted(int wanted)
     return created;
 }
 
-/* A team of so many, or of as many as there can be.  Once a thread has had a team, its pool keeps
- * the threads. */
+/* The size of a team: so many threads, or as many as the system grants.  Once a thread has had a
+ * team, its pool keeps the threads. */
 static int team_of(int threads)
 {
     static _Thread_local int largest = 1;
@@ -219,9 +219,9 @@ int bnf_openmp_version(void) { return _OPENMP; }
 
 /* ---- Calls at the same time
  *
- * Each thread that calls has a pool of OpenMP's to itself, so that a pool of them would start the
- * square of what the machine has.  A call takes an even share, and no more than is left: that is
- * one where an outer pool is as large as the machine, and all where a call is alone. */
+ * OpenMP gives each calling thread a pool of its own, so calls from as many threads as there are
+ * cores would start the square of that number.  A call takes an even share, and no more than are
+ * left: one thread if as many threads call as there are cores, all if it is the only call. */
 
 static int calls_of(uint64_t at_work) { return (int)(at_work >> 32); }
 static int threads_of(uint64_t at_work) { return (int)(at_work & UINT32_MAX); }

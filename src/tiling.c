@@ -1,26 +1,26 @@
 /* Shape -> blocks -> tiles, as pure functions.
  *
- * Blocks are what the order of summation is made of: they follow from the shape
- * alone, so the bits of a result do too.  Tiles are unions of whole blocks and
- * follow from the caches and the threads, which may only change the speed. */
+ * Blocks decide the order of summation.  They depend on the shape alone, and so
+ * do the bits of a result.  Tiles are unions of whole blocks.  They depend on the
+ * caches and the threads too, which may change only the speed. */
 #include "bnfast.h"
 
-/* The most values of a planar block, and rows of an interleaved one: the bound
- * that kernels.inc.h proves for a sum around a pivot. */
+/* The most values of a planar block, and rows of an interleaved one: kernels.inc.h
+ * proves the accuracy of a sum around a pivot for so many. */
 #define BLOCK_VALUES 16384
 #define MIN_ROWS 32
 #define MAX_ROWS 16384
-/* What an interleaved block should weigh in values: about a quarter of a modest L2. */
+/* How many values an interleaved block should have: about a quarter of a small L2. */
 #define BLOCK_WEIGHT 32768
-/* More blocks than this occupy more threads than anyone has, and cost merges. */
+/* More blocks than this serve more threads than a machine has, and each costs a merge. */
 #define ENOUGH_BLOCKS 512
-/* Below this many bytes a second thread costs more than it brings. */
+/* With fewer bytes for each, another thread costs more time than it saves. */
 #define BYTES_PER_THREAD 100000
-/* Runs that are no multiple of the quantum meet inside one; they are worth
- * streaming if they are long. */
+/* Two runs whose length is not a multiple of this many bytes meet inside such a
+ * unit, which then gets normal stores.  Only long ones are worth streaming. */
 #define STREAM_QUANTUM 16
 #define MIN_STREAMED_RUN 4096
-/* Values in a cache line, of the smaller type. */
+/* float32 values in a cache line. */
 #define LINE 16
 _Static_assert(LINE >= BNF_FEW_CHANNELS, "or a tile that is summed might have a part of them");
 
@@ -64,17 +64,18 @@ ptrdiff_t bnf_values_before(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block)
                  shape.outer * shape.inner);
 }
 
-/* How much a thread may hold of what it sums and then writes: its share of half
- * the last cache, or half its own second one.  The last one is slower, but long
- * runs through memory are worth more than a near second look: a group of one
- * channel of (32,256,56,56) fits L2 and reads at half the speed of one of ten. */
+/* How many bytes a thread may keep in the caches between summing and writing: its
+ * share of a quarter of L3, or half of its own L2 if that is more.  L3 is slower,
+ * but long runs through memory gain more than a second read from a near cache: a
+ * group of one channel of (32,256,56,56) fits L2 and is read at half the speed of
+ * a group of ten. */
 static ptrdiff_t held_bytes(bnf_caches caches, int threads)
 {
     return most(caches.l2 / 2, caches.l3 / (4 * threads));
 }
 
-/* Of a tile that is summed: few enough that every thread has some, and of rows
- * whole cache lines. */
+/* The most channels of a tile that is summed: few enough that every thread gets
+ * some; in rows, whole cache lines. */
 static ptrdiff_t most_channels(bnf_shape shape, bnf_plan plan)
 {
     if (plan.layout == BNF_PLANAR)
@@ -85,15 +86,16 @@ static ptrdiff_t most_channels(bnf_shape shape, bnf_plan plan)
     return least(least(BNF_MAX_INTERLEAVED, quotient_up(share, LINE) * LINE), shape.channels);
 }
 
-/* Whether all threads have about as many groups to do: four fifths of an even share. */
+/* Whether the groups can be shared out evenly: four fifths of the threads' time is used. */
 static bool is_even(ptrdiff_t groups, int threads)
 {
     return groups * 5 >= quotient_up(groups, threads) * threads * 4;
 }
 
-/* Inputs that are past the threads' own caches but all within the last one may be
- * swept twice from end to end: the second look costs no memory either, and runs
- * longer than a group's read faster ((32,2048,7,7) forward: by a quarter). */
+/* Inputs larger than the threads' L2 caches together but within L3 may be read
+ * twice from end to end.  The second pass does not read memory either, and runs
+ * longer than those of a group are read faster ((32,2048,7,7) forward: by a
+ * quarter). */
 static bool stays_in_last_cache(ptrdiff_t input_bytes, bnf_caches caches, int threads)
 {
     return input_bytes > caches.l2 * threads && input_bytes <= caches.l3;
@@ -104,9 +106,9 @@ int bnf_useful_threads(ptrdiff_t bytes)
     return (int)most(least(bytes / BYTES_PER_THREAD, 1 << 16), 1);
 }
 
-/* Tiles for writing alone may be cut anywhere: a few for each thread, of whole
- * rows or images where there are enough of them, since memory likes long runs. */
-static void cut_spread(bnf_shape shape, bnf_plan *plan)
+/* Tiles that are only written may be cut anywhere: a few for each thread, of whole
+ * rows or images if there are enough of them, since long runs are faster. */
+static void cut_write_blocks(bnf_shape shape, bnf_plan *plan)
 {
     const ptrdiff_t wanted = plan->threads > 1 ? 4 * plan->threads : 1;
     const ptrdiff_t at_once = bnf_rows_at_once(shape);
@@ -118,11 +120,11 @@ static void cut_spread(bnf_shape shape, bnf_plan *plan)
     const ptrdiff_t pieces = quotient_up(wanted, stripes * plan->widths);
     const ptrdiff_t length = quotient_up(quotient_up(shape.inner, pieces), 16) * 16;
     const ptrdiff_t segments = quotient_up(shape.inner, length);
-    plan->spread = (bnf_blocks){stripes * segments, outers, segments, length};
+    plan->write_blocks = (bnf_blocks){stripes * segments, outers, segments, length};
 }
 
 /* gathers: whether the call sums anything; reads and writes: how many tensors of
- * this shape it takes in and gives out. */
+ * this shape it reads and writes. */
 bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int reads, int writes,
                        bnf_caches caches, int max_threads)
 {
@@ -143,10 +145,10 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
     if (plan.fused) {
         plan.width = plan.group;
         plan.widths = plan.groups;
-        plan.spread = (bnf_blocks){1, shape.outer, 1, shape.inner};
+        plan.write_blocks = (bnf_blocks){1, shape.outer, 1, shape.inner};
     } else
-        cut_spread(shape, &plan);
-    /* Streaming wins where the call's tensors together are past all caches. */
+        cut_write_blocks(shape, &plan);
+    /* Streaming is faster if the call's tensors together are larger than all caches. */
     const ptrdiff_t last = most(caches.l2 * plan.threads, caches.l3);
     const ptrdiff_t row = shape.channels * bnf_rows_at_once(shape);
     const ptrdiff_t run = (planar ? shape.inner : row) * itemsize;

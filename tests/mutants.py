@@ -58,7 +58,7 @@ MUTANTS = [
     ("src/moments.h", "weight = n_a * share;", "weight = n_b * share;"),
     ("src/moments.h", "b + step < blocks.count ? b + step : blocks.count", "blocks.count"),
     ("src/moments.h", "m2 / (count - ddof)", "m2 / count"),
-    ("src/moments.h", "1 / sqrt(var[c] + eps)", "1 / sqrt(var[c])"),
+    ("src/moments.h", "return 1 / sqrt(var + eps);", "return 1 / sqrt(var);"),
     ("src/moments.h", "scale[c] = weight[c] * inv_std[c];", "scale[c] = inv_std[c];"),
     ("src/moments.h", "sum[a * shape.channels + c] +=", "sum[a * shape.channels + c] ="),
     # the affine map
@@ -69,7 +69,7 @@ MUTANTS = [
     ("src/activations.inc.h", "return max(set1(0.0), z);", "return max(z, set1(0.0));"),
     ("src/activations.inc.h", "min(set1(6.0), max(set1(0.0), z))", "max(set1(0.0), z)"),
     ("src/activations.inc.h", "return max(mul(slope, z), z);", "return mul(slope, z);"),
-    ("src/driver.c", "1 / sqrt(call->var[c] + call->eps)", "1 / sqrt(call->var[c])"),
+    ("src/driver.c", "*= bnf_inv_std(call->var[c], call->eps);", "*= 1;"),
     # the gradients
     ("src/activations.inc.h", "return select_le(z, set1(0.0), set1(0.0), dy);", "return dy;"),
     (
@@ -115,7 +115,11 @@ MUTANTS = [
     # through constants, as for an eval-mode layer's statistics
     ("src/driver.c", "!alone && call->count != 0", "!alone"),
     ("src/driver.c", "call->ones[c] = 1.0;", "call->ones[c] = call->weight[c];"),
-    ("bnfast/functional.py", "1 / np.sqrt(variances + ", "np.sqrt(variances + "),
+    ("bnfast/functional.py", "_core.inv_std(variances, added)", "variances"),
+    ("src/driver.c", "call->inv_std[c] = bnf_inv_std(call->var[c], call->eps);", ";"),
+    # a part of a batch
+    ("src/driver.c", "return !call->has_moments;", "return true;"),
+    ("src/driver.c", "set_forward_numbers(call, 0, call->shape.channels);", ";"),
     # blocks and tiles
     ("src/tiling.c", "inner = block % blocks.segments * blocks.length", "inner = 0"),
     (
@@ -132,7 +136,7 @@ MUTANTS = [
         "shape.outer",
     ),
     # the driver
-    ("src/driver.c", "(1 - momentum) * old + momentum * batch[c]", "momentum * batch[c]"),
+    ("src/moments.h", "(1 - momentum) * running + momentum * batch", "momentum * batch"),
     ("src/driver.c", "bnf_variance(call->m2[c], call->count, ddof)", "call->var[c]"),
     (
         "bnfast/_core.pyx",
@@ -197,10 +201,11 @@ if importlib.util.find_spec("torch"):
         ("bnfast/torch/aten_backward.c", "call->shift, b->bias,", "call->shift, NULL,"),
         ("bnfast/torch/aten_backward.c", ".slope = b->arguments->rest.slope,", ""),
         ("bnfast/torch/aten_backward.c", "call.dresidual = outputs[3];", ""),
+        ("bnfast/torch/aten_backward.c", ".eps = b->arguments->eps,", ""),
         (
             "bnfast/torch/aten_backward.c",
-            "call->inv_std[c] + b->arguments->eps",
-            "call->inv_std[c]",
+            "? &call.output : &call.residual",
+            "? &call.output : &call.output",
         ),
         ("bnfast/torch/aten_forward.c", "call->shift, f->bias,", "call->shift, NULL,"),
         ("bnfast/torch/aten_forward.c", ".eps = a->eps,", ".eps = 1e-5,"),
@@ -212,7 +217,11 @@ if importlib.util.find_spec("torch"):
             "looks_channels_last(x) == looks_channels_last(dy)",
             "true",
         ),
-        ("bnfast/torch/aten_fused.c", '[BNF_RELU6] = "relu6"', '[BNF_RELU6] = "relu7"'),
+        (
+            "bnfast/torch/aten_fused.c",
+            "bnf_activation_name((bnf_activation)found)",
+            "bnf_activation_name((bnf_activation)(found - 1))",
+        ),
         ("bnfast/torch/fused.py", "tuple(v.clone() for v", "tuple(v for v"),
         ("bnfast/torch/modules.py", "self.num_batches_tracked.sub_(1)", "pass"),
     ]

@@ -108,20 +108,6 @@ def submodules():
     return sorted(n for n in names - set(done.stdout.split()) if not n.startswith("_"))
 
 
-def test_a_submodule_that_was_not_imported_says_how():
-    assert {"torch", "onnx", "distributed"} <= set(submodules())
-    code = f"""
-import bnfast
-for name in {submodules()}:
-    assert not hasattr(bnfast, name) and name not in dir(bnfast)
-    try:
-        getattr(bnfast, name)
-    except AttributeError as error:
-        assert str(error).endswith(f"expected 'import bnfast.{{name}}'"), error
-"""
-    assert in_a_new_process(code).stderr == ""
-
-
 @pytest.mark.parametrize("name", ["batch_nrom", "_verbos", "torch.convert", "", "__wrapped__"])
 def test_another_name_is_refused_as_python_does(name):
     with pytest.raises(AttributeError) as caught:

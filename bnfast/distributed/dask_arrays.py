@@ -106,8 +106,15 @@ def dask_normalize(
     ----------
     x : dask.array.Array of float32 or float64
         Rank 2 or more; chunked in any way, along the channels too.
-    mean, var, weight, bias, eps, axis, activation
-        As in `bnfast.normalize`.
+    mean, var : array_like of float32, float64, float16 or bfloat16, shape (channels,)
+    weight, bias : array_like of any of these types, shape (channels,), optional
+        Gamma and beta; 1 and 0 if None.
+    eps : float
+        Added to the variance; at least 0.
+    axis : int
+        The channel axis.
+    activation : str, ("leaky_relu", float) or None
+        Applied last: one of the names that `bnfast.batch_norm` takes.
 
     Returns
     -------
@@ -117,7 +124,7 @@ def dask_normalize(
     Raises
     ------
     TypeError, ValueError
-        As `bnfast.normalize`, before anything is computed.
+        If an argument has a type, shape or value that is not accepted; before anything is computed.
 
     Examples
     --------

@@ -43,7 +43,7 @@ class ForwardCall(NamedTuple):
 
     x: Tensor
     residual: Tensor | None
-    seen: _arrays.Canonical
+    canonical: _arrays.Canonical
     target: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -59,18 +59,18 @@ class ForwardCall(NamedTuple):
             with np.errstate(all="ignore"):
                 self.observer(batch)
         y, (count, mean, var, inv_std) = _core.forward(
-            self.seen.x,
+            self.canonical.x,
             None,
             None,
             self.weight,
             self.bias,
             0.0,
             self.eps,
-            self.seen.axis,
+            self.canonical.axis,
             1,
-            self.seen.residual,
+            self.canonical.residual,
             self.activation,
             self.target,
             moments=(batch.count, batch.mean, batch.m2),
         )
-        return self.seen.give(y), BatchStats(mean, var, inv_std, count)
+        return self.canonical.write_back(y), BatchStats(mean, var, inv_std, count)

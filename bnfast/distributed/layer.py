@@ -37,21 +37,40 @@ class SyncBatchNorm(BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, axis, ddof, activation, dtype
-        As in `BatchNorm`.
+    num_features : int
+        The number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of a new batch in the running statistics; None for the cumulative average.
+    affine : bool
+        Whether the layer has `weight` and `bias`.
+    track_running_stats : bool
+        Whether the layer has running statistics. If False, batches are normalised with their own
+        statistics in both modes.
     group : torch.distributed.ProcessGroup, mpi4py.MPI.Comm or None
         The processes; None is the default group of ``torch.distributed`` at the time of a call.
+    axis : int
+        The channel axis.
+    ddof : {1, 0}
+        The batch variance that updates `running_var` is divided by ``m - ddof``, where m is the
+        number of values per channel on all processes.
+    activation : str, ("leaky_relu", float) or None
+        Applied to the output: one of the names that `batch_norm` takes.
+    dtype : dtype
+        The type of parameters and running statistics: float32 (for float16 and bfloat16 data too)
+        or float64 (for float64 data).
 
     Attributes
     ----------
-    group
+    group : torch.distributed.ProcessGroup, mpi4py.MPI.Comm or None
         `copy.deepcopy` keeps it. A layer can be pickled if its `group` can: None, or a communicator
-        that MPI predefines.
+        that MPI predefines. All other attributes are those of `BatchNorm`.
 
     Raises
     ------
     TypeError, ValueError
-        As `BatchNorm`.
+        If an option has a type or value that is not accepted.
 
     Notes
     -----
@@ -65,6 +84,22 @@ class SyncBatchNorm(BatchNorm):
 
     `weight_grad` and `bias_grad` are those of this process' part, like the gradients of any other
     layer: sum or average them over the processes together with the others.
+
+    Examples
+    --------
+    A program that ``torchrun`` starts on several processes:
+
+    >>> import numpy as np
+    >>> import torch.distributed as dist
+    >>> import bnfast
+    >>> from bnfast.distributed import SyncBatchNorm, all_reduce
+    >>> dist.init_process_group("gloo")
+    >>> layer = SyncBatchNorm(2)
+    >>> x = np.array([[0.0, 1.0], [2.0, 5.0]], np.float32) + dist.get_rank()
+    >>> y = layer(x)  # normalised with the batch of all processes
+    >>> bool(np.allclose(all_reduce(bnfast.moments(y)).mean, 0, atol=1e-6))
+    True
+    >>> dx = layer.backward(y)  # through the mean and variance of that batch
     """
 
     def __init__(
@@ -108,12 +143,19 @@ class SyncBatchNorm(BatchNorm):
         *,
         update_stats: bool = True,
     ) -> Tensor:
-        """Normalise `x`: in training by the batch of all processes, else by the running statistics.
+        """Normalise `x`: in training with the batch of all processes, else with running statistics.
 
         Parameters
         ----------
-        x, residual, out, update_stats
-            As in `BatchNorm`.
+        x : array_like of float32, float64, float16 or bfloat16
+            Rank 2 or more, with `num_features` channels on `axis`.
+        residual : array_like, shape and dtype of `x`, optional
+            Added before the activation.
+        out : ndarray, shape and dtype of `x`, optional
+            Where to write: `x` or `residual` itself, or memory apart from both.
+        update_stats : bool
+            Whether a training forward updates the running statistics. False is for the repeated
+            forward of checkpointing.
 
         Returns
         -------
@@ -122,9 +164,11 @@ class SyncBatchNorm(BatchNorm):
 
         Raises
         ------
-        TypeError, ValueError
-            As `BatchNorm`; also, on every process, if all of them together have one value per
-            channel, or have different numbers of channels.
+        TypeError
+            If an argument has a dtype or type that is not accepted.
+        ValueError
+            If an argument has a wrong shape or value. On every process, if all of them together
+            have one value per channel, or have different numbers of channels.
         RuntimeError
             If another process could not take part (its own exception says why); if `group` is None
             and there is no default one. Statistics and counters are then as they were.
@@ -163,18 +207,18 @@ class SyncBatchNorm(BatchNorm):
         x = self._checked(x)
         residual = _maybe_array("residual", residual)
         given = [_maybe_array(name, getattr(self, name)) for name in _PARAMETERS]
-        seen = _arrays.Canonical(x, axis, residual=residual, out=out)
-        _arrays.check_channels(seen.shape, axis, channels)
+        canonical = _arrays.Canonical(x, axis, residual=residual, out=out)
+        _arrays.check_channels(canonical.shape, axis, channels)
         weight, bias = (
             None if value is None else _arrays.parameter(name, value, channels, out)
             for name, value in zip(_PARAMETERS, given, strict=True)
         )
         others = (x, residual, out, *given)
-        move = None if rates is None else self._move(*rates, channels, seen.x.dtype, others)
-        target = _core.new_output(seen.x) if seen.out is None else seen.out
-        mine = moments(seen.x, axis=seen.axis)
+        move = None if rates is None else self._move(*rates, channels, canonical.x.dtype, others)
+        target = _core.new_output(canonical.x) if canonical.out is None else canonical.out
+        mine = moments(canonical.x, axis=canonical.axis)
         return ForwardCall(
-            x, residual, seen, target, weight, bias, eps, activation, observer, move, mine
+            x, residual, canonical, target, weight, bias, eps, activation, observer, move, mine
         )
 
     def _rates(self) -> tuple[float, int]:
@@ -211,19 +255,23 @@ class SyncBatchNorm(BatchNorm):
 
         Parameters
         ----------
-        dy : array_like
-            Gradient with respect to that forward's output.
+        dy : array_like, shape and dtype of the forward's `x`
+            Gradient of the loss with respect to that forward's output.
 
         Returns
         -------
-        dx, dresidual : ndarray
-            As in `BatchNorm`.
+        dx : ndarray, shape and dtype of the forward's `x`
+        dresidual : ndarray, shape and dtype of the forward's `x`
+            Only if the forward had a residual; the two are then returned as a tuple.
 
         Raises
         ------
-        TypeError, ValueError, RuntimeError
-            As `BatchNorm`; RuntimeError also if another process could not take part. `weight_grad`
-            and `bias_grad` are then as they were.
+        RuntimeError
+            In evaluation mode, before any training forward, if that forward overwrote its input,
+            or if another process could not take part.
+        TypeError, ValueError
+            If `dy` does not fit that forward, or `weight_grad` or `bias_grad` cannot be added to.
+            Both are then unchanged.
         """
         if not self.training:
             return super().backward(dy)  # it raises
@@ -252,17 +300,17 @@ class SyncBatchNorm(BatchNorm):
             name: None if value is None else _arrays.parameter(name, value, len(mean))
             for name, value in given.items()
         }
-        seen = _arrays.Canonical(saved.x, axis, dy=dy, residual=saved.residual, y=saved.y)
+        canonical = _arrays.Canonical(saved.x, axis, dy=dy, residual=saved.residual, y=saved.y)
         arguments: dict[str, Any] = {
-            "dy": seen.dy,
-            "x": seen.x,
+            "dy": canonical.dy,
+            "x": canonical.x,
             "mean": mean,
             "inv_std": inv_std,
             **parameters,
-            "axis": seen.axis,
-            "residual": seen.residual,
+            "axis": canonical.axis,
+            "residual": canonical.residual,
             "activation": activation,
-            "y": seen.y,
+            "y": canonical.y,
         }
         only_sums = (False, True, True, False)
         _, *sums, _ = _core.backward(**arguments, count=0, out=None, needs=only_sums)
@@ -271,7 +319,7 @@ class SyncBatchNorm(BatchNorm):
             self._check_gradients()
             for grad, new in zip((self.weight_grad, self.bias_grad), sums, strict=True):
                 totals.append((np.asarray(grad), _sum(cast("Tensor", grad), new)))
-        arguments.update(count=saved.stats.count, out=_core.new_output(seen.x), needs=wanted)
+        arguments.update(count=saved.stats.count, out=_core.new_output(canonical.x), needs=wanted)
         return _BackwardCall(arguments, sums, totals)
 
 

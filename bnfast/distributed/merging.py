@@ -28,7 +28,7 @@ class Merging(Exchange):
     ----------
     ranks : Ranks
     training : bool
-        Whether to refuse a batch that has one value per channel over all ranks.
+        Whether to refuse a batch that has one value per channel on all ranks together.
     """
 
     def __init__(self, ranks: Ranks, training: bool = False) -> None:
@@ -139,6 +139,19 @@ def all_reduce(moments: Moments, group: Any = None) -> Moments:
     -----
     Two gathers: of ``(channels, count)``, 16 bytes per process, and of mean and M2, 16 bytes per
     channel and process. If a process does not call, the others wait until the group's own timeout.
+
+    Examples
+    --------
+    A program that ``torchrun`` starts on several processes:
+
+    >>> import numpy as np
+    >>> import torch.distributed as dist
+    >>> import bnfast
+    >>> from bnfast.distributed import all_reduce
+    >>> dist.init_process_group("gloo")
+    >>> mine = bnfast.moments(np.array([[1.0, 2.0], [3.0, 2.0]]))
+    >>> all_reduce(mine).count == 2 * dist.get_world_size()
+    True
     """
     exchange = Merging(ranks_of(group))
     with exchange:
@@ -148,7 +161,7 @@ def all_reduce(moments: Moments, group: Any = None) -> Moments:
 def _sendable(given: Any) -> Moments:
     """Return a checked copy, since callers may have changed the attributes of theirs."""
     if not isinstance(given, Moments):
-        raise TypeError(f"moments is {_errors.kind(given)}; expected Moments")
+        raise TypeError(f"moments is {_errors.described(given)}; expected Moments")
     mine = Moments(given.count, given.mean, given.m2)
     check_count(mine.count)
     return mine

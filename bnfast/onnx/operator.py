@@ -30,11 +30,11 @@ def batch_normalization(
 
     Parameters
     ----------
-    x : array_like, shape (N, C, ...) or (N,)
-        Of any type that bnfast takes. Rank 1 is one channel.
-    scale, B : array_like, shape (C,)
+    x : array_like of float32, float64, float16 or bfloat16, shape (N, C, ...) or (N,)
+        Rank 1 is one channel.
+    scale, B : array_like of any of the types of `x`, shape (C,)
         Gamma and beta.
-    mean, var : array_like, shape (C,)
+    mean, var : array_like of any of the types of `x`, shape (C,)
         The statistics to normalise with or, in training, the running ones. Not changed.
     epsilon : float
         Added to the variance; above 0 in training.
@@ -54,9 +54,11 @@ def batch_normalization(
 
     Raises
     ------
-    TypeError, ValueError
-        As `normalize` and `batch_norm_forward`; if `training_mode` is neither 0 nor 1, or
-        `momentum` is not finite.
+    TypeError
+        If an argument has a dtype or type that is not accepted.
+    ValueError
+        If an argument has a wrong shape or value: `training_mode` is neither 0 nor 1, `momentum` is
+        not finite.
     """
     if training_mode not in (0, 1):
         raise ValueError(f"training_mode is {training_mode!r}; expected 0 or 1")

@@ -48,7 +48,12 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
 
     ``torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False,
     context_fn=bnfast.torch.checkpoint_contexts)`` counts each batch once in the running
-    statistics, where PyTorch's layers count it twice.
+    statistics. PyTorch's layers count it twice.
+
+    Returns
+    -------
+    tuple of two context managers
+        One for the forward, which does nothing, and `paused_statistics` for its recomputation.
     """
     return nullcontext(), paused_statistics()
 
@@ -79,11 +84,12 @@ class BatchNormOnCPU(_BatchNorm):
         Parameters
         ----------
         input : Tensor
-            As PyTorch's layer takes it, in any memory format.
+            Of the rank that PyTorch's layer of the same name takes, with its channels on axis 1, in
+            any memory format.
         residual : Tensor, optional
             Added to the result, in the same pass; shape and dtype of `input`.
-        activation : str, ("leaky_relu", slope) or None
-            Applied last, in the same pass.
+        activation : str, ("leaky_relu", float) or None
+            Applied last, in the same pass: one of the names that `bnfast.batch_norm` takes.
 
         Returns
         -------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from bnfast.distributed import Merging, ranks_of
-from bnfast.inference import _reporting, _row_of
+from bnfast.inference import _iterator_of, _reporting
 from bnfast.moments import Moments
 
 from . import fused, tensors
@@ -171,14 +171,14 @@ def _totals(
     alone: bool,
 ) -> list[Moments]:
     """Run the model on all batches; return the moments of each layer's inputs."""
-    row = _row_of(batches)
+    iterator = _iterator_of(batches)
     done = 0
     watched = [_Watched(target) for target in targets]
     with (
         _reporting(progress, batches) as report,
         observing(model, {layer.module: layer for layer in watched}),
     ):
-        for batch in row:
+        for batch in iterator:
             _run(model, batch)
             for layer in watched:
                 layer.end_batch()

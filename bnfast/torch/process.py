@@ -54,7 +54,12 @@ def disable() -> None:
 
 
 def is_enabled() -> bool:
-    """Return whether the batch norms of this process run on bnfast."""
+    """Return whether the batch norms of this process run on bnfast.
+
+    Returns
+    -------
+    bool
+    """
     return _aten.is_on()
 
 

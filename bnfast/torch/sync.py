@@ -45,10 +45,25 @@ class SyncBatchNorm(BatchNormOnCPU):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
-        As in `torch.nn.SyncBatchNorm`.
+    num_features : int
+        The number of channels.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        The weight of a new batch in the running statistics; None for the cumulative average.
+    affine : bool
+        Whether the layer has `weight` and `bias`.
+    track_running_stats : bool
+        Whether the layer has running statistics. If False, batches are normalised with their own
+        statistics in both modes.
     process_group : torch.distributed.ProcessGroup, optional
         The group of ranks. If None, the default group at the time of a call.
+    device : torch.device or str, optional
+        The device of parameters and buffers.
+    dtype : torch.dtype, optional
+        Their type.
+    **options
+        Further options of `torch.nn.SyncBatchNorm`, such as ``bias=False``.
 
     Notes
     -----
@@ -111,8 +126,10 @@ class SyncBatchNorm(BatchNormOnCPU):
         ----------
         input : Tensor
             This rank's part of the batch, ``(N, C, ...)``, in any memory format.
-        residual, activation
-            As in `BatchNorm2d`.
+        residual : Tensor, optional
+            Added to the result, in the same pass; shape and dtype of `input`.
+        activation : str, ("leaky_relu", float) or None
+            Applied last, in the same pass: one of the names that `bnfast.batch_norm` takes.
 
         Returns
         -------
@@ -166,7 +183,7 @@ class SyncBatchNorm(BatchNormOnCPU):
                 "possible under transforms, tracing or fake tensors; call eval(), or use BatchNorm"
             )
         if not isinstance(x, Tensor):
-            raise TypeError(f"input is {_errors.kind(x)}; expected a tensor")
+            raise TypeError(f"input is {_errors.described(x)}; expected a tensor")
         if x.device.type != "cpu":
             raise ValueError(
                 f"SyncBatchNorm expected input tensor to be on GPU, or on the CPU, got {x.device}"
@@ -233,7 +250,24 @@ class SyncBatchNorm(BatchNormOnCPU):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: _Model, process_group: Any = None) -> _Model:
-        """Make every batch norm of a model one over all ranks: `convert_sync_batchnorm`."""
+        """Make every batch norm of a model a `SyncBatchNorm`, in place.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            A model or a single batch norm.
+        process_group : torch.distributed.ProcessGroup, optional
+            The group of ranks; the default group if None.
+
+        Returns
+        -------
+        torch.nn.Module
+            `module`.
+
+        See Also
+        --------
+        bnfast.torch.convert_sync_batchnorm : the same function; it documents which layers change.
+        """
         return convert_sync_batchnorm(module, process_group)
 
 
@@ -281,7 +315,7 @@ def _check_readable(name: str, tensor: Any) -> None:
     if isinstance(tensor, Tensor):  # PyTorch's repr crashes for a tensor whose memory was freed
         found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
     else:
-        found = _errors.kind(tensor)
+        found = _errors.described(tensor)
     accepted = ", ".join(sorted(str(dtype) for dtype in fused.DTYPES))
     raise TypeError(
         f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"

@@ -1,11 +1,14 @@
-"""The code in docs/guide/distributed.md runs as written."""
+"""The code in docs/guide/distributed.md and in docstrings runs as written."""
 
+import doctest
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bnfast import distributed
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "distributed.md"
 MODEL = (
@@ -14,6 +17,7 @@ MODEL = (
 STEP = "\nmodel(torch.randn(4, 3)).sum().backward()\n"
 # PyTorch sometimes aborts when its threads end; that is not tested here.
 END = "\nimport os, torch\ntorch.distributed.barrier()\nos._exit(0)\n"
+RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 def example(mark):
@@ -43,8 +47,7 @@ def run(tmp_path, code, *launcher):
 )
 def test_ranks(tmp_path, before, mark, after):
     pytest.importorskip("torch")
-    code = before + example(mark) + after + END
-    run(tmp_path, code, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run(tmp_path, before + example(mark) + after + END, *RANKS)
 
 
 def test_dask(tmp_path):
@@ -54,3 +57,23 @@ def test_dask(tmp_path):
     x.to_zarr(str(tmp_path / "features.zarr"))
     after = "\nassert da.from_zarr('normalized.zarr').shape == (1000, 3)\nassert m.count == 1000\n"
     run(tmp_path, example("dask_moments(x, axis=1)") + after)
+
+
+@pytest.mark.parametrize("name", ["SyncBatchNorm", "all_reduce"])
+def test_docstrings_on_ranks(tmp_path, name):
+    pytest.importorskip("torch")
+    code = (
+        "import doctest\nfrom bnfast import distributed\n"
+        f"(test,) = doctest.DocTestFinder(recurse=False).find(distributed.{name}, globs={{}})\n"
+        "assert test.examples\n"
+        "doctest.DebugRunner().run(test)"
+    )
+    run(tmp_path, code + END, *RANKS)
+
+
+@pytest.mark.parametrize("name", ["dask_moments", "dask_normalize"])
+def test_docstrings_of_dask(name):
+    pytest.importorskip("dask.array")
+    (test,) = doctest.DocTestFinder().find(getattr(distributed, name), globs={})
+    assert test.examples
+    doctest.DebugRunner().run(test)
