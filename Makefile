@@ -26,7 +26,7 @@ PY := $(VENV)/bin/python
 CREATED := $(VENV)/.bnfast-created
 INSTALLED := $(VENV)/.bnfast-installed
 PIP := $(VENV)/.bnfast-pip
-COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] bnfast/torch/*.[ch] bnfast/*.pyx bnfast/*.pxd)
+COMPILED_FROM := setup.py pyproject.toml $(wildcard src/*.[ch] src/*.inc bnfast/torch/*.[ch] bnfast/*.pyx bnfast/*.pxd)
 # What is copied, not linked, into an environment is copied again when it changes.
 COMPILED_FROM += $(if $(EDITABLE),,$(wildcard bnfast/*.py bnfast/*/*.py))
 C_SOURCES := $(wildcard src/*.[ch] bnfast/torch/*.[ch] bench/*/*.c tests/kernels/*.[ch])

@@ -9,6 +9,7 @@ import re
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def torch_extension():
 
 
 def is_outdated(target, command):
-    """Whether an object is older than a file it was made from, or was made by another command.
+    """Whether a file has changed since an object's compilation began, or the command has.
 
     The compiler lists the files (-MMD) as make reads them: "target: file file \\ file".
     """
@@ -151,8 +152,8 @@ def is_outdated(target, command):
             return True
         listed = files.read_text("utf-8").replace("\\\n", " ").partition(": ")[2]
         names = [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", listed.strip())]
-        made = target.stat().st_mtime_ns
-        return any(Path(name).stat().st_mtime_ns > made for name in names)
+        began = made_by.stat().st_mtime_ns
+        return not target.exists() or any(Path(name).stat().st_mtime_ns > began for name in names)
     except OSError:  # one of them is no more
         return True
 
@@ -167,12 +168,20 @@ def compile_outdated(compiler, folder, units):
         if is_outdated(target, command):
             made_by = target.with_suffix(".command")
             made_by.unlink(missing_ok=True)
+            began = time.time_ns()
             compiler.compile([source], folder, **options)
             made_by.write_text(command, "utf-8")
+            os.utime(made_by, ns=(began, began))
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
         list(pool.map(compile_one, units))
+
+
+def create_library(compiler, folder, name, objects):
+    """Make a static library anew: `ar` would keep the objects of sources that are no more."""
+    Path(folder, compiler.library_filename(name)).unlink(missing_ok=True)
+    compiler.create_static_lib(objects, name, output_dir=folder)
 
 
 def options_of(flags, **others):
@@ -205,7 +214,7 @@ class BuildLibraries(build_clib):
         compile_outdated(self.compiler, self.build_temp, units)
         for name, facts in libraries:
             objects = self.compiler.object_filenames(facts["sources"], output_dir=self.build_temp)
-            self.compiler.create_static_lib(objects, name, output_dir=self.build_clib)
+            create_library(self.compiler, self.build_clib, name, objects)
 
     def can_build(self, flags):
         with tempfile.TemporaryDirectory() as folder:

@@ -509,8 +509,8 @@ class BatchNorm:
 
     def _is_told_by_output(self) -> bool:
         """Whether the activation's derivative can be computed from its output."""
-        name, _ = _options.activation(self.activation, _core.ACTIVATIONS)
-        return _core.ACTIVATIONS[name].from_output
+        name = self.activation[0] if isinstance(self.activation, tuple) else self.activation
+        return name is None or _core.ACTIVATIONS[name].from_output
 
     def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
         return batch_norm_backward(

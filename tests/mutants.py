@@ -21,9 +21,10 @@ OTHERS = [name for name in _core.config()["isas_built"] if name != ISA]
 TESTS = [
     f"tests/test_{name}.py"
     for name in (
-        *("moments", "functional_forward", "functional_backward", "numerics", "half", "layers"),
-        "activations",
-        *("inference", "tiling", "partial_batches", "threads", "forks", "float_environment"),
+        *("moments", "functional_forward", "functional_backward", "numerics", "half"),
+        *("activations", "layers", "layers_backward", "layers_state"),
+        *("inference", "tiling", "partial_batches", "float_environment"),
+        *("threads", "threads_calls", "threads_default", "forks"),
     )
 ]
 

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import re
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -61,15 +62,24 @@ def as_main(module):
         sys.modules["__main__"] = before
 
 
+def forget_torch_counts(monkeypatch):
+    """Make `bnfast.torch` count from nothing: a reader of a page has a new process."""
+    if "bnfast.torch" in sys.modules:
+        from bnfast.torch import _aten, compiled
+
+        _aten.forget_counts()
+        for name in ("_fused", "_apart"):
+            monkeypatch.setattr(compiled, name, Counter())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_examples(page):
+def test_examples(page, monkeypatch):
     text = page.read_text(encoding="utf-8")
     if not blocks(text):
         pytest.skip("no examples")
     for name in re.findall(r"[\w.]+", " ".join(REQUIRES.findall(text))):
         pytest.importorskip(name)
-    if "bnfast.torch" in sys.modules:  # a reader of the page has a new process
-        sys.modules["bnfast.torch"].process._aten.forget_counts()
+    forget_torch_counts(monkeypatch)
     with np.errstate(all="warn"):
         assert run(page, text) == ""
 

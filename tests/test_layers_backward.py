@@ -146,3 +146,20 @@ class TestMask:
         layer = layer_of(p)
         call(layer, p)
         assert layer._saved.residual is layer._saved.y is None
+
+
+def test_a_slope_is_not_read_after_the_statistics_have_moved():
+    class Slope:
+        reads = 0
+
+        def __float__(self):
+            self.reads += 1
+            return 0.1
+
+    problem = make_problem(SHAPE)
+    slope = Slope()
+    layer = BatchNorm(SHAPE[1], activation=("leaky_relu", slope))
+    residual = np.ones_like(problem.x)
+    before = slope.reads
+    layer(problem.x, residual, out=residual)
+    assert slope.reads == before + 1

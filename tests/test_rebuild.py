@@ -105,6 +105,42 @@ def test_what_failed_is_tried_again(build):
             build()
 
 
+def test_an_edit_during_a_compilation_is_not_lost(build, monkeypatch):
+    compile_it = Compiler.compile
+
+    def compile_and_edit(self, sources, output_dir, extra_postargs):
+        compile_it(self, sources, output_dir, extra_postargs)
+        (object_file,) = self.object_filenames(sources, output_dir)
+        (build.folder / "b.c").write_text("int edited;\n")
+        edit(Path(object_file))  # which is finished after the edit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Compiler, "compile", compile_and_edit)
+        (build.folder / "b.o").unlink()
+        assert build() == ["b.c"]
+    assert build() == ["b.c"]
+
+
+class Archiver:
+    """What setup.py asks of setuptools' compiler for a static library."""
+
+    def library_filename(self, name):
+        return f"lib{name}.a"
+
+    def create_static_lib(self, objects, name, output_dir):
+        library = Path(output_dir, self.library_filename(name))
+        subprocess.run(["ar", "rcs", library, *objects], check=True)
+
+
+def test_a_library_has_no_objects_of_sources_that_are_no_more(build):
+    create_library, folder = setup()["create_library"], str(build.folder)
+    for name in ("a", "b"):
+        create_library(Archiver(), folder, "some", [f"{folder}/{name}.o"])
+    library = build.folder / "libsome.a"
+    listed = subprocess.run(["ar", "t", library], check=True, capture_output=True, text=True)
+    assert listed.stdout.split() == ["b.o"]
+
+
 VARIANTS = (
     {},
     {"BNFAST_DEBUG": "1"},

@@ -193,7 +193,8 @@ static void free_forward(aten_forward_arguments *a)
 
 /* ---- Forward, left to PyTorch: by other operators, with the kernels that ours replace */
 
-/* Training needs running statistics. If there are none, make some and ignore their update. */
+/* Training needs running statistics. If there are none, make some and ignore their update. PyTorch
+ * refuses one without the other, which therefore stays undefined. */
 static bool make_running(const aten_forward_arguments *a, torch_tensor *mean, torch_tensor *var)
 {
     int32_t dtype;
@@ -201,9 +202,10 @@ static bool make_running(const aten_forward_arguments *a, torch_tensor *mean, to
     int64_t length;
     const torch_tensor vectors[] = {to_optional(a->weight), to_optional(a->bias),
                                     to_optional(a->running_mean), to_optional(a->running_var)};
+    if (vectors[2] || vectors[3])
+        return (vectors[2] || !torch.undefined(mean)) && (vectors[3] || !torch.undefined(var));
     return aten_type_for_pytorch(a->x, vectors, 4, &dtype, &type, &length) &&
-           (vectors[2] || aten_new_vector(length, dtype, mean)) &&
-           (vectors[3] || aten_new_vector(length, dtype, var));
+           aten_new_vector(length, dtype, mean) && aten_new_vector(length, dtype, var);
 }
 
 static bool leave_training(aten_forward_arguments *a, torch_value *stack)

@@ -160,6 +160,8 @@ def _with_activation(found: Found) -> Found:
         raise Apart("an activation that changes the memory order")
     if found.residual is not None and mask is not None and not alike(mask, z):
         raise Apart("a gradient in another memory order")
+    if mask is not None and any(map(_is_changed, _recomputed_from(found, activation))):
+        raise Apart("an input that its gradient needs is changed in place")
     _check_order(found.norm, last)
     _check_regions(found.norm.node, last)
     return Found(
@@ -193,6 +195,35 @@ def _mask(found: Found, last: Node, activation: Activation, slope: float) -> Nod
     if len(masks) > 1 or (masks and not told):
         raise Apart("its gradient is not the activation's alone")
     return masks[0] if masks else None
+
+
+def _recomputed_from(found: Found, activation: Activation) -> list[Node]:
+    """Return what the fused gradient reads beside PyTorch's: the activation's input is recomputed.
+
+    If there is a residual and the output is enough, the gradient reads the output instead.
+    """
+    if found.residual is not None and activation.from_output:
+        return []
+    return [n for n in (found.norm.bias, found.residual) if n is not None]
+
+
+def _is_changed(node: Node) -> bool:
+    """Whether a value is in an input of the graph that the graph overwrites at its end.
+
+    The backward would read the new value. Autograd would not notice: it saves inputs after that.
+    """
+    while node.op == "call_function" and _is_view(node.target):
+        source: Any = node.args[0]
+        node = source
+    return node.op == "placeholder" and any(_overwrites(user, node) for user in node.users)
+
+
+def _is_view(target: Any) -> bool:
+    return target is operator.getitem or getattr(target, "is_view", False)
+
+
+def _overwrites(user: Node, node: Node) -> bool:
+    return user.target is _aten.copy_.default and user.args[0] is node
 
 
 def _check_order(norm: Norm, last: Node) -> None:

@@ -10,12 +10,13 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from compiling import assert_same, assert_same_steps, compile_copy, images, step
+from compiling import ACTIVATIONS, assert_same, assert_same_steps, compile_copy, images, step
 from layers import Block, SmallResNet, channels_last, gappy, leaf, transposed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnfast.torch
+from bnfast import _core
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -198,6 +199,60 @@ def test_frozen_statistics_changed_before_the_backward():
     ours[0].running_mean.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+class ChangesItsInputs(nn.Module):
+    """Changes the bias, or a residual that is kept between calls, after it is used."""
+
+    def __init__(self, changed, activation):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(5)
+        self.activation = activation
+        self.register_buffer("state", torch.randn(8, 5, 3, 6))
+        self.changed = changed
+
+    def forward(self, x):
+        z = self.norm(x)
+        if self.changed == "bias":
+            y = self.activation(z)
+            with torch.no_grad():
+                self.norm.bias.add_(1)
+            return y
+        residual = self.state[4:] if self.changed == "view" else self.state.chunk(2)[1]
+        y = self.activation(z + residual)
+        self.state.mul_(3)
+        return y
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("changed", ["bias", "view", "chunk"])
+def test_inputs_changed_after_the_forward(changed, activation, fused):
+    """The gradients are those of the values that the forward read."""
+    model = ChangesItsInputs(changed, ACTIVATIONS[activation]()).double()
+    faster, ours = compile_copy(model)
+    for _ in range(2):
+        x = images()
+        assert_same(step(faster, x), step(model, x))
+    assert_same(list(ours.buffers()), list(model.buffers()))
+    left = changed == "bias" or not _core.ACTIVATIONS[activation].from_output
+    reason = "an input that its gradient needs is changed in place"
+    assert fused()[1] == ({reason: 1} if left else {})
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_residual_changed_before_the_backward(activation):
+    """It is an error where the gradient needs the residual."""
+    model = nn.BatchNorm2d(5).double()
+    act = ACTIVATIONS[activation]()
+    faster = torch.compile(lambda x, r: act(model(x) + r), backend=bnfast.torch.backend)
+    x, residual = images().requires_grad_(), images()
+    y = faster(x, residual)
+    residual.add_(1)
+    if _core.ACTIVATIONS[activation].from_output:
+        y.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_under_enable():

@@ -129,7 +129,7 @@ def test_errors_of_modules(info, calls):
 
 
 def refused(args):
-    with pytest.raises((RuntimeError, IndexError)) as caught:
+    with pytest.raises((RuntimeError, IndexError, ValueError)) as caught:
         aten.native_batch_norm(*args)
     return str(caught.value)
 
@@ -146,6 +146,9 @@ BAD = {
     "narrow parameters": (X.double(), ONES, None, ONES, ONES, False, 0.1, 1e-5),
     "mixed parameters": (X, ONES, ONES.double(), ONES, ONES, False, 0.1, 1e-5),
     "halves of another kind": (X.half(), ONES.bfloat16(), None, None, None, True, 0.1, 1e-5),
+    "a mean without a variance": (X, None, None, ONES, None, True, 0.1, 1e-5),
+    "a variance without a mean": (X, ONES, ONES, None, ONES, True, 0.1, 1e-5),
+    "a mean alone, fixed": (X, None, None, ONES, None, False, 0.1, 1e-5),
 }
 
 
