@@ -496,15 +496,15 @@ class BatchNorm:
         The derivative of an activation is recomputed from the inputs, not read from `y`, since the
         caller may change `y`.
         """
-        masked = self.activation is not None and residual is not None
+        needs_residual = self.activation is not None and residual is not None
         covered = _overwritten(residual, out)
         self._saved = Saved(
             None if _overwritten(x, out) else x,
             stats,
             residual is not None,
-            residual if masked and not covered else None,
-            y if masked and covered else None,
-            masked and covered and not self._is_told_by_output(),
+            residual if needs_residual and not covered else None,
+            y if needs_residual and covered else None,
+            needs_residual and covered and not self._is_told_by_output(),
         )
 
     def _is_told_by_output(self) -> bool:

@@ -38,7 +38,7 @@ class Found:
     residual: Node | None = None
     activation: Activation | None = None
     slope: float = 0.0
-    mask: Node | None = None  # the gradient of the activation
+    act_gradient: Node | None = None  # of the activation
 
     @property
     def kind(self) -> str:
@@ -153,14 +153,14 @@ def _with_activation(found: Found) -> Found:
     last, (activation, slope) = known[0]
     if activation.takes_slope and not 0 < slope <= 1:
         raise Apart("a slope that bnfast does not have")
-    mask = _mask(found, last, activation, slope)
-    if any(u is not last and u is not mask for u in z.users):
+    act_gradient = _activation_gradient(found, last, activation, slope)
+    if any(u is not last and u is not act_gradient for u in z.users):
         raise Apart("its result has several readers")
     if not alike(last, z):
         raise Apart("an activation that changes the memory order")
-    if found.residual is not None and mask is not None and not alike(mask, z):
+    if found.residual is not None and act_gradient is not None and not alike(act_gradient, z):
         raise Apart("a gradient in another memory order")
-    if mask is not None and any(map(_is_changed, _recomputed_from(found, activation))):
+    if act_gradient is not None and any(map(_is_changed, _recomputed_from(found, activation))):
         raise Apart("an input that its gradient needs is changed in place")
     _check_order(found.norm, last)
     _check_regions(found.norm.node, last)
@@ -172,29 +172,31 @@ def _with_activation(found: Found) -> Found:
         found.residual,
         activation,
         slope,
-        mask,
+        act_gradient,
     )
 
 
-def _mask(found: Found, last: Node, activation: Activation, slope: float) -> Node | None:
+def _activation_gradient(
+    found: Found, last: Node, activation: Activation, slope: float
+) -> Node | None:
     """Return the node that computes the gradient of an activation, if the graph has it."""
-    masks = [
+    found_gradients = [
         node
         for source in (found.last, last)
         for node in source.users
         if is_backward_of(node, activation, slope) and node.args[1] is source
     ]
     if found.gradient is not None:
-        if found.gradient.args[0] not in masks:
+        if found.gradient.args[0] not in found_gradients:
             raise Apart("its gradient is not the activation's alone")
-        mask: Any = found.gradient.args[0]
-        if found.residual is None and len(mask.users) > 1:
+        act_gradient: Any = found.gradient.args[0]
+        if found.residual is None and len(act_gradient.users) > 1:
             raise Apart("the activation's gradient has several readers")
-        return mask
+        return act_gradient
     told = found.residual is not None and activation.from_output
-    if len(masks) > 1 or (masks and not told):
+    if len(found_gradients) > 1 or (found_gradients and not told):
         raise Apart("its gradient is not the activation's alone")
-    return masks[0] if masks else None
+    return found_gradients[0] if found_gradients else None
 
 
 def _recomputed_from(found: Found, activation: Activation) -> list[Node]:
@@ -260,17 +262,17 @@ def _name(node: Node) -> str:
 
 
 def _replace(graph: Graph, found: Found) -> None:
-    norm, gradient, mask = found.norm, found.gradient, found.mask
+    norm, gradient, act_gradient = found.norm, found.gradient, found.act_gradient
     between = [n for n in (found.addition, norm.results.get(0)) if n is not None]
     results = _replace_forward(graph, found)
     if gradient is not None:
         _replace_backward(graph, found, gradient, results)
-        dead = [gradient] if mask is None else [gradient, mask]
+        dead = [gradient] if act_gradient is None else [gradient, act_gradient]
     else:
         dead = []
-        if mask is not None:  # it stays, and can read the output instead
+        if act_gradient is not None:  # it stays, and can read the output instead
             for node in between:
-                mask.replace_input_with(node, results[0])
+                act_gradient.replace_input_with(node, results[0])
     dead += [found.last, *between, *norm.results.values()]
     for node in dict.fromkeys(n for n in dead if n is not norm.node):
         graph.erase_node(node)
@@ -302,18 +304,18 @@ def _replace_forward(graph: Graph, found: Found) -> dict[Any, Node]:
 
 
 def _replace_backward(graph: Graph, found: Found, gradient: Node, results: dict[Any, Node]) -> None:
-    norm, mask = found.norm, found.mask
-    name = None if found.activation is None or mask is None else found.activation.name
-    others = [] if mask is None else [u for u in mask.users if u is not gradient]
-    first = gradient if mask is None else mask
+    norm, act_gradient = found.norm, found.act_gradient
+    name = None if found.activation is None or act_gradient is None else found.activation.name
+    others = [] if act_gradient is None else [u for u in act_gradient.users if u is not gradient]
+    first = gradient if act_gradient is None else act_gradient
     wanted: Any = gradient.args[9]
     saved = (results[1], results[2]) if norm.training else (None, None)
     beside: Any = None
-    if mask is not None and found.residual is not None:
+    if act_gradient is not None and found.residual is not None:
         from_output = found.activation is not None and found.activation.from_output
         beside = results[0] if from_output else found.residual
     # What a pre-activation is recomputed with.
-    bias = norm.bias if mask is not None and beside is not results[0] else None
+    bias = norm.bias if act_gradient is not None and beside is not results[0] else None
     with graph.inserting_before(first):
         node = graph.call_function(
             torch.ops.bnfast.batch_norm_act_backward.default,

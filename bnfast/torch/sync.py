@@ -390,9 +390,9 @@ class _SyncBatchNorm(torch.autograd.Function):
         ranks: Ranks,
     ) -> Tensor:
         y, activation = call.y, call.activation
-        masked = activation is not None
+        activated = activation is not None
         beside = fused.beside(y, residual, activation)
-        ctx.save_for_backward(x, weight, bias if masked else None, beside, mean, inv_std)
+        ctx.save_for_backward(x, weight, bias if activated else None, beside, mean, inv_std)
         ctx.activation = activation
         ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
         ctx.count, ctx.ranks, ctx.channels = count, ranks, len(mean)
@@ -402,7 +402,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         needs = ctx.needs_input_grad
-        masked = needs[3] and ctx.activation is not None
+        activated = needs[3] and ctx.activation is not None
         dx = dresidual = None
         if needs[0]:
             exchange = Summing(ctx.ranks, ctx.channels)
@@ -412,12 +412,12 @@ class _SyncBatchNorm(torch.autograd.Function):
                 gradients = _typed(parts, ctx.dtypes, needs)
                 dx = torch.empty_like(call.x)
                 sums = exchange.summed(*map(np.asarray, parts))
-            dresidual = call.through_batch(dx, ctx.count, masked, sums)
+            dresidual = call.through_batch(dx, ctx.count, activated, sums)
         else:  # this needs no other rank
             call = _backward_call(ctx, dy)
-            _, *others, dresidual = call.over_part((False, *needs[1:3], masked))
+            _, *others, dresidual = call.over_part((False, *needs[1:3], activated))
             gradients = _typed(others, ctx.dtypes, needs)
-        if needs[3] and not masked:  # the gradient of a sum is the gradient of each term
+        if needs[3] and not activated:  # the gradient of a sum is the gradient of each term
             dresidual = call.dy
         return dx, *gradients, dresidual, None, None, None, None, None
 
@@ -458,10 +458,10 @@ class _BackwardCall(NamedTuple):
         )
 
     def through_batch(
-        self, dx: Tensor, count: int, masked: bool, sums: tuple[Any, Any]
+        self, dx: Tensor, count: int, activated: bool, sums: tuple[Any, Any]
     ) -> Tensor | None:
-        """Fill x's gradient, of a batch that x is a part of; return the residual's if masked."""
-        *_, dresidual = self._run(count, dx, (True, False, False, masked), sums)
+        """Fill x's gradient, of a batch that x is a part of; return the residual's if activated."""
+        *_, dresidual = self._run(count, dx, (True, False, False, activated), sums)
         return None if dresidual is None else tensors.tensor(dresidual, self.x)
 
     def _run(self, count: int, dx: Tensor | None, needs: tuple[bool, ...], sums: Any) -> Any:
