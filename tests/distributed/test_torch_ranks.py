@@ -21,16 +21,16 @@ TOLD = "rank {} could not take part; its own exception says why"
 PROBLEMS = pytest.mark.parametrize("name", program.PROBLEMS)
 # By scenario and rank: moments, then a pass that normalises; sums, then the input's gradient.
 RAN = {
-    "bfloat16_steps": lambda rank: {"moments": 1, "inference": 1, "backward": 2},
-    "data_parallel": lambda rank: {"moments": 8, "inference": 8, "backward": 16},
+    "bfloat16_steps": lambda rank: {"moments": 1, "forward": 1, "backward": 2},
+    "data_parallel": lambda rank: {"moments": 8, "forward": 8, "backward": 16},
     "a_part_of_the_ranks": lambda rank: (
-        {"moments": 1, "inference": 1} if rank < 2 else {"forward": 1}  # alone in its group
+        {"moments": 1, "forward": 1} if rank < 2 else {"forward": 1}  # alone in its group
     ),
-    "compiled": lambda rank: {"moments": 1, "inference": 1},
-    "cumulative_average": lambda rank: {"moments": 3, "inference": 3},
-    "copies": lambda rank: {"moments": 2, "inference": 2},
+    "compiled": lambda rank: {"moments": 1, "forward": 1},
+    "cumulative_average": lambda rank: {"moments": 3, "forward": 3},
+    "copies": lambda rank: {"moments": 2, "forward": 2},
     "evaluation": lambda rank: {"inference": rank + 1},
-    "checkpointed": lambda rank: {"moments": 2, "inference": 2, "backward": 2},
+    "checkpointed": lambda rank: {"moments": 2, "forward": 2, "backward": 2},
 }
 SIZES = [size for transport, size in LAUNCHES if transport == "torch"]
 
@@ -94,7 +94,7 @@ class TestTrainingSteps:
             sums, dx = activation or "plain", forward if activation else "plain"
             assert ran == {
                 ("moments", *key, "plain"): 1,
-                ("inference", *key, forward): 1,
+                ("forward", *key, forward): 1,
                 ("backward", *key, sums): 1,
                 ("backward", *key, dx): 1 + (sums == dx),
             }
