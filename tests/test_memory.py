@@ -435,7 +435,7 @@ def test_statistics_unchanged_if_result_cannot_be_returned(way, monkeypatch):
     def fail(self, result):
         raise MemoryError
 
-    monkeypatch.setattr(_arrays.Canonical, "give", fail)
+    monkeypatch.setattr(_arrays.Canonical, "write_back", fail)
     x = np.random.default_rng(0).standard_normal((6, 4, 10)).astype(np.float32)[..., ::2]
     layer = bnfast.BatchNorm(4)
     if way == "strided statistics":
