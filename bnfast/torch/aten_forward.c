@@ -156,7 +156,7 @@ static bool run_forward_in(forward *f, torch_tensor *results, torch_tensor *room
         .eps = a->eps,
         .has_var = !a->training,
     };
-    forward_outputs out = {NULL};
+    forward_outputs out = {0};
     /* An x in another memory order is copied to the result's memory and normalized in place. */
     if (!make_forward_results(f, results) || !find_outputs(f, results, &out) ||
         !aten_in_order(&f->x, &f->layout, &results[0], &call.x) ||
