@@ -2,7 +2,7 @@
  * slope)`, which is dy times the derivative at the pre-activation z (or at y, from_output).
  *
  * NaN passes through: max and min return their second operand if one is NaN.  At a kink the
- * gradient is PyTorch's: 0, or the slope of leaky_relu. */
+ * gradient is PyTorch's: 0, or the slope of leaky_relu; of hardswish 0 at -3 and 1 at 3. */
 
 INLINE vec NAME(relu)(vec z, vec slope)
 {
