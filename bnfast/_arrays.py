@@ -476,6 +476,14 @@ def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
     )
 
 
+def refuse_output(name: str) -> NoReturn:
+    """Refuse `y` in place of the residual: the activation's derivative needs the input."""
+    raise ValueError(
+        f"y is given without residual, but the derivative of {name} is not told by the output; "
+        "expected the forward's residual, or no y where it had none"
+    )
+
+
 def refuse_part(count: float, m: int) -> NoReturn:
     """Refuse moments that cannot be those of a batch that `x` is a part of."""
     if count == 1:

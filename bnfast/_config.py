@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["show_config"]
-
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from typing import Literal
+
+__all__ = ["show_config"]
 
 
 @overload

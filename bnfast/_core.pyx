@@ -1212,6 +1212,8 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     if dy is None:
         raise TypeError("dy is None; expected the gradient of the output, shaped as x")
     options.act, options.is_part = read_activation(activation), sums is not None
+    if y is not None and residual is None and not bnf_is_from_output(options.act.code):
+        _arrays.refuse_output(bnf_activation_name(options.act.code).decode())
     options.count = read_count("stats.count", count)
     options.needs_x, options.needs_weight, options.needs_bias, options.needs_residual = needs
     axis, dy, x = as_axis(axis), as_array("dy", dy), as_array("x", x)

@@ -45,6 +45,12 @@ def activation(value: Any, known: Mapping[str, ActivationFacts]) -> tuple[str, f
     return name, known[name].slope if slope is None else slope
 
 
+def is_from_output(value: Activation, known: Mapping[str, ActivationFacts]) -> bool:
+    """Whether the derivative of a checked activation can be computed from its output."""
+    name = value[0] if isinstance(value, tuple) else value
+    return name is None or known[name].from_output
+
+
 def plain_activation(value: Any, known: Mapping[str, ActivationFacts]) -> Activation:
     """Return an activation in Python's own types, whose use runs no code of the caller."""
     if value is None:

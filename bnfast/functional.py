@@ -434,7 +434,6 @@ def batch_norm_backward(
     >>> gradients.weight.round(4), gradients.bias
     (array([-1.069 ,  1.3363]), array([1., 1.]))
     """
-    _check_tells(y, residual, activation)
     wanted = _wanted(needs, residual, activation, y, out)
     mean, _, inv_std, count = _stats_of(stats)
     if sums is not None:
@@ -464,18 +463,6 @@ def batch_norm_backward(
             sums,
         )
     )
-
-
-def _check_tells(y: Any, residual: Any, activation: Any) -> None:
-    """Refuse `y` in place of the residual if the activation's derivative needs the input."""
-    if y is None or residual is not None or activation is None:
-        return
-    name, _ = _options.activation(activation, _core.ACTIVATIONS)
-    if not _core.ACTIVATIONS[name].from_output:
-        raise ValueError(
-            f"y is given without residual, but the derivative of {name} is not told by the output; "
-            "expected the forward's residual, or no y where it had none"
-        )
 
 
 def _wanted(

@@ -504,13 +504,10 @@ class BatchNorm:
             residual is not None,
             residual if needs_residual and not covered else None,
             y if needs_residual and covered else None,
-            needs_residual and covered and not self._is_told_by_output(),
+            needs_residual
+            and covered
+            and not _options.is_from_output(self.activation, _core.ACTIVATIONS),
         )
-
-    def _is_told_by_output(self) -> bool:
-        """Whether the activation's derivative can be computed from its output."""
-        name = self.activation[0] if isinstance(self.activation, tuple) else self.activation
-        return name is None or _core.ACTIVATIONS[name].from_output
 
     def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
         return batch_norm_backward(

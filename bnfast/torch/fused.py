@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from bnfast import _core
+from bnfast import _core, _options
 
 from . import process
 
@@ -179,8 +179,7 @@ def activate(y: Tensor, activation: Activation) -> Tensor:
 
 def tells_derivative(activation: Any) -> bool:
     """Whether an activation's output tells its derivative."""
-    name = activation[0] if isinstance(activation, tuple) else activation
-    return name is None or _core.ACTIVATIONS[name].from_output
+    return _options.is_from_output(activation, _core.ACTIVATIONS)
 
 
 def beside(y: Tensor, residual: Tensor | None, activation: Any) -> Tensor | None:
