@@ -13,6 +13,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ONEDNN ?= onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0
 ONNX ?= onnx onnxruntime onnxscript
+JAX ?= jax
 MPI4PY ?= mpi4py>=4
 FORMATS ?= safetensors keras h5py jax flax
 SIMDE ?= simde-py>=0.8.2
@@ -177,7 +178,7 @@ format: $(VENV)/.bnfast-dev  ## rewrite Python and C in the project's format
 docs: $(VENV)/.bnfast-docs  ## the documentation, into docs/_build/html
 	$(PY) -m sphinx --fail-on-warning --keep-going --fresh-env docs docs/_build/html $(ARGS)
 
-bench:  ## against NumPy, PyTorch, oneDNN, ONNX Runtime and memory; writes bench/results/
+bench:  ## against NumPy, PyTorch, oneDNN, JAX and others, and memory; writes bench/results/
 	@$(MAKE) --no-print-directory VENV=$(BENCH_VENV) bench-compare
 
 bench-compare: $(VENV)/.bnfast-bench $(VENV)/.bnfast-peers
@@ -204,11 +205,14 @@ instructions-since: $(INSTALLED)  ## the same against another commit: BASE=HEAD^
 	git worktree remove --force build/base
 	$(PY) -m bench.instructions --pins build/base-pins.json
 
-# Peers of the comparison. One that cannot be installed is left out of it, and said to be. The
-# PyTorch of PyPI brings gigabytes of GPU libraries along; PyTorch's own index for the CPU does not.
+# Peers of the comparison. One that cannot be installed is left out of it, and said to be: libxsmm
+# comes from the system (Debian, Ubuntu: apt install libxsmm-dev), and torch.compile needs a C++
+# compiler. The PyTorch of PyPI brings gigabytes of GPU libraries along; PyTorch's own index for the
+# CPU does not.
 $(VENV)/.bnfast-peers: $(INSTALLED)
 	-$(PY) -m pip install --quiet $(ONEDNN)
 	-$(PY) -m pip install --quiet $(ONNX)
+	-$(if $(JAX),$(PY) -m pip install --quiet $(JAX))
 	-$(if $(TORCH),$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
 	@touch $@
 

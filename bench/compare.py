@@ -1,14 +1,14 @@
 """Compare bnfast with every peer that is installed, and with what memory allows, in one run.
 
-    python -m bench.compare --quick                   under two minutes
+    python -m bench.compare --quick                   some minutes
     python -m bench.compare --json r.json --markdown RESULTS.md --figures figures
     python -m bench.compare --shapes 32x256x56x56 --threads 1 2 --peers torch onednn
 
 All contestants of a row run in turn on the same arrays (see harness/timing.py), with preallocated
 outputs. Their answers are compared with float64 NumPy first. Peers: numpy, torch, onednn,
-onnxruntime, and limits, which are loops that only move the bytes. Peers that are not installed are
-named and left out. With --cold each call takes another set of arrays; together the sets have more
-than twice the size of the last cache.
+onnxruntime, libxsmm, jax, inductor, which is torch.compile, and limits, which are loops that only
+move the bytes. Peers that cannot be had are named and left out, with the reason. With --cold each
+call takes another set of arrays; together the sets have more than twice the size of the last cache.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ PEERS = {
     "torch": ("bench.peers.pytorch", "Torch"),
     "onednn": ("bench.peers.onednn", "OneDNN"),
     "onnxruntime": ("bench.peers.onnx_runtime", "OnnxRuntime"),
+    "libxsmm": ("bench.peers.libxsmm", "Libxsmm"),
+    "jax": ("bench.peers.jax_xla", "Jax"),
+    "inductor": ("bench.peers.inductor", "Inductor"),
 }
 RESULTS = Path(__file__).parent / "results"
 MOST_SETS = 256  # of a cold row; shapes that need more are left out
 
 
 def load_peers(wanted: list[str]) -> tuple[list[Any], dict[str, str]]:
-    """Return the installed peers, bnfast first, and the version of each or why it is left out."""
+    """Return the peers that can be had, bnfast first, and the version of each or why it is left out."""
     found, versions = [Ours()], {"bnfast": Ours.version}
     for name in wanted:
         module, kind = PEERS[name]

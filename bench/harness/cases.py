@@ -15,17 +15,46 @@ from typing import Any
 
 import numpy as np
 
+import bnfast
 from bench.harness import shapes
+from bnfast import _core
 
 EPS = 1e-5
 STEPS = ("forward", "backward", "inference")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # By name: the activation, and whether a residual is added before it.
-VARIANTS = {"plain": (None, False), "relu": ("relu", False), "add_relu": ("relu", True)}
+EVERY_VARIANT = {
+    "plain": (None, False),
+    "relu": ("relu", False),
+    "add_relu": ("relu", True),
+    "silu": ("silu", False),
+}
+# Those that this bnfast can do.
+VARIANTS = [
+    name
+    for name, (activation, _) in EVERY_VARIANT.items()
+    if activation in (None, *_core.ACTIVATIONS)
+]
 LINE = 64
 # How many random values are drawn. Larger arrays repeat them: drawing 250 million takes longer than
 # measuring.
 VALUES_DRAWN = 1 << 22
+Formula = Callable[[np.ndarray], np.ndarray]
+
+
+def sigmoid(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z))
+
+
+# By activation: its value and its slope, as functions of the pre-activation.
+FORMULAS: dict[str | None, tuple[Formula, Formula]] = {
+    None: (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.maximum(z, 0), lambda z: (z > 0).astype(z.dtype)),
+    "silu": (
+        lambda z: z * sigmoid(z),
+        lambda z: sigmoid(z) * (1 + z * (1 - sigmoid(z))),
+    ),
+}
 
 
 def numpy_type(name: str) -> np.dtype[Any]:
@@ -87,11 +116,18 @@ class Case:
 
     @property
     def activation(self) -> str | None:
-        return VARIANTS[self.variant][0]
+        return EVERY_VARIANT[self.variant][0]
 
     @property
     def adds(self) -> bool:
-        return VARIANTS[self.variant][1]
+        return EVERY_VARIANT[self.variant][1]
+
+    def activated(self, z: np.ndarray) -> np.ndarray:
+        return FORMULAS[self.activation][0](z)
+
+    def slope(self, z: np.ndarray) -> np.ndarray:
+        """Return the activation's derivative at the pre-activation z."""
+        return FORMULAS[self.activation][1](z)
 
     def __str__(self) -> str:
         return f"{shapes.label(self.shape)} {self.layout} {self.variant} {self.dtype}"
@@ -162,12 +198,11 @@ class Data:
         return Buffers(*inputs, self._empty(), self._empty(), *vectors)
 
     def _normalized(self) -> np.ndarray:
-        import bnfast
-
-        return bnfast.batch_norm_forward(
+        z = bnfast.batch_norm_forward(
             self.sets[0].x, self.weight, self.bias, eps=EPS, axis=self.case.axis,
-            activation=self.case.activation, residual=self._residual(self.sets[0]),
+            residual=self._residual(self.sets[0]),
         )[0]  # fmt: skip
+        return self.case.activated(z)
 
     def _residual(self, buffers: Buffers) -> np.ndarray | None:
         return buffers.residual if self.case.adds else None
@@ -194,8 +229,8 @@ class Data:
         hat = (x - mean) / np.sqrt(var + EPS)
         pre = hat * weight + bias + (self.columns(b.residual) if self.case.adds else 0)
         if step != "backward":
-            return [np.maximum(pre, 0) if self.case.activation else pre]
-        dy = self.columns(b.dy) * (pre > 0 if self.case.activation else 1)
+            return [self.case.activated(pre)]
+        dy = self.columns(b.dy) * self.case.slope(pre)
         dx = weight / np.sqrt(var + EPS) * (dy - dy.mean(0) - hat * (dy * hat).mean(0))
         return [dx, (dy * hat).sum(0), dy.sum(0)] + ([dy] if self.case.adds else [])
 
@@ -219,4 +254,4 @@ class Data:
     def tolerance(self, step: str) -> float:
         if self.case.half:  # two units in the last place: PyTorch rounds before it adds
             return 2.0**-6 if self.case.dtype == "bfloat16" else 1e-2
-        return 1e-2 if step == "backward" and self.case.activation else 1e-3
+        return 1e-2 if step == "backward" and self.case.activation == "relu" else 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 
 import bnfast
 from bench.harness import small_calls
+from bench.harness.cases import numpy_type
 from bench.harness.timing import Contestant, Progress, measure
 
 BEYOND_CACHES = (32, 256, 56, 56)
@@ -67,20 +69,26 @@ def in_subprocess(code: str, variables: dict[str, str] | None = None) -> str:
 
 
 def half() -> dict[str, Any]:
-    """Return the time of float16 inference over float32's, beyond the cache.
+    """Return the time of inference of half types over float32's: float16's is "ratio".
 
     Where float16 is refused, return the reason instead.
     """
-    calls = {name: half_call(name) for name in ("float32", "float16")}
+    calls = {name: half_call(name) for name in ("float32", "float16", *bfloat16())}
     try:
         calls["float16"]()
     except TypeError as refused:
         return {"refused": str(refused).partition(";")[0]}
     times = measure([Contestant(name, [call]) for name, call in calls.items()])
-    return {"ratio": times["float16"].median / times["float32"].median}
+    over = {name: timing.median / times["float32"].median for name, timing in times.items()}
+    return {"ratio": over.pop("float16")} | {name: over[name] for name in bfloat16()}
+
+
+def bfloat16() -> list[str]:
+    """Return its name where NumPy has it."""
+    return ["bfloat16"] if importlib.util.find_spec("ml_dtypes") else []
 
 
 def half_call(dtype: str) -> Any:
-    x = np.ones(BEYOND_CACHES, dtype)
+    x = np.ones(BEYOND_CACHES, numpy_type(dtype))
     mean, out = np.ones(BEYOND_CACHES[1], np.float32), np.empty_like(x)
     return lambda: bnfast.batch_norm(x, mean, mean, out=out)

@@ -1,8 +1,8 @@
 """oneDNN through its C API (onednn.c), in NCHW, channels-last and its own blocked layouts.
 
-On a CPU it adds no residual; here it is used with float32 only. Its training forward does not
-update running statistics, which saves it a little work. Converting to and from blocked layouts is
-not timed.
+On a CPU it adds no residual and fuses ReLU only; here it is used with float32 only. Its training
+forward does not update running statistics, which saves it a little work. Converting to and from
+blocked layouts is not timed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import compiled
+from bench.harness.blocked import blocked, plain
 from bench.harness.cases import EPS, STEPS, Buffers, Case, Data, Run, empty
 
 HINT = "pip install onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0"
@@ -63,7 +64,7 @@ class OneDNN:
 
     def runs(self, data: Data, buffers: Buffers, step: str) -> dict[str, Run]:
         case = data.case
-        if case.adds or case.dtype != "float32":
+        if case.adds or case.activation not in (None, "relu") or case.dtype != "float32":
             return {}
         made = ((layout, self._run(data, buffers, step, layout)) for layout in _layouts(case))
         return {f"onednn {layout}": run for layout, run in made if run is not None}
@@ -131,21 +132,11 @@ class _Arrays:
         """Return the array itself, or a copy for a blocked layout or where it is not aligned."""
         if not self.block and not self.case.offset:
             return array
-        source = self._blocked(array) if self.block else array
+        source = blocked(array, self.block) if self.block else array
         made = empty(source.shape, np.float32)
         if copy:
             made[...] = source
         return made
-
-    def _blocked(self, array: np.ndarray) -> np.ndarray:
-        n, c = array.shape[:2]
-        blocks = array.reshape(n, c // self.block, self.block, -1)
-        return blocks.transpose(0, 1, 3, 2)
-
-    def _plain(self, array: np.ndarray) -> np.ndarray:
-        if not self.block:
-            return array
-        return array.transpose(0, 1, 3, 2).reshape(self.case.shape)
 
     def given(self, step: str) -> list[tuple[int, np.ndarray]]:
         d, b = self.data, self.buffers
@@ -165,4 +156,4 @@ class _Arrays:
 
     def answer(self, step: str) -> list[np.ndarray]:
         sums = [self.buffers.sum_dyx, self.buffers.sum_dy] if step == "backward" else []
-        return [self._plain(self.out), *sums]
+        return [plain(self.out, self.case.shape) if self.block else self.out, *sums]

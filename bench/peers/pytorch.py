@@ -18,6 +18,13 @@ except ImportError as error:
     raise compiled.Missing("torch is not installed") from error
 
 
+ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": torch.relu_,
+    "silu": lambda y: torch.nn.functional.silu(y, inplace=True),
+}
+
+
 class Torch:
     name = "torch"
     rest = 0.0
@@ -30,7 +37,7 @@ class Torch:
         torch.set_num_threads(n)
 
     def runs(self, data: Data, buffers: Buffers, step: str) -> dict[str, Run]:
-        kind = _Backward if step == "backward" else _BatchNorm
+        kind = Backward if step == "backward" else BatchNorm
         made = kind(data, buffers, step == "forward")
         return {"torch": Run(made.given, made.answer), "torch default": Run(made.own, made.answer)}
 
@@ -64,7 +71,7 @@ class _Tensors:
         return _array(tensor.movedim(1, self.case.axis))
 
 
-class _BatchNorm(_Tensors):
+class BatchNorm(_Tensors):
     def __init__(self, data: Data, b: Buffers, training: bool) -> None:
         super().__init__(data, b, training)
         size = self.case.channels if training else 0
@@ -73,7 +80,7 @@ class _BatchNorm(_Tensors):
     def _finish(self, y: Any) -> Any:
         if self.case.adds:
             y.add_(self.residual)
-        return y.relu_() if self.case.activation else y
+        return ACTIVATIONS[self.case.activation](y)
 
     def given(self) -> Any:
         torch.native_batch_norm(
@@ -92,21 +99,23 @@ class _BatchNorm(_Tensors):
         return [self.in_memory_order(y)]
 
 
-class _Backward(_Tensors):
+class Backward(_Tensors):
     def __init__(self, data: Data, b: Buffers, training: bool) -> None:
         super().__init__(data, b, training)
         forward = torch.native_batch_norm(
             self.x, self.weight, self.bias, None, None, True, 0.1, EPS
         )
-        self.saved = forward[1:]
+        self.z, *self.saved = forward
 
     def _arguments(self, dy: Any) -> tuple[Any, ...]:
         return dy, self.x, self.weight, self.mean, self.var, *self.saved, True, EPS, [True] * 3
 
     def given(self) -> Any:
         dy, ops = self.dy, torch.ops.aten
-        if self.case.activation:
+        if self.case.activation == "relu":
             dy = ops.threshold_backward.grad_input(dy, self.y, 0, grad_input=self.out2)
+        elif self.case.activation == "silu":
+            dy = ops.silu_backward.grad_input(dy, self.z, grad_input=self.out2)
         ops.native_batch_norm_backward.out(
             *self._arguments(dy), out0=self.out, out1=self.sums[0], out2=self.sums[1]
         )
@@ -114,8 +123,10 @@ class _Backward(_Tensors):
 
     def own(self) -> Any:
         dy, ops = self.dy, torch.ops.aten
-        if self.case.activation:
+        if self.case.activation == "relu":
             dy = ops.threshold_backward(dy, self.y, 0)
+        elif self.case.activation == "silu":
+            dy = ops.silu_backward(dy, self.z)
         return dy, *ops.native_batch_norm_backward(*self._arguments(dy))
 
     def answer(self, returned: Any) -> list[np.ndarray]:

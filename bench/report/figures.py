@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 
 from bench.harness.cases import STEPS
-from bench.report.targets import Row, peers, seconds
+from bench.report.targets import Row, ours, peers, seconds
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -25,11 +25,15 @@ STYLE = {
     "onednn nchw": ("#A6CFE8", "oneDNN nchw"),
     "onednn nhwc": ("#0072B2", "oneDNN nhwc"),
     "torch": ("#009E73", "PyTorch"),
+    "torch.compile": ("#66C2A5", "torch.compile"),
     "onnxruntime": ("#CC79A7", "ONNX Runtime"),
+    "libxsmm": ("#E69F00", "libxsmm"),
+    "jax": ("#F0E442", "JAX"),
     "numpy": ("#BBBBBB", "NumPy"),
 }
-SPARE_COLOURS = ("#E69F00", "#F0E442", "#000000")
+SPARE_COLOURS = ("#000000", "#888888", "#882255")
 STEP_COLOURS = dict(zip(STEPS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
+SECOND_WAYS = (" default", " again")
 TITLES = {"forward": "Training forward", "backward": "Backward", "inference": "Inference"}
 CUT = 1.1  # bars end at this share of the limit; more is noise, or data in a cache
 SETTINGS = {
@@ -82,9 +86,9 @@ def roofline(step: str, threads: int, rows: list[Row]) -> Any:
 def styles(rows: list[Row]) -> dict[str, tuple[str, str]]:
     """Return colour and label of every contestant that is drawn: all peers, and bnfast.
 
-    Calls that make their own result ("torch default") are left out.
+    A peer's second ways ("torch default", "jax again") are left out.
     """
-    found = {name: None for row in rows for name in peers(row) if not name.endswith(" default")}
+    found = {name: None for row in rows for name in peers(row) if not name.endswith(SECOND_WAYS)}
     known = {name: style for name, style in STYLE.items() if name == "bnfast" or name in found}
     others = [name for name in found if name not in STYLE]
     spare = itertools.cycle(SPARE_COLOURS)
@@ -109,7 +113,7 @@ def bars(ax: Any, rows: list[Row]) -> None:
 
 
 def share(row: Row, name: str) -> float:
-    taken = seconds(row, name)
+    taken = ours(row) if name == "bnfast" else seconds(row, name)
     return row["limit"] / taken if taken else 0.0
 
 

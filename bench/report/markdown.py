@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import machine
-from bench.report.sections import busy_line, extras_lines, groups, stalls, step_table, verdict_table
+from bench.report.sections import (
+    busy_line,
+    extras_lines,
+    groups,
+    stalls,
+    step_table,
+    unjudged_lines,
+    verdict_table,
+)
 from bench.report.table import number
 from bench.report.targets import Judge, Row, name
 
@@ -19,12 +27,15 @@ runs once untimed before it is timed, so that caches and threads are as its own 
 Times are medians. Outputs are preallocated, except where a column says "default".
 Before timing, outputs are filled with NaN and each answer is compared with float64 NumPy in five
 channels.
-A ratio is the contestant's time over bnfast's: above 1, bnfast is faster. GB/s is the bytes that
-must be moved over bnfast's time; "limit" is bnfast's time over that of a C loop which only moves
-these bytes (`limits.c`), measured in the same rounds, with plain or streaming stores, whichever are
-faster. The bytes are: a copy for a forward and for inference; two reads and a write (x, dy -> dx)
-for a backward; for channels-last, one more read of every input that the statistics need; and a
-residual's own.
+A ratio is the contestant's time over bnfast's: above 1, bnfast is faster. Channels-last data are
+given to bnfast twice, with `axis=-1` and as an NCHW view of the same memory, and the slower of the
+two is its time; "view" is the second over the first. "default" is a call without `out=` over the
+one with it, and "fused" a call with the activation over the one without, all with `axis=-1`.
+GB/s is the bytes that must be moved over bnfast's time; "limit" is bnfast's time over that of a C
+loop which only moves these bytes (`limits.c`), measured in the same rounds, with plain or streaming
+stores, whichever are faster. The bytes are: a copy for a forward and for inference; two reads and a
+write (x, dy -> dx) for a backward; for channels-last, one more read of every input that the
+statistics need; and a residual's own.
 {stalls} of {calls} timed blocks took more than twice their median, mostly because of the scheduler.
 """
 
@@ -39,6 +50,12 @@ NOT_SHOWN = """\
   network ran in them. oneDNN prefers nChw16c with AVX-512, nChw8c with AVX2.
 - ONNX Runtime in channels-last rows: it normalizes channels on axis 1 only. PyTorch fuses neither
   ReLU nor addition on a CPU: its times include them as separate operations.
+- libxsmm in channels-last rows: it has its own blocked layout only, and converting is not timed. It
+  updates no running statistics.
+- What torch.compile's forward keeps for its backward: it is not written here. Both write into given
+  arrays, and JAX into donated ones, which spares them the cost of new memory.
+- JAX's backward from what its forward kept, beside one that computes that again ("jax again"): a
+  whole training step, which XLA compiles as one, may do either.
 - A preallocated residual gradient in bnfast: the backward of add + ReLU always makes a new one.
 - The gain of a whole network: convolutions take most of its time.
 """
@@ -61,7 +78,7 @@ def markdown(results: dict[str, Any], figures: list[Path], beside: Path) -> str:
     tables = [line for title, rows in groups(results) for line in folded(title, rows)]
     sections = {
         "Results": [f"From `{results['command']}`; do not edit."],
-        "Targets": verdict_table(judge, True),
+        "Targets": [*verdict_table(judge, True), *listed(judge)],
         "Figures": [f"![{f.stem}]({os.path.relpath(f, beside)})" for f in figures],
         "The machine": [f"- {line}" for line in machine.lines(results["machine"])],
         "Contestants": [f"- {peer}: {version}" for peer, version in results["peers"].items()],
@@ -92,6 +109,12 @@ def misses_markdown(judge: Judge) -> list[str]:
         total, rest, "", *counted, "",
         "<details><summary>Each of them</summary>", "", *lines, "", "</details>",
     ]  # fmt: skip
+
+
+def listed(judge: Judge) -> list[str]:
+    """Return the targets that this run cannot judge, as a list below the table."""
+    lines = [f"- {line}" for line in unjudged_lines(judge)]
+    return ["", *lines] if lines else []
 
 
 def folded(title: str, rows: list[Row]) -> list[str]:

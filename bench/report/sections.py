@@ -8,7 +8,18 @@ from typing import Any
 from bench.harness import machine
 from bench.harness.cases import STEPS
 from bench.report.table import number, table
-from bench.report.targets import Judge, Row, Verdict, over_limit, over_ours, peers, seconds
+from bench.report.targets import (
+    HALF_TYPES,
+    Judge,
+    Ratio,
+    Row,
+    Verdict,
+    of,
+    ours,
+    over_limit,
+    over_ours,
+    peers,
+)
 
 
 def verdict_cells(v: Verdict) -> list[str]:
@@ -23,27 +34,39 @@ def verdict_table(judge: Judge, markdown: bool) -> list[str]:
     return table(header, [verdict_cells(v) for v in judge.verdicts()], markdown)
 
 
-def contestants(rows: list[Row]) -> list[str]:
-    """Return the columns of some rows: bnfast's default call, then the peers."""
-    found = dict.fromkeys(n for row in rows for n in peers(row))
-    return ["bnfast default", *found]
+def unjudged_lines(judge: Judge) -> list[str]:
+    return [f"No rows in this run for: {name}." for name in judge.unjudged()]
 
 
-def row_cells(row: Row, columns: list[str]) -> list[str]:
-    ours = seconds(row, "bnfast") or 0.0
+# Columns of bnfast's own ways, by title; only those that some row has are shown.
+OWN_WAYS = {
+    "default": of("bnfast default", "bnfast"),
+    "view": of("bnfast view", "bnfast"),
+    "fused": of("bnfast", "bnfast plain"),
+}
+
+
+def columns(rows: list[Row]) -> dict[str, Ratio]:
+    """Return the columns of some rows that are ratios, by title."""
+    own = {title: ratio for title, ratio in OWN_WAYS.items() if any(map(ratio, rows))}
+    return own | {name: over_ours(name) for row in rows for name in peers(row)}
+
+
+def row_cells(row: Row, ratios: dict[str, Ratio]) -> list[str]:
+    mine = ours(row) or 0.0
     return [
         f"{row['shape']} {row['layout']}" + (" cold" if row["cold"] else ""),
-        number(ours * 1e3),
-        number(row["traffic"] / ours / 1e9),
+        number(mine * 1e3),
+        number(row["traffic"] / mine / 1e9),
         number(over_limit(row)),
-        *(number(over_ours(column)(row)) for column in columns),
+        *(number(ratio(row)) for ratio in ratios.values()),
     ]
 
 
 def step_table(rows: list[Row], markdown: bool) -> list[str]:
-    columns = contestants(rows)
-    header = ["", "bnfast ms", "GB/s", "limit", *columns]
-    return table(header, [row_cells(row, columns) for row in rows], markdown)
+    ratios = columns(rows)
+    header = ["", "bnfast ms", "GB/s", "limit", *ratios]
+    return table(header, [row_cells(row, ratios) for row in rows], markdown)
 
 
 def groups(results: dict[str, Any]) -> Iterable[tuple[str, list[Row]]]:
@@ -83,9 +106,14 @@ def extras_lines(results: dict[str, Any]) -> list[str]:
     extras = results["extras"]
     calls = [[call, f"{s * 1e6:.2f} us"] for call, s in extras["small_calls"].items()]
     half = extras["half"]
-    ratio = f"refused ({half['refused']})" if "refused" in half else number(half["ratio"])
+    halves = [
+        f"inference in {name} over float32: "
+        + (f"refused ({half['refused']})" if "refused" in half else number(half[key]))
+        for key, (name, _) in HALF_TYPES.items()
+        if key in half or "refused" in half
+    ]
     return [
         *table(["call on 1x16x4x4", "time"], calls, False),
         f"import bnfast after NumPy: {extras['import_seconds'] * 1e3:.1f} ms",
-        f"inference in float16 over float32, beyond the cache: {ratio}",
+        *halves,
     ]
