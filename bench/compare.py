@@ -45,7 +45,7 @@ MOST_SETS = 256  # of a cold row; shapes that need more are left out
 
 
 def load_peers(wanted: list[str]) -> tuple[list[Any], dict[str, str]]:
-    """Return the peers that can be had, bnfast first, and the version of each or why it is left out."""
+    """Return the peers that can be had, bnfast first; and each one's version, or what it lacks."""
     found, versions = [Ours()], {"bnfast": Ours.version}
     for name in wanted:
         module, kind = PEERS[name]

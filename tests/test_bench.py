@@ -1,11 +1,14 @@
-"""bench/: its modules, what its figures show, and how instruction counts meet their pins."""
+"""bench/: its modules, its peers, what its report says, and how instruction counts meet pins."""
 
 import ast
 import graphlib
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from processes import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +47,267 @@ def test_modules_import_each_other_in_no_circle():
     graphlib.TopologicalSorter(graph).prepare()
 
 
+# What a peer answers: for each case and number of threads, what is wrong and who answered.
+ANSWERS = """
+import json
+from bench.compare import load_peers
+from bench.harness.cases import STEPS, Case, Data
+
+def answers(peer, case, threads):
+    data = Data(case)
+    peer.set_threads(threads)
+    for step in STEPS:
+        for name, run in peer.runs(data, data.sets[0], step).items():
+            error = data.error(step, run)
+            yield step, name, error, error <= data.tolerance(step)
+
+(ours, *found), versions = load_peers([NAME] if NAME != "bnfast" else [])
+peer, version = (found or [ours])[0], versions[NAME]
+left_out = version if version.startswith("left out") else ""
+given = [] if left_out else [(Case(*case), threads) for case, threads in CASES]
+print(json.dumps([left_out, [[str(c), t, *a] for c, t in given for a in answers(peer, c, t)]]))
+"""
+IMAGES = (2, 16, 5, 3)
+CASES = [
+    ((IMAGES, "nchw", "plain"), 2),
+    ((IMAGES, "nchw", "relu"), 1),
+    ((IMAGES, "nchw", "add_relu"), 2),
+    ((IMAGES, "nchw", "silu"), 1),
+    ((IMAGES, "nhwc", "plain"), 1),
+    ((IMAGES, "nhwc", "add_relu"), 2),
+    (((6, 16), "dense", "relu"), 1),
+]
+# By peer: who answers in a forward of each of these cases.
+ANSWERING = {
+    "numpy": ["numpy"] * 7,
+    "torch": ["torch", "torch default"] * 7,
+    "onednn": [
+        *("onednn nchw", "onednn nChw8c", "onednn nChw16c") * 2, "onednn nhwc", "onednn nhwc",
+    ],
+    "onnxruntime": [],
+    "libxsmm": ["libxsmm"] * 4,
+    "jax": ["jax"] * 7,
+    "inductor": ["torch.compile"] * 7,
+}  # fmt: skip
+
+
+def answers_of(name, cases=CASES):
+    """Return what a peer answers, in a process of its own: peers change global settings."""
+    code = f"NAME, CASES = {name!r}, {cases!r}\n{ANSWERS}"
+    done = run_python(code, timeout=500, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    left_out, answers = json.loads(done.stdout.splitlines()[-1])
+    if left_out:
+        pytest.skip(left_out)
+    assert [answer for answer in answers if not answer[-1]] == []
+    return [(case, threads, step, name) for case, threads, step, name, _, _ in answers]
+
+
+class TestPeers:
+    def test_every_peer_is_tested(self):
+        from bench.compare import PEERS
+
+        assert set(ANSWERING) == set(PEERS) - {"limits"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ANSWERING)
+    def test_a_peer_computes_what_float64_does(self, name):
+        answers = answers_of(name)
+        assert [who for *_, step, who in answers if step == "forward"] == ANSWERING[name]
+        assert {"inference"} <= {step for *_, step, _ in answers}
+
+    def test_bnfast_is_given_channels_last_data_twice(self):
+        from bench.harness.cases import VARIANTS
+
+        cases = [case for case in CASES if case[0][2] in VARIANTS and case[0][2] == "add_relu"]
+        answers = answers_of("bnfast", cases)
+        for step in ("forward", "backward", "inference"):
+            names = {case.split()[1]: [] for case, *_ in answers}
+            for case, _, where, who in answers:
+                names[case.split()[1]] += [who] * (where == step)
+            assert names["nchw"] == ["bnfast", "bnfast default"]
+            assert names["nhwc"] == ["bnfast", "bnfast default", "bnfast view"]
+
+    def test_the_view_is_of_the_same_memory(self, monkeypatch):
+        import bnfast
+        from bench.harness.cases import Case, Data
+        from bench.peers.ours import Ours
+
+        data = Data(Case(IMAGES, "nhwc"))
+        buffers = data.sets[0]
+        run = Ours().runs(data, buffers, "inference")["bnfast view"]
+        calls = []
+        monkeypatch.setattr(bnfast, "batch_norm", lambda x, *_, **named: calls.append((x, named)))
+        run.call()
+        ((x, named),) = calls
+        assert (x.shape, named["out"].shape, named["axis"]) == (IMAGES, IMAGES, 1)
+        assert np.shares_memory(x, buffers.x)
+        assert np.shares_memory(named["out"], buffers.out)
+
+    def test_a_peer_that_cannot_be_had_is_named(self, monkeypatch, capsys):
+        from bench.compare import load_peers
+        from bench.peers import libxsmm
+
+        monkeypatch.setattr(libxsmm, "LIBRARIES", ("-lxsmm-is-not-here",))
+        peers, versions = load_peers(["libxsmm"])
+        assert [peer.name for peer in peers] == ["bnfast"]
+        assert versions["libxsmm"].startswith(
+            "left out: libxsmm cannot be used (Debian, Ubuntu: apt"
+        )
+        assert versions["libxsmm"] in capsys.readouterr().err
+
+    @pytest.mark.slow
+    def test_without_a_compiler_there_is_no_torch_compile(self, tmp_path):
+        pytest.importorskip("torch")
+        code = (
+            "from bench.compare import load_peers; print(load_peers(['inductor'])[1]['inductor'])"
+        )
+        nowhere = {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = run_python(code, timeout=200, PYTHONPATH=str(ROOT), **nowhere)
+        assert done.stdout.startswith("left out: torch.compile does not work: "), done.stderr
+
+
+def row(shape="32x64x56x56", layout="nchw", variant="plain", step="forward", limit=1e-3, **times):
+    """Return a row of a run, its times in milliseconds; `_` in a name stands for a space."""
+    named = {name.replace("_", " "): ms * 1e-3 for name, ms in times.items()}
+    n, c, *space = (int(size) for size in shape.split("x"))
+    return {
+        "shape": shape, "layout": layout, "variant": variant, "step": step, "threads": 1,
+        "cold": False, "nbytes": 4 * n * c * int(np.prod(space)), "traffic": 1, "limit": limit,
+        "others": 0.0,
+        "times": {
+            name: {"median": s, "paired": s / named["bnfast"]} for name, s in named.items()
+        },
+    }  # fmt: skip
+
+
+def judge(*rows, l2=2**20, l3=2**25):
+    from bench.report.targets import Judge
+
+    return Judge({
+        "rows": list(rows), "scaling": [], "machine": {"caches": {"l2": l2, "l3": l3}},
+        "extras": {"small_calls": {}, "import_seconds": 0.001, "half": {}},
+    })  # fmt: skip
+
+
+class TestTargets:
+    @staticmethod
+    def verdict(judge, name, judged, step="forward"):
+        found = [
+            v for v in judge.verdicts() if (v.target, v.judged, v.step) == (name, judged, step)
+        ]
+        assert len(found) == 1
+        return found[0]
+
+    def test_the_slower_form_of_channels_last_data_counts(self):
+        times = {"bnfast": 2, "bnfast_view": 4, "torch": 12}
+        judged = judge(row("32x64x28x28", layout="nhwc", **times), row(layout="nhwc", **times))
+        for how in ("mean", "worst"):
+            assert self.verdict(
+                judged, "PyTorch channels_last over ours", how
+            ).value == pytest.approx(3)
+        assert self.verdict(judged, "fastest peer of each row over ours", "worst").value == 3
+        in_cache = self.verdict(judged, "limit: channels-last in the cache", "worst")
+        assert in_cache.value == 4
+
+    def test_a_mean_is_of_convolutions_and_the_worst_of_all_rows(self):
+        judged = judge(
+            row(layout="nhwc", bnfast=1, torch=2),
+            row("1x64x56x56", layout="nhwc", bnfast=1, torch=8),
+            row("60x100", layout="dense", bnfast=2, torch=3),
+            row(layout="nhwc", variant="add_relu", bnfast=1, torch=1.6),
+            row("1x16x4x4", layout="nhwc", bnfast=1, torch=1),
+        )
+        name = "PyTorch channels_last over ours"
+        mean, worst = (self.verdict(judged, name, how) for how in ("mean", "worst"))
+        assert (round(mean.value, 9), mean.bound, mean.met) == (4, 2, True)
+        assert (worst.value, worst.bound, worst.met) == (1.5, 1.5, True)
+        assert worst.where == "60x100 dense"
+
+    def test_the_faster_blocked_layout_is_the_peer(self):
+        times = {"onednn_nChw8c": 3, "onednn_nChw16c": 2}
+        judged = judge(row(bnfast=1, **times), row("32x512x7x7", bnfast=1, onednn_nChw8c=2.5))
+        name = "oneDNN's faster blocked layout over our NCHW"
+        assert self.verdict(judged, name, "worst").value == 2
+        assert self.verdict(judged, name, "mean").count == 2
+
+    @pytest.mark.parametrize(
+        "name", ["onnxruntime", "libxsmm", "jax", "jax_again", "torch.compile"]
+    )
+    def test_a_row_that_is_slower_than_a_peer_is_listed(self, name):
+        from bench.report.markdown import miss_lines
+
+        behind = {"bnfast": 1.0, name: 0.99}
+        even = {"bnfast": 1.0, name: 1.0}
+        judged = judge(row(**even), row("60x100", layout="dense", **behind))
+        (line,) = miss_lines(judged)
+        assert line.endswith(" over ours: 60x100 dense, forward, threads 1: 0.99, asked 1")
+
+    def test_each_row_is_listed_for_one_bound_only(self):
+        from bench.report.markdown import miss_lines
+
+        judged = judge(row(bnfast=1, torch=3, numpy=5))
+        (line,) = miss_lines(judged)
+        assert line.startswith("- PyTorch NCHW over ours: ")
+        assert line.endswith("asked 4")
+
+    def test_sizes_decide_which_limit_is_asked_for(self):
+        judged = judge(
+            row("32x256x56x56", bnfast=1.5),
+            row("32x2048x14x14", bnfast=1.2),
+            row("32x256x56x56", layout="nhwc", bnfast=1.3),
+            row("32x64x28x28", layout="nhwc", bnfast=1.4),
+            row("1x64x28x28", layout="nhwc", bnfast=9),
+            row("32x64x28x28", variant="add_relu", bnfast=1.6),
+            row("1x64x28x28", variant="add_relu", bnfast=9),
+        )
+        worst = {v.target: v.value for v in judged.verdicts() if v.target.startswith("limit: ")}
+        assert worst == pytest.approx({
+            "limit: NCHW beyond the cache": 1.5,
+            "limit: NCHW 14x14 beyond the cache": 1.2,
+            "limit: channels-last beyond the cache": 1.3,
+            "limit: channels-last in the cache": 1.4,
+            "limit: fused add + ReLU": 1.6,
+        })  # fmt: skip
+
+    def test_fused_activations_are_compared_with_plain(self):
+        shape = "32x256x56x56"
+        judged = judge(
+            row(variant="relu", bnfast=1.5, bnfast_plain=1),
+            row(shape, variant="silu", bnfast=1.2, bnfast_plain=1),
+            row("1x64x56x56", variant="silu", bnfast=3, bnfast_plain=1),
+        )
+        assert self.verdict(judged, "fused ReLU over plain", "mean").value == 1.5
+        silu = self.verdict(judged, "fused SiLU over plain, beyond the cache", "mean")
+        assert (silu.value, silu.count) == (pytest.approx(1.2), 1)
+
+    def test_targets_without_rows_are_named(self):
+        from bench.report.markdown import listed
+
+        judged = judge(row(bnfast=1, jax=2))
+        assert "JAX over ours" not in judged.unjudged()
+        assert "libxsmm over ours" in judged.unjudged()
+        assert "- No rows in this run for: libxsmm over ours." in listed(judged)
+
+
+class TestTables:
+    def test_ways_of_bnfast_are_compared_with_each_other(self):
+        from bench.report.sections import columns, row_cells
+
+        times = {"bnfast_default": 3, "bnfast_view": 4, "bnfast_plain": 1, "torch": 8}
+        given = row(layout="nhwc", variant="relu", bnfast=2, **times)
+        ratios = columns([given])
+        assert list(ratios) == ["default", "view", "fused", "torch"]
+        assert row_cells(given, ratios) == [
+            "32x64x56x56 nhwc", "4", "2.5e-07", "4", "1.5", "2", "2", "2",
+        ]  # fmt: skip
+
+    def test_ways_that_no_row_has_are_left_out(self):
+        from bench.report.sections import columns
+
+        assert list(columns([row(bnfast=2, bnfast_default=3)])) == ["default"]
+
+
 class TestFigures:
     @pytest.fixture
     def figures(self):
@@ -74,6 +338,13 @@ class TestFigures:
         colours = [colour for colour, _ in styles.values()]
         assert colours.count(styles["new"][0]) == 1
         assert colours.count(styles["newer"][0]) == 1
+
+    def test_the_slower_form_of_channels_last_data_is_drawn(self, figures):
+        assert figures.share(row(bnfast=2, bnfast_view=4), "bnfast") == 0.25
+
+    def test_second_ways_of_a_peer_are_not_drawn(self, figures):
+        styles = figures.styles([row(bnfast=1, jax=2, jax_again=3, torch_default=4)])
+        assert list(styles) == ["bnfast", "jax"]
 
 
 class TestInstructionPins:

@@ -29,7 +29,9 @@ try:
     import jax.numpy as jnp
     from jax.extend import backend
 except ImportError as error:
-    raise compiled.Missing("jax is not installed") from error
+    raise compiled.Missing(f"{error.name} is not installed") from error
+except RuntimeError as error:  # a processor that it was not built for
+    raise compiled.Missing(f"jax does not start: {error}") from error
 
 ACTIVATIONS = {None: lambda z: z, "relu": jax.nn.relu, "silu": jax.nn.silu}
 Function = Callable[..., Any]

@@ -37,7 +37,7 @@ def _load() -> ctypes.CDLL:
     try:
         code = compiled.load(Path(__file__).with_name("libxsmm.c"), *LIBRARIES)
     except compiled.Missing as error:
-        raise compiled.Missing(f"libxsmm is not installed ({HINT}): {error}") from error
+        raise compiled.Missing(f"libxsmm cannot be used ({HINT}): {error}") from error
     code.version.restype = code.target.restype = ctypes.c_char_p
     code.make_plan.restype = ctypes.c_void_p
     code.make_plan.argtypes = [

@@ -57,18 +57,27 @@ def _place(array: np.ndarray) -> tuple[Any, ...]:
     return "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
 
 
+# By activation: the nodes from z to y, as kind, inputs and result.
+ACTIVATIONS: dict[str | None, list[tuple[str, list[str], str]]] = {
+    None: [],
+    "relu": [("Relu", ["z"], "y")],
+    "silu": [("Sigmoid", ["z"], "s"), ("Mul", ["z", "s"], "y")],
+}
+
+
 def _nodes(case: Case) -> list[Any]:
-    """Return the normalization and the nodes that follow it in the variant; the last makes y."""
-    kinds = ["BatchNormalization", *(["Add"] if case.adds else [])]
-    kinds += ["Relu"] if case.activation else []
-    given = {"BatchNormalization": ["weight", "bias", "mean", "var"], "Add": ["residual"]}
-    names = ["x", *(f"after_{kind}" for kind in kinds[:-1]), "y"]
-    nodes = [
-        helper.make_node(kind, [source, *given.get(kind, [])], [result])
-        for kind, source, result in zip(kinds, names[:-1], names[1:], strict=True)
-    ]
-    nodes[0].attribute.append(helper.make_attribute("epsilon", EPS))
-    return nodes
+    """Return the normalization and the nodes that follow it in the variant."""
+    norm = ("BatchNormalization", ["x", "weight", "bias", "mean", "var"])
+    if case.adds:
+        nodes = [(*norm, "normalized"), ("Add", ["normalized", "residual"], "z")]
+    elif case.activation:
+        nodes = [(*norm, "z")]
+    else:
+        nodes = [(*norm, "y")]
+    nodes += ACTIVATIONS[case.activation]
+    made = [helper.make_node(kind, inputs, [result]) for kind, inputs, result in nodes]
+    made[0].attribute.append(helper.make_attribute("epsilon", EPS))
+    return made
 
 
 def _model(data: Data) -> Any:

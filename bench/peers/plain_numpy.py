@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.harness.cases import EPS, Buffers, Case, Data, Run
+from bench.harness.cases import EPS, Buffers, Case, Data, Run, sigmoid
 
 
 class NumPy:
@@ -32,8 +32,10 @@ class NumPy:
 def _finish(case: Case, b: Buffers) -> None:
     if case.adds:
         np.add(b.out, b.residual, out=b.out)
-    if case.activation:
+    if case.activation == "relu":
         np.maximum(b.out, 0, out=b.out)
+    elif case.activation == "silu":
+        np.multiply(b.out, sigmoid(b.out), out=b.out)
 
 
 def _batch_norm(data: Data, b: Buffers, axes: Any, shape: Any, training: bool) -> Run:
@@ -52,11 +54,16 @@ def _batch_norm(data: Data, b: Buffers, axes: Any, shape: Any, training: bool) -
     return Run(call, lambda y: [y])
 
 
-def _masked(case: Case, b: Buffers) -> Callable[[], np.ndarray]:
-    """Return a function for dy times the activation's mask, which is the residual's gradient."""
-    if not case.activation:
+def _sloped(case: Case, b: Buffers, z: np.ndarray) -> Callable[[], np.ndarray]:
+    """Return a function for dy times the activation's slope, which is the residual's gradient.
+
+    ReLU's is taken from y, SiLU's from the pre-activation z, which a forward would have kept.
+    """
+    if case.activation is None:
         return lambda: b.dy
-    return lambda: np.multiply(b.dy, b.y > 0, out=b.out2)
+    if case.activation == "relu":
+        return lambda: np.multiply(b.dy, b.y > 0, out=b.out2)
+    return lambda: np.multiply(b.dy, case.slope(z), out=b.out2)
 
 
 def _backward(data: Data, b: Buffers, axes: Any, shape: Any) -> Run:
@@ -64,10 +71,11 @@ def _backward(data: Data, b: Buffers, axes: Any, shape: Any) -> Run:
     mean = b.x.mean(axes, np.float64, keepdims=True).astype(b.x.dtype)
     inv_std = 1 / np.sqrt(b.x.var(axes, np.float64, keepdims=True).astype(b.x.dtype) + EPS)
     count = b.x.size // data.case.channels
-    masked = _masked(data.case, b)
+    z = (b.x - mean) * (weight * inv_std) + data.bias.reshape(shape)
+    sloped = _sloped(data.case, b, z)
 
     def call() -> list[np.ndarray]:
-        dy = masked()
+        dy = sloped()
         hat = (b.x - mean) * inv_std
         dbias = dy.sum(axes, keepdims=True)
         dweight = (dy * hat).sum(axes, keepdims=True)
