@@ -85,7 +85,8 @@ class Comparison:
     def run(self) -> None:
         plan = self.plan()
         each = list(itertools.product(self.options.threads, STEPS))
-        progress = Progress([0.4 + case.nbytes / 3e7 for case, _ in plan for _ in each])
+        # Seconds, about: most of a small row's go to compiling, of a large one's to the slow peers.
+        progress = Progress([2.5 + case.nbytes / 1.3e7 for case, _ in plan for _ in each])
         for case, cold in plan:
             data = Data(case, sets_for(case, cold, self.cache) or 1)
             for threads, step in each:

@@ -257,6 +257,7 @@ class TestTargets:
             row("32x2048x14x14", bnfast=1.2),
             row("32x256x56x56", layout="nhwc", bnfast=1.3),
             row("32x64x28x28", layout="nhwc", bnfast=1.4),
+            row("32x64x56x56", layout="nhwc", bnfast=9),
             row("1x64x28x28", layout="nhwc", bnfast=9),
             row("32x64x28x28", variant="add_relu", bnfast=1.6),
             row("1x64x28x28", variant="add_relu", bnfast=9),
