@@ -343,6 +343,16 @@ class TestFigures:
     def test_the_slower_form_of_channels_last_data_is_drawn(self, figures):
         assert figures.share(row(bnfast=2, bnfast_view=4), "bnfast") == 0.25
 
+    def test_every_peer_has_room_in_the_legend(self, figures):
+        names = dict.fromkeys(figures.STYLE, 2)
+        figure = figures.roofline("forward", 2, [row(**names), row("1x64x56x56", **names)])
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        legend, frame = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert frame.x0 <= legend.x0
+        assert legend.y0 >= axes.transData.transform((0, figures.CUT))[1]
+        figures.plt.close(figure)
+
     def test_second_ways_of_a_peer_are_not_drawn(self, figures):
         styles = figures.styles([row(bnfast=1, jax=2, jax_again=3, torch_default=4)])
         assert list(styles) == ["bnfast", "jax"]

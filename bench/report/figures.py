@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ SPARE_COLOURS = ("#000000", "#888888", "#882255")
 STEP_COLOURS = dict(zip(STEPS, ("#D55E00", "#0072B2", "#009E73"), strict=True))
 SECOND_WAYS = (" default", " again")
 TITLES = {"forward": "Training forward", "backward": "Backward", "inference": "Inference"}
+IN_A_LINE = 7  # contestants that a line of the legend holds
 CUT = 1.1  # bars end at this share of the limit; more is noise, or data in a cache
 SETTINGS = {
     "font.size": 9,
@@ -106,10 +108,12 @@ def bars(ax: Any, rows: list[Row]) -> None:
             write_values(ax, places, heights)
     ax.axhline(1, color="black", linewidth=0.9, linestyle="--")
     ax.set_xticks(range(len(rows)), [tick(row) for row in rows], fontsize=7.5)
-    ax.set_ylim(0, 1.32)
+    lines = math.ceil(len(drawn) / IN_A_LINE)
+    ax.set_ylim(0, 1.2 + 0.12 * lines)
     ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "limit"])
     ax.grid(axis="y", linewidth=0.3)
-    ax.legend(ncols=len(drawn), loc="upper right", fontsize=8, borderaxespad=0)
+    columns = math.ceil(len(drawn) / lines)
+    ax.legend(ncols=columns, loc="upper right", fontsize=8, borderaxespad=0)
 
 
 def share(row: Row, name: str) -> float:
