@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,30 +48,35 @@ class Jax:
         # A call waits for its result anyway; handed to another thread it takes longer.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         self.devices: dict[int, Any] = {}
+        self.row: tuple[Data, str, int] | None = None
 
     def set_threads(self, n: int) -> None:
         if n not in self.devices:
             self.devices[n] = _device(n)
-        self.device = self.devices[n]
+        self.threads, self.device = n, self.devices[n]
 
     def runs(self, data: Data, buffers: Buffers, step: str) -> dict[str, Run]:
         case = data.case
         if case.dtype != "float32":
             return {}
+        row = (data, step, self.threads)
+        if self.row != row:
+            self.row, self.compiled = row, _Compiled(_functions(case, step))
         large = (buffers.x, buffers.residual, buffers.dy)
         x, residual, dy = (jax.device_put(array, self.device) for array in large)
         vectors = (data.weight, data.bias, data.mean, data.var)
         weight, bias, mean, var = (jax.device_put(vector, self.device) for vector in vectors)
         given = (weight, bias, *([residual] if case.adds else []))
-        if step == "forward":
-            return {"jax": _run(_training(case), x, x, mean, var, *given)}
-        if step == "inference":
-            return {"jax": _run(_inference(case), x, x, mean, var, *given)}
-        kept = jax.jit(lambda *given: jax.vjp(_normalized(case), *given)[1])(x, *given)
+        if step != "backward":
+            return {"jax": self._run("jax", x, x, mean, var, *given)}
+        kept = self.compiled.kept(x, *given)
         return {
-            "jax": _run(lambda kept, dy: _sorted(kept(dy)), x, kept, dy),
-            "jax again": _run(_gradients(case), x, dy, x, *given),
+            "jax": self._run("jax", x, kept, dy),
+            "jax again": self._run("jax again", x, dy, x, *given),
         }
+
+    def _run(self, name: str, like: Any, *arguments: Any) -> Run:
+        return Run(_Call(self.compiled, name, like, arguments), _answer)
 
 
 def _device(threads: int) -> Any:
@@ -86,14 +92,35 @@ def _device(threads: int) -> Any:
             os.environ["NPROC"] = before
 
 
-def _run(function: Function, like: Any, *arguments: Any) -> Run:
-    return Run(_Call(function, like, arguments), _answer)
-
-
 def _answer(found: Any) -> list[np.ndarray]:
     """Return y; or dx, the gradients of weight and bias, and the residual's."""
     (first, *others), gradients = found
     return [np.asarray(array) for array in (first, *gradients, *others)]
+
+
+class _Compiled:
+    """The functions of a row, compiled once for all its sets of arrays."""
+
+    def __init__(self, functions: dict[str, Function]) -> None:
+        self.functions = functions
+        self.executables: dict[str, Function] = {}
+
+    def executable(self, name: str, outputs: list[Any], arguments: tuple[Any, ...]) -> Function:
+        if name not in self.executables:
+            function = self.functions[name]
+
+            def given_outputs(outputs: list[Any], *arguments: Any) -> Any:
+                return function(*arguments)
+
+            jitted = jax.jit(given_outputs, donate_argnums=0, keep_unused=True)
+            self.executables[name] = jitted.lower(outputs, *arguments).compile()
+        return self.executables[name]
+
+    @cached_property
+    def kept(self) -> Function:
+        """What a forward keeps for its backward, which is a function of dy."""
+        normalized = self.functions["normalized"]
+        return jax.jit(lambda *given: jax.vjp(normalized, *given)[1])
 
 
 class _Call:
@@ -103,19 +130,28 @@ class _Call:
     What is computed beside these (running statistics) comes last.
     """
 
-    def __init__(self, function: Function, like: Any, arguments: tuple[Any, ...]) -> None:
-        def given_outputs(outputs: list[Any], *arguments: Any) -> Any:
-            return function(*arguments)
-
-        self.arguments = arguments
-        count = len(jax.eval_shape(function, *arguments)[0])
-        self.outputs = [jnp.zeros_like(like) for _ in range(count)]
-        jitted = jax.jit(given_outputs, donate_argnums=0, keep_unused=True)
-        self.run = jitted.lower(self.outputs, *arguments).compile()
+    def __init__(
+        self, compiled: _Compiled, name: str, like: Any, arguments: tuple[Any, ...]
+    ) -> None:
+        count = len(jax.eval_shape(compiled.functions[name], *arguments)[0])
+        self.arguments, self.outputs = arguments, [jnp.zeros_like(like) for _ in range(count)]
+        self.run = compiled.executable(name, self.outputs, arguments)
 
     def __call__(self) -> Any:
         self.outputs, *others = jax.block_until_ready(self.run(self.outputs, *self.arguments))
         return self.outputs, others[0]
+
+
+def _functions(case: Case, step: str) -> dict[str, Function]:
+    if step == "forward":
+        return {"jax": _training(case)}
+    if step == "inference":
+        return {"jax": _inference(case)}
+    return {
+        "normalized": _normalized(case),
+        "jax": lambda kept, dy: _sorted(kept(dy)),
+        "jax again": _gradients(case),
+    }
 
 
 def _moments(x: Any, axis: int) -> tuple[Any, Any]:
