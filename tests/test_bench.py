@@ -91,10 +91,14 @@ ANSWERING = {
 }  # fmt: skip
 
 
+def run_beside_bench(code, **given):
+    """Run code that can import bench, and the bnfast that the tests import."""
+    return run_python(f"import bnfast, sys; sys.path.append({str(ROOT)!r})\n{code}", **given)
+
+
 def answers_of(name, cases=CASES):
     """Return what a peer answers, in a process of its own: peers change global settings."""
-    code = f"NAME, CASES = {name!r}, {cases!r}\n{ANSWERS}"
-    done = run_python(code, timeout=500, PYTHONPATH=str(ROOT))
+    done = run_beside_bench(f"NAME, CASES = {name!r}, {cases!r}\n{ANSWERS}", timeout=500)
     assert done.returncode == 0, done.stderr
     left_out, answers = json.loads(done.stdout.splitlines()[-1])
     if left_out:
@@ -175,7 +179,7 @@ class TestPeers:
             "from bench.compare import load_peers; print(load_peers(['inductor'])[1]['inductor'])"
         )
         nowhere = {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-        done = run_python(code, timeout=200, PYTHONPATH=str(ROOT), **nowhere)
+        done = run_beside_bench(code, timeout=200, **nowhere)
         assert done.stdout.startswith("left out: torch.compile does not work: "), done.stderr
 
 
