@@ -12,5 +12,7 @@ Floats: TypeAlias = NDArray[np.floating[Any]]
 Tensor: TypeAlias = NDArray[Any]  # of the shape of x
 Vector: TypeAlias = NDArray[np.float64]  # one value per channel
 # The names of src/activations.inc, which a type checker cannot read.
-ActivationName: TypeAlias = Literal["relu", "relu6", "leaky_relu", "hardswish"]
+ActivationName: TypeAlias = Literal[
+    "relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu", "gelu"
+]
 Activation: TypeAlias = ActivationName | tuple[Literal["leaky_relu"], float] | None

@@ -7,7 +7,7 @@ INLINE void NAME(apply_some)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t n, NAM
     vec z = fmadd(d, a.scale, a.shift);
     if (v.residual)
         z = add(z, NAME(load_some)((const T *)f->residual + i, n));
-    NAME(store_some)((T *)f->y + i, n, NAME(activate)(z, slope, v), f->stream);
+    NAME(store_some)((T *)f->y + i, n, VEC(activate)(z, slope, v), f->stream);
 }
 
 INLINE void NAME(apply_run)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t end, NAME(affine_vec) a,
@@ -94,7 +94,13 @@ INLINE void NAME(apply_added)(const bnf_forward *f, bnf_tile tile, variant v)
 
 INLINE void NAME(apply)(const bnf_forward *f, bnf_tile tile, bnf_layout layout)
 {
+    if (bnf_is_smooth(f->activation)) {
+        NAME(apply_added)(f, tile,
+                          (variant){.layout = layout, .activation = f->activation, .smooth = true});
+        return;
+    }
     switch (f->activation) {
+#define SMOOTH(...)
 #define ACTIVATION(CODE, ...)                                                              \
     case BNF_##CODE:                                                                       \
         NAME(apply_added)(f, tile, (variant){.layout = layout, .activation = BNF_##CODE}); \

@@ -90,6 +90,20 @@ static inline bool bnf_is_from_output(bnf_activation activation)
     }
 }
 
+/* Whether it shares its loops (activations.inc). */
+static inline bool bnf_is_smooth(bnf_activation activation)
+{
+    switch (activation) {
+#define ACTIVATION(...)
+#define SMOOTH(CODE, ...) \
+    case BNF_##CODE:      \
+        return true;
+#include "activations.inc"
+    default:
+        return false;
+    }
+}
+
 static inline double bnf_default_slope(bnf_activation activation)
 {
     switch (activation) {

@@ -108,7 +108,7 @@ INLINE void NAME(grad_input_activated)(const bnf_backward *b, bnf_tile tile, var
 {
     if (b->z_source == BNF_Z_FROM_X_RESIDUAL)
         NAME(grad_input_through)(b, tile, (v.z_source = BNF_Z_FROM_X_RESIDUAL, v));
-    else if (b->z_source == BNF_Z_FROM_Y && bnf_is_from_output(v.activation))
+    else if (b->z_source == BNF_Z_FROM_Y && !v.smooth && bnf_is_from_output(v.activation))
         NAME(grad_input_through)(b, tile, (v.z_source = BNF_Z_FROM_Y, v));
     else
         NAME(grad_input_through)(b, tile, (v.z_source = BNF_Z_FROM_X, v));
@@ -123,10 +123,17 @@ INLINE void NAME(grad_input)(const bnf_backward *b, bnf_tile tile, bnf_layout la
             NAME(grad_input_as)(b, tile, v);
         else
             NAME(grad_input_as)(b, tile,
-                                (v.activation = b->activation, v.z_source = b->z_source, v));
+                                (v.activation = b->activation, v.z_source = b->z_source,
+                                 v.smooth = bnf_is_smooth(b->activation), v));
+        return;
+    }
+    if (bnf_is_smooth(b->activation)) {
+        v.activation = b->activation, v.smooth = true;
+        NAME(grad_input_activated)(b, tile, v);
         return;
     }
     switch (b->activation) {
+#define SMOOTH(...)
 #define ACTIVATION(CODE, ...)                                                \
     case BNF_##CODE:                                                         \
         NAME(grad_input_activated)(b, tile, (v.activation = BNF_##CODE, v)); \

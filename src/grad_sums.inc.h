@@ -132,7 +132,7 @@ INLINE void NAME(grad_sums_activated)(const bnf_backward *b, bnf_tile tile, doub
 {
     if (b->z_source == BNF_Z_FROM_X_RESIDUAL)
         NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_X_RESIDUAL, v));
-    else if (b->z_source == BNF_Z_FROM_Y && bnf_is_from_output(v.activation))
+    else if (b->z_source == BNF_Z_FROM_Y && !v.smooth && bnf_is_from_output(v.activation))
         NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_Y, v));
     else
         NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_X, v));
@@ -147,10 +147,17 @@ INLINE void NAME(grad_sums)(const bnf_backward *b, bnf_tile tile, double *sum, d
             NAME(grad_sums_as)(b, tile, sum, dot, v);
         else
             NAME(grad_sums_as)(b, tile, sum, dot,
-                               (v.activation = b->activation, v.z_source = b->z_source, v));
+                               (v.activation = b->activation, v.z_source = b->z_source,
+                                v.smooth = bnf_is_smooth(b->activation), v));
+        return;
+    }
+    if (bnf_is_smooth(b->activation)) {
+        v.activation = b->activation, v.smooth = true;
+        NAME(grad_sums_activated)(b, tile, sum, dot, v);
         return;
     }
     switch (b->activation) {
+#define SMOOTH(...)
 #define ACTIVATION(CODE, ...)                                                         \
     case BNF_##CODE:                                                                  \
         NAME(grad_sums_activated)(b, tile, sum, dot, (v.activation = BNF_##CODE, v)); \

@@ -4,7 +4,8 @@
  *   T        the element type in memory,
  *   vec      the vector that eight of them are computed in (f8 or d8),
  *   P        one lane of it, the type of parameters: float, or double for double,
- *   NAME(f)  the name of f for this type.
+ *   NAME(f)  the name of f for this type,
+ *   VEC(f)   the name of f for this vector (activations.inc.h).
  *
  * Statistics are summed in float64 around a pivot that is itself one of the
  * values.  For float32 data one pass is then exact enough.  Proof: let x_j be
@@ -134,8 +135,6 @@ INLINE NAME(slopes_vec) NAME(load_slopes)(const NAME(slopes) * s, ptrdiff_t i, p
 
 INLINE vec NAME(center)(vec x, NAME(affine_vec) a) { return sub(sub(x, a.high), a.low); }
 
-#include "activations.inc.h"
-
 /* z rounded to the type of y.  A half near a kink may round to the kink.  The gradient is then that
  * of the kink, both from y and from a recomputed z. */
 INLINE vec NAME(as_written)(vec z)
@@ -167,7 +166,7 @@ INLINE vec NAME(before_activation)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t
         return dy;
     const vec z = v.z_source == BNF_Z_FROM_Y ? NAME(load_some)((const T *)b->y + i, n)
                                              : NAME(recomputed)(b, i, n, a, v);
-    return NAME(activate_gradient)(dy, z, slope, v);
+    return VEC(activate_gradient)(dy, z, slope, v);
 }
 
 /* How many of n values come before the first address that streaming stores accept. */

@@ -36,10 +36,12 @@
 #define add(a, b) _Generic((a), f8: f8_add, d8: d8_add)(a, b)
 #define sub(a, b) _Generic((a), f8: f8_sub, d8: d8_sub)(a, b)
 #define mul(a, b) _Generic((a), f8: f8_mul, d8: d8_mul)(a, b)
+#define div(a, b) _Generic((a), f8: f8_div, d8: d8_div)(a, b)
 #define fmadd(a, b, c) _Generic((a), f8: f8_fma, d8: d8_fma)(a, b, c)
 #define max(a, b) _Generic((a), f8: f8_max, d8: d8_max)(a, b)
 #define min(a, b) _Generic((a), f8: f8_min, d8: d8_min)(a, b)
 #define select_le(a, b, yes, no) _Generic((a), f8: f8_select_le, d8: d8_select_le)(a, b, yes, no)
+#define pow2(n) _Generic((n), f8: f8_pow2, d8: d8_pow2)(n)
 #define widen(a) _Generic((a), f8: f8_widen, d8: d8_same)(a)
 /* Selected by the kernels' own vector type, vec. */
 #define set1(a) _Generic((vec){0}, f8: f8_set1, d8: d8_set1)(a)
@@ -70,6 +72,7 @@ typedef struct {
     bnf_layout layout;
     bnf_activation activation;
     bnf_z_source z_source;
+    bool smooth; /* the activation is one of several, and no constant */
     bool residual, through;
 } variant;
 

@@ -84,6 +84,10 @@ static inline d8 d8_mul(d8 a, d8 b)
 {
     return (d8){_mm256_mul_pd(a.lo, b.lo), _mm256_mul_pd(a.hi, b.hi)};
 }
+static inline d8 d8_div(d8 a, d8 b)
+{
+    return (d8){_mm256_div_pd(a.lo, b.lo), _mm256_div_pd(a.hi, b.hi)};
+}
 static inline d8 d8_fma(d8 a, d8 b, d8 c)
 {
     return (d8){_mm256_fmadd_pd(a.lo, b.lo, c.lo), _mm256_fmadd_pd(a.hi, b.hi, c.hi)};
@@ -101,6 +105,13 @@ static inline d8 d8_select_le(d8 a, d8 b, d8 yes, d8 no)
     return (d8){_mm256_blendv_pd(no.lo, yes.lo, _mm256_cmp_pd(a.lo, b.lo, _CMP_LE_OQ)),
                 _mm256_blendv_pd(no.hi, yes.hi, _mm256_cmp_pd(a.hi, b.hi, _CMP_LE_OQ))};
 }
+static inline __m256d d8_half_pow2(__m256d n)
+{
+    const __m256d sum = _mm256_add_pd(n, _mm256_set1_pd(0x1.8p52 + 1023));
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(sum), 52));
+}
+/* 2^n for an integer n from -1022 to 1023, as f8_pow2. */
+static inline d8 d8_pow2(d8 n) { return (d8){d8_half_pow2(n.lo), d8_half_pow2(n.hi)}; }
 
 static inline __m256d d8_half_part(const double *p, ptrdiff_t n, __m256d fill)
 {

@@ -42,12 +42,19 @@ static inline void d8_stream_part(double *p, ptrdiff_t n, d8 a)
 static inline d8 d8_add(d8 a, d8 b) { return _mm512_add_pd(a, b); }
 static inline d8 d8_sub(d8 a, d8 b) { return _mm512_sub_pd(a, b); }
 static inline d8 d8_mul(d8 a, d8 b) { return _mm512_mul_pd(a, b); }
+static inline d8 d8_div(d8 a, d8 b) { return _mm512_div_pd(a, b); }
 static inline d8 d8_fma(d8 a, d8 b, d8 c) { return _mm512_fmadd_pd(a, b, c); }
 static inline d8 d8_max(d8 a, d8 b) { return _mm512_max_pd(a, b); }
 static inline d8 d8_min(d8 a, d8 b) { return _mm512_min_pd(a, b); }
 static inline d8 d8_select_le(d8 a, d8 b, d8 yes, d8 no)
 {
     return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), no, yes);
+}
+/* 2^n for an integer n from -1022 to 1023, as f8_pow2. */
+static inline d8 d8_pow2(d8 n)
+{
+    const __m512d sum = _mm512_add_pd(n, _mm512_set1_pd(0x1.8p52 + 1023));
+    return _mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(sum), 52));
 }
 static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)
 {

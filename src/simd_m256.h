@@ -38,10 +38,17 @@ static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a)
 static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
 static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
 static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
+static inline f8 f8_div(f8 a, f8 b) { return _mm256_div_ps(a, b); }
 static inline f8 f8_fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }
 /* a > b ? a : b and a < b ? a : b: b if either is NaN. */
 static inline f8 f8_max(f8 a, f8 b) { return _mm256_max_ps(a, b); }
 static inline f8 f8_min(f8 a, f8 b) { return _mm256_min_ps(a, b); }
+/* 2^n for an integer n from -126 to 127: the sum's last bits are n + 127. */
+static inline f8 f8_pow2(f8 n)
+{
+    const __m256 sum = _mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(sum), 23));
+}
 
 /* float16, by the processor's own conversion. */
 static inline f8 f16_widen(__m128i a) { return _mm256_cvtph_ps(a); }

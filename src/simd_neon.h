@@ -83,6 +83,7 @@ static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a) { f8_store_part(p
 static inline f8 f8_add(f8 a, f8 b) { return (f8){vaddq_f32(a.lo, b.lo), vaddq_f32(a.hi, b.hi)}; }
 static inline f8 f8_sub(f8 a, f8 b) { return (f8){vsubq_f32(a.lo, b.lo), vsubq_f32(a.hi, b.hi)}; }
 static inline f8 f8_mul(f8 a, f8 b) { return (f8){vmulq_f32(a.lo, b.lo), vmulq_f32(a.hi, b.hi)}; }
+static inline f8 f8_div(f8 a, f8 b) { return (f8){vdivq_f32(a.lo, b.lo), vdivq_f32(a.hi, b.hi)}; }
 static inline f8 f8_fma(f8 a, f8 b, f8 c)
 {
     return (f8){vfmaq_f32(c.lo, a.lo, b.lo), vfmaq_f32(c.hi, a.hi, b.hi)};
@@ -104,6 +105,13 @@ static inline f8 f8_select_le(f8 a, f8 b, f8 yes, f8 no)
     return (f8){vbslq_f32(vcleq_f32(a.lo, b.lo), yes.lo, no.lo),
                 vbslq_f32(vcleq_f32(a.hi, b.hi), yes.hi, no.hi)};
 }
+/* 2^n for an integer n from -126 to 127: the sum's last bits are n + 127. */
+static inline float32x4_t f4_pow2(float32x4_t n)
+{
+    const float32x4_t sum = vaddq_f32(n, vdupq_n_f32(0x1.8p23f + 127));
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(sum), 23));
+}
+static inline f8 f8_pow2(f8 n) { return (f8){f4_pow2(n.lo), f4_pow2(n.hi)}; }
 
 static inline d8 d8_set1(double a)
 {
@@ -163,6 +171,10 @@ static inline d8 d8_mul(d8 x, d8 y)
 {
     return (d8){vmulq_f64(x.a, y.a), vmulq_f64(x.b, y.b), vmulq_f64(x.c, y.c), vmulq_f64(x.d, y.d)};
 }
+static inline d8 d8_div(d8 x, d8 y)
+{
+    return (d8){vdivq_f64(x.a, y.a), vdivq_f64(x.b, y.b), vdivq_f64(x.c, y.c), vdivq_f64(x.d, y.d)};
+}
 static inline d8 d8_fma(d8 x, d8 y, d8 z)
 {
     return (d8){vfmaq_f64(z.a, x.a, y.a), vfmaq_f64(z.b, x.b, y.b), vfmaq_f64(z.c, x.c, y.c),
@@ -189,6 +201,16 @@ static inline d8 d8_select_le(d8 x, d8 y, d8 yes, d8 no)
     return (d8){
         vbslq_f64(vcleq_f64(x.a, y.a), yes.a, no.a), vbslq_f64(vcleq_f64(x.b, y.b), yes.b, no.b),
         vbslq_f64(vcleq_f64(x.c, y.c), yes.c, no.c), vbslq_f64(vcleq_f64(x.d, y.d), yes.d, no.d)};
+}
+static inline float64x2_t d2_pow2(float64x2_t n)
+{
+    const float64x2_t sum = vaddq_f64(n, vdupq_n_f64(0x1.8p52 + 1023));
+    return vreinterpretq_f64_u64(vshlq_n_u64(vreinterpretq_u64_f64(sum), 52));
+}
+/* 2^n for an integer n from -1022 to 1023, as f8_pow2. */
+static inline d8 d8_pow2(d8 x)
+{
+    return (d8){d2_pow2(x.a), d2_pow2(x.b), d2_pow2(x.c), d2_pow2(x.d)};
 }
 
 /* Lanes 0+4, 1+5, 2+6, 3+7; then 0+2, 1+3; then 0+1. */

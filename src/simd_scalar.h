@@ -76,6 +76,12 @@ static inline f8 f8_mul(f8 a, f8 b)
         a.lane[i] *= b.lane[i];
     return a;
 }
+static inline f8 f8_div(f8 a, f8 b)
+{
+    for (int i = 0; i < 8; i++)
+        a.lane[i] /= b.lane[i];
+    return a;
+}
 static inline float f1_fma(float a, float b, float c)
 {
 #ifdef __FP_FAST_FMAF
@@ -109,6 +115,18 @@ static inline f8 f8_select_le(f8 a, f8 b, f8 yes, f8 no)
     for (int i = 0; i < 8; i++)
         no.lane[i] = a.lane[i] <= b.lane[i] ? yes.lane[i] : no.lane[i];
     return no;
+}
+/* 2^n for an integer n from -126 to 127: the sum's last bits are n + 127. */
+static inline f8 f8_pow2(f8 n)
+{
+    for (int i = 0; i < 8; i++) {
+        const float sum = n.lane[i] + (0x1.8p23f + 127);
+        uint32_t bits;
+        memcpy(&bits, &sum, sizeof bits);
+        bits <<= 23;
+        memcpy(&n.lane[i], &bits, sizeof bits);
+    }
+    return n;
 }
 
 static inline d8 d8_load(const double *p)
@@ -155,6 +173,12 @@ static inline d8 d8_mul(d8 a, d8 b)
         a.lane[i] *= b.lane[i];
     return a;
 }
+static inline d8 d8_div(d8 a, d8 b)
+{
+    for (int i = 0; i < 8; i++)
+        a.lane[i] /= b.lane[i];
+    return a;
+}
 static inline double d1_fma(double a, double b, double c)
 {
 #ifdef __FP_FAST_FMA
@@ -186,6 +210,18 @@ static inline d8 d8_select_le(d8 a, d8 b, d8 yes, d8 no)
     for (int i = 0; i < 8; i++)
         no.lane[i] = a.lane[i] <= b.lane[i] ? yes.lane[i] : no.lane[i];
     return no;
+}
+/* 2^n for an integer n from -1022 to 1023, as f8_pow2. */
+static inline d8 d8_pow2(d8 n)
+{
+    for (int i = 0; i < 8; i++) {
+        const double sum = n.lane[i] + (0x1.8p52 + 1023);
+        uint64_t bits;
+        memcpy(&bits, &sum, sizeof bits);
+        bits <<= 52;
+        memcpy(&n.lane[i], &bits, sizeof bits);
+    }
+    return n;
 }
 /* Lanes 0+4, 1+5, 2+6, 3+7; then 0+2, 1+3; then 0+1. */
 static inline double d8_sum(d8 a)

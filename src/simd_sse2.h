@@ -48,6 +48,7 @@ static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a)
 static inline f8 f8_add(f8 a, f8 b) { return (f8){_mm_add_ps(a.lo, b.lo), _mm_add_ps(a.hi, b.hi)}; }
 static inline f8 f8_sub(f8 a, f8 b) { return (f8){_mm_sub_ps(a.lo, b.lo), _mm_sub_ps(a.hi, b.hi)}; }
 static inline f8 f8_mul(f8 a, f8 b) { return (f8){_mm_mul_ps(a.lo, b.lo), _mm_mul_ps(a.hi, b.hi)}; }
+static inline f8 f8_div(f8 a, f8 b) { return (f8){_mm_div_ps(a.lo, b.lo), _mm_div_ps(a.hi, b.hi)}; }
 static inline f8 f8_fma(f8 a, f8 b, f8 c) { return f8_add(f8_mul(a, b), c); }
 /* a > b ? a : b and a < b ? a : b: b if either is NaN. */
 static inline f8 f8_max(f8 a, f8 b) { return (f8){_mm_max_ps(a.lo, b.lo), _mm_max_ps(a.hi, b.hi)}; }
@@ -63,6 +64,13 @@ static inline f8 f8_select_le(f8 a, f8 b, f8 yes, f8 no)
     return (f8){f8_blend(_mm_cmple_ps(a.lo, b.lo), yes.lo, no.lo),
                 f8_blend(_mm_cmple_ps(a.hi, b.hi), yes.hi, no.hi)};
 }
+/* 2^n for an integer n from -126 to 127: the sum's last bits are n + 127. */
+static inline __m128 f8_half_pow2(__m128 n)
+{
+    const __m128 sum = _mm_add_ps(n, _mm_set1_ps(0x1.8p23f + 127));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_castps_si128(sum), 23));
+}
+static inline f8 f8_pow2(f8 n) { return (f8){f8_half_pow2(n.lo), f8_half_pow2(n.hi)}; }
 
 /* The first n (1 to 7) lanes from memory, the others from fill. */
 static inline f8 f8_load_part(const float *p, ptrdiff_t n, f8 fill)
@@ -126,6 +134,11 @@ static inline d8 d8_mul(d8 x, d8 y)
     return (d8){_mm_mul_pd(x.a, y.a), _mm_mul_pd(x.b, y.b), _mm_mul_pd(x.c, y.c),
                 _mm_mul_pd(x.d, y.d)};
 }
+static inline d8 d8_div(d8 x, d8 y)
+{
+    return (d8){_mm_div_pd(x.a, y.a), _mm_div_pd(x.b, y.b), _mm_div_pd(x.c, y.c),
+                _mm_div_pd(x.d, y.d)};
+}
 static inline d8 d8_fma(d8 x, d8 y, d8 z) { return d8_add(d8_mul(x, y), z); }
 static inline d8 d8_max(d8 x, d8 y)
 {
@@ -147,6 +160,17 @@ static inline d8 d8_select_le(d8 x, d8 y, d8 yes, d8 no)
 {
     return (d8){d8_pick_le(x.a, y.a, yes.a, no.a), d8_pick_le(x.b, y.b, yes.b, no.b),
                 d8_pick_le(x.c, y.c, yes.c, no.c), d8_pick_le(x.d, y.d, yes.d, no.d)};
+}
+static inline __m128d d8_quarter_pow2(__m128d n)
+{
+    const __m128d sum = _mm_add_pd(n, _mm_set1_pd(0x1.8p52 + 1023));
+    return _mm_castsi128_pd(_mm_slli_epi64(_mm_castpd_si128(sum), 52));
+}
+/* 2^n for an integer n from -1022 to 1023, as f8_pow2. */
+static inline d8 d8_pow2(d8 n)
+{
+    return (d8){d8_quarter_pow2(n.a), d8_quarter_pow2(n.b), d8_quarter_pow2(n.c),
+                d8_quarter_pow2(n.d)};
 }
 
 static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)

@@ -1,44 +1,55 @@
 /* kernels.inc.h for every data type. */
 #include "lanes.h"
+#include "smooth.h"
 
 #define T float
 #define P float
 #define vec f8
+#define VEC(f) f##_f8
 #define NAME(f) f##_f32
+#include "activations.inc.h"
 #include "kernels.inc.h"
 #undef T
 #undef P
 #undef vec
+#undef VEC
 #undef NAME
 
 #define T double
 #define P double
 #define vec d8
+#define VEC(f) f##_d8
 #define NAME(f) f##_f64
+#include "activations.inc.h"
 #include "kernels.inc.h"
 #undef T
 #undef P
 #undef vec
+#undef VEC
 #undef NAME
 
 #define T bnf_f16
 #define P float
 #define vec f8
+#define VEC(f) f##_f8
 #define NAME(f) f##_f16
 #include "kernels.inc.h"
 #undef T
 #undef P
 #undef vec
+#undef VEC
 #undef NAME
 
 #define T bnf_bf16
 #define P float
 #define vec f8
+#define VEC(f) f##_f8
 #define NAME(f) f##_bf16
 #include "kernels.inc.h"
 #undef T
 #undef P
 #undef vec
+#undef VEC
 #undef NAME
 
 static const bnf_kernels *const kernels_of_types[BNF_TYPES] = {

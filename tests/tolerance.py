@@ -16,6 +16,7 @@ statistics and sums in float64; in the type of u
 and halves are rounded once more, when they are written: see `written`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -137,16 +138,29 @@ class Activation(NamedTuple):
     kinks: tuple[float, ...] = ()
     steepest: float = 1  # slope
     curvature: float = 0  # at most, between kinks
-    roundings: int = 0  # of its own, relative to z and to dy
+    roundings: int = 0  # of its own, relative to the larger of z and y
+    slope_roundings: int = 0  # of its derivative and its product with dy, relative to dy
+
+
+def smooth(steepest, curvature):
+    return Activation((), steepest, curvature, 8, math.ceil(8 * steepest) + 1)
 
 
 ACTIVATIONS = {
     None: Activation(),
     "relu": Activation((0,)),
     "relu6": Activation((0, 6)),
-    "leaky_relu": Activation((0,), roundings=2),  # the slope's and the product's
+    # the slope's and the product's
+    "leaky_relu": Activation((0,), roundings=2, slope_roundings=2),
     # +3, /6 and two products; of the slope, 1/3, 0.5, their sum and product, all below 1.5
-    "hardswish": Activation((-3, 3), steepest=1.5, curvature=1 / 3, roundings=4),
+    "hardswish": Activation((-3, 3), 1.5, 1 / 3, roundings=4, slope_roundings=4),
+    # 4 units in the last place (test_activations.py), of two roundings each, and of the steepest
+    # slope one more for the product. Steepest where the second derivative is 0: at 0, 0, 2.3994 and
+    # sqrt(2). Most curved where the third one is: at log(2 + sqrt(3)), its half, 0 and 0.
+    "sigmoid": smooth(0.25, 0.0963),
+    "tanh": smooth(1, 0.7699),
+    "silu": smooth(1.0999, 0.5),
+    "gelu": smooth(1.129, 0.7979),
 }
 
 
@@ -194,12 +208,13 @@ def forward_bound(p, s):
     activation adds its own roundings."""
     t = Terms(p, s)
     mean, var = s.mean, s.var
-    x, weight, bias, eps, axis, residual, _ = p.exact()
+    x, weight, bias, eps, axis, residual, activation = p.exact()
     z = reference.before_activation(x, mean, var, weight, bias, eps, axis, residual)
+    magnitude = np.maximum(np.abs(z), np.abs(reference.activate(z, activation)))
     steepest, roundings = t.activation.steepest, t.activation.roundings
-    bound = steepest * t.pre_activation() + roundings * t.u * np.abs(z)
+    bound = steepest * t.pre_activation() + roundings * t.u * magnitude
     bound = SECOND_ORDER * bound + tiny(computed_in(p.x.dtype))
-    return written(bound, np.abs(z), p.x.dtype)
+    return written(bound, magnitude, p.x.dtype)
 
 
 def off_the_kinks(p, s):
@@ -231,7 +246,9 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
     summing = gamma((sum_of or p.m) + 2)
     g = np.abs(exact.residual)
     dy = np.abs(p.dy.astype(np.longdouble))
-    g_error = t.activation.roundings * u * dy + t.activation.curvature * dy * t.pre_activation()
+    g_error = (
+        t.activation.slope_roundings * u * dy + t.activation.curvature * dy * t.pre_activation()
+    )
     sum_g_error = t.total(summing * g + g_error)
     sum_gd_error = t.total(g * t.d_error + g_error * t.d + (u + summing) * g * t.d)
     inv_std = 1 / np.sqrt(s.var + p.eps)
