@@ -161,8 +161,9 @@ def batch_norm(
         number of values per channel: 1 as in PyTorch and the paper, 0 as in Keras, ONNX and Flax.
     residual : array_like, shape and dtype of `x`, optional
         Added before the activation.
-    activation : {None, "relu", "relu6", "leaky_relu", "hardswish"} or ("leaky_relu", float)
-        Applied last. The number is the slope, above 0 and at most 1; without it, 0.01.
+    activation : str, ("leaky_relu", float) or None
+        Applied last: "relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "tanh", "silu" or
+        "gelu". The number is the slope, above 0 and at most 1; without it, 0.01.
     out : ndarray, shape and dtype of `x`, optional
         Where to write: `x` or `residual` itself, or memory apart from both.
 

@@ -19,11 +19,10 @@ def backend(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> C
     """Compile a graph for ``torch.compile(model, backend="bnfast")``.
 
     Batch norm, the addition of a tensor of the same shape behind it, and the activation behind
-    that (ReLU, ReLU6, LeakyReLU, Hardswish) become one call of an operator of bnfast's, and so do
-    their gradients, where nothing else reads what lies between. The rest runs as it is, by
-    PyTorch's own operators: no code is generated and no compiler needed. `torch.compile` calls this
-    function;
-    ``backend=bnfast.torch.backend`` is the same as the name.
+    that (ReLU, ReLU6, LeakyReLU, Hardswish, Sigmoid, Tanh, SiLU, exact GELU) become one call of an
+    operator of bnfast's, and so do their gradients, where nothing else reads what lies between. The
+    rest runs as it is, by PyTorch's own operators: no code is generated and no compiler needed.
+    `torch.compile` calls this function; ``backend=bnfast.torch.backend`` is the same as the name.
 
     Parameters
     ----------

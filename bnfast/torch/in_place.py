@@ -146,8 +146,8 @@ _FRESH = {
         getattr(_aten, name).default
         for name in (
             *("convolution", "convolution_backward", "native_batch_norm_backward", "mm", "addmm"),
-            *("silu", "silu_backward", "max_pool2d_with_indices", "avg_pool2d", "cat"),
-            *("max_pool2d_with_indices_backward", "avg_pool2d_backward"),
+            *("max_pool2d_with_indices", "max_pool2d_with_indices_backward"),
+            *("avg_pool2d", "avg_pool2d_backward", "cat"),
             *("_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training"),
         )
     ),
@@ -158,7 +158,6 @@ _FRESH = {
 }
 _IN_PLACE = {
     _aten.add.Tensor: _aten.add_.Tensor,
-    _aten.silu.default: _aten.silu_.default,
     _aten.mul.Tensor: _aten.mul_.Tensor,
     **{
         a.forward[0]: getattr(_aten, f"{a.forward[0]._opname}_").default

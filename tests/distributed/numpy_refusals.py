@@ -153,7 +153,7 @@ FORWARD = {
     "ddof": (attribute("ddof", 2), "ValueError: ddof is 2"),
     "channels": (attribute("num_features", 4), "ValueError: x has shape (4, 3)"),
     "channels' type": (attribute("num_features", None), "TypeError: num_features is None"),
-    "activation": (attribute("activation", "gelu"), "ValueError: activation is 'gelu'"),
+    "activation": (attribute("activation", "mish"), "ValueError: activation is 'mish'"),
     "slope": (attribute("activation", ("leaky_relu", 2)), "ValueError: activation slope is 2"),
     "tracking": (
         attribute("track_running_stats", Odd(ZeroDivisionError())),
@@ -203,7 +203,7 @@ BACKWARD = {
     "gradient's shape": (attribute("bias_grad", np.ones(2)), "ValueError: bias_grad has shape"),
     "affine": (attribute("affine", Odd(ZeroDivisionError())), "TypeError: affine is"),
     "axis": (attribute("axis", -3), "ValueError: axis is -3"),
-    "activation": (attribute("activation", "gelu"), "ValueError: activation is 'gelu'"),
+    "activation": (attribute("activation", "mish"), "ValueError: activation is 'mish'"),
     "activation of a lost residual": (
         attribute("activation", "relu"),
         "ValueError: needs names 'residual', but residual and y are None",

@@ -152,8 +152,8 @@ class TestRefusals:
     def test_of_options(self, x):
         with pytest.raises(ValueError, match="eps is -1"):
             dask_normalize(x, np.ones(6), np.ones(6), eps=-1)
-        with pytest.raises(ValueError, match="activation is 'gelu'"):
-            dask_normalize(x, np.ones(6), np.ones(6), activation="gelu")
+        with pytest.raises(ValueError, match="activation is 'mish'"):
+            dask_normalize(x, np.ones(6), np.ones(6), activation="mish")
 
 
 class TestInvalidBlocks:

@@ -80,7 +80,7 @@ FORWARD = {
     "eps": (attribute("eps", 0.0), "ValueError: eps is 0.0"),
     "eps interrupts": (attribute("eps", Odd(KeyboardInterrupt())), "KeyboardInterrupt: "),
     "channels": (attribute("num_features", 4), "ValueError: expected 4 channels"),
-    "activation": (argument("activation", "gelu"), "ValueError: activation is 'gelu'"),
+    "activation": (argument("activation", "mish"), "ValueError: activation is 'mish'"),
     "slope interrupts": (
         argument("activation", ("leaky_relu", Odd(KeyboardInterrupt()))),
         "KeyboardInterrupt: ",

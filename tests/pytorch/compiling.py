@@ -1,6 +1,7 @@
 """Models compiled by the backend, each compared with itself uncompiled."""
 
 import copy
+import inspect
 from functools import partial
 
 import torch
@@ -74,7 +75,20 @@ def module_of(name):
     (kind,) = (
         k for k in vars(nn).values() if getattr(k, "__name__", "").lower() == name.replace("_", "")
     )
+    if "inplace" not in inspect.signature(kind).parameters:
+        return lambda inplace=False: InPlace(name) if inplace else kind()
     return partial(kind, 0.2) if _core.ACTIVATIONS[name].slope else kind
+
+
+class InPlace(nn.Module):
+    """An activation whose module has no such option."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.operator = getattr(torch.ops.aten, f"{name}_")
+
+    def forward(self, z):
+        return self.operator(z)
 
 
 ACTIVATIONS = {name: module_of(name) for name in _core.ACTIVATIONS}

@@ -33,6 +33,37 @@ def test_activation(activation, inplace, memory, fused):
     assert set(kinds) == {f"batch norm + {activation}"}
 
 
+FUNCTIONS = {
+    "sigmoid": (torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit),
+    "tanh": (torch.tanh, torch.Tensor.tanh),
+    "silu": (F.silu,),
+    "gelu": (F.gelu,),
+}
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"), [(name, f) for name, all_ in FUNCTIONS.items() for f in all_]
+)
+def test_functions(activation, function, fused):
+    class Model(Residual):
+        def forward(self, x):
+            return function(self.norm(x))
+
+    assert_same_steps(Model().double(), 4 * images())
+    assert set(fused()[0]) == {f"batch norm + {activation}"}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_approximate_gelu_is_left_to_pytorch(residual, fused):
+    """It is another function."""
+    gelu = nn.GELU(approximate="tanh")
+    model = Residual(gelu) if residual else nn.Sequential(nn.BatchNorm2d(5), gelu)
+    assert_same_steps(model.double(), 4 * images())
+    kinds, reasons = fused()
+    assert set(kinds) == {"batch norm" + (" + addition" if residual else "")}
+    assert set(reasons) == {"followed by gelu"}
+
+
 @pytest.mark.parametrize("memory", FORMATS)
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -343,7 +343,7 @@ class Ways:
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "negative"])
-@pytest.mark.parametrize("given", ["silu", ("leaky_relu", 2.0), ("leaky_relu",), 3, ("relu", 1)])
+@pytest.mark.parametrize("given", ["mish", ("leaky_relu", 2.0), ("leaky_relu",), 3, ("relu", 1)])
 def test_unknown_activations_are_refused(given, way):
     torch._dynamo.reset()
     layer = bnfast.torch.BatchNorm2d(3)

@@ -24,7 +24,9 @@ Step = Callable[[], Any]
 Made = Callable[[nn.Module, Tensor], nn.Module]
 # Operators only, not the nodes of autograd and graphs around them.
 NORM = re.compile(r"^(aten|bnfast\w*)::.*(batch_?norm|bn_)|^bnfast", re.IGNORECASE)
-POINTWISE = re.compile(r"^aten::(add_?|relu|silu|clamp|threshold|hardtanh|hardswish|leaky_relu)")
+POINTWISE = re.compile(
+    r"^aten::(add_?|relu|sigmoid|tanh|silu|gelu|clamp|threshold|hardtanh|hardswish|leaky_relu)"
+)
 WARM = 2  # steps before any is timed
 LONG = 20e-3  # seconds; a longer step is not run once untimed before each block
 BLOCK = 5e-3  # seconds of a timed block, at least
