@@ -177,7 +177,7 @@ ISA_INLINE vec VEC(above_half)(vec a) { return mul(a, POLYNOMIAL(mul(a, a), PHI)
  * quicker, but each of its steps rounds a sum that is as large as the result.) */
 ISA_INLINE vec VEC(tail_share)(vec a)
 {
-    const vec t = div(sub(a, set1(3.0)), add(a, set1(3.0)));
+    const vec t = div(sub(a, set1(2.0)), add(a, set1(2.0)));
     return POLYNOMIAL(t, TAIL);
 }
 

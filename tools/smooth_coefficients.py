@@ -35,8 +35,8 @@ def phi_rest(square):
 
 
 def tail(t):
-    """a (1 - Phi(a)) exp(a^2 / 2) of t = (a - 3) / (a + 3)."""
-    a = 3 * (1 + t) / (1 - t)
+    """a (1 - Phi(a)) exp(a^2 / 2) of t = (a - 2) / (a + 2)."""
+    a = 2 * (1 + t) / (1 - t)
     return a * mp.erfc(a / mp.sqrt(2)) * mp.exp(a * a / 2) / 2
 
 
@@ -48,12 +48,12 @@ def show(name, digits, found):
 
 
 HALF_LOG2, NEAR = mp.mpf("0.347"), mp.mpf("0.7")
-FIRST = (NEAR - 3) / (NEAR + 3)
+FIRST = (NEAR - 2) / (NEAR + 2)
 for name, digits, exp_degree, phi_degree, tail_degree, most in (
     ("SINGLE", 10, 5, 4, 10, 15),
-    ("DOUBLE", 17, 10, 9, 23, 39),
+    ("DOUBLE", 17, 10, 9, 25, 39),
 ):
-    last = mp.mpf(most - 3) / (most + 3)
+    last = mp.mpf(most - 2) / (most + 2)
     show(f"EXP_{name}", digits, polynomial(exp_rest, -HALF_LOG2, HALF_LOG2, exp_degree))
     show(f"PHI_{name}", digits, polynomial(phi_rest, mp.mpf(0), NEAR**2, phi_degree))
     show(f"TAIL_{name}", digits, polynomial(tail, FIRST, last, tail_degree))

@@ -19,6 +19,7 @@
 #include <simde/x86/avx512/blend.h>
 #include <simde/x86/avx512/cast.h>
 #include <simde/x86/avx512/cmp.h>
+#include <simde/x86/avx512/div.h>
 #include <simde/x86/avx512/extract.h>
 #include <simde/x86/avx512/fmadd.h>
 #include <simde/x86/avx512/loadu.h>
@@ -27,6 +28,7 @@
 #include <simde/x86/avx512/mul.h>
 #include <simde/x86/avx512/permutexvar.h>
 #include <simde/x86/avx512/set1.h>
+#include <simde/x86/avx512/slli.h>
 #include <simde/x86/avx512/storeu.h>
 #include <simde/x86/avx512/sub.h>
 
@@ -36,12 +38,16 @@
 #define _mm512_add_pd simde_mm512_add_pd
 #define _mm512_sub_pd simde_mm512_sub_pd
 #define _mm512_mul_pd simde_mm512_mul_pd
+#define _mm512_div_pd simde_mm512_div_pd
 #define _mm512_fmadd_pd simde_mm512_fmadd_pd
 #define _mm512_max_pd simde_mm512_max_pd
 #define _mm512_min_pd simde_mm512_min_pd
 #define _mm512_set1_pd simde_mm512_set1_pd
 #define _mm512_loadu_pd simde_mm512_loadu_pd
 #define _mm512_storeu_pd simde_mm512_storeu_pd
+#define _mm512_castpd_si512 simde_mm512_castpd_si512
+#define _mm512_castsi512_pd simde_mm512_castsi512_pd
+#define _mm512_slli_epi64 simde_mm512_slli_epi64
 #define _mm512_castpd512_pd256 simde_mm512_castpd512_pd256
 #undef _mm512_extractf64x4_pd
 #define _mm512_extractf64x4_pd simde_mm512_extractf64x4_pd

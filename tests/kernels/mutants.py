@@ -87,6 +87,17 @@ MUTANTS = [
         NEON, "float64", "simd_neon.h", "vaddq_f64(vaddq_f64(x.a, x.c), vaddq_f64(x.b, x.d))",
         "vaddq_f64(vaddq_f64(x.a, x.b), vaddq_f64(x.c, x.d))",
     ),
+    # quotients that are rounded once, and the whole range of exponents
+    (
+        AVX2, "float32", "simd_m256.h", "_mm256_div_ps(a, b)",
+        "_mm256_mul_ps(a, _mm256_div_ps(_mm256_set1_ps(1), b))",
+    ),
+    (EMULATED, "float64", "simd_avx512.h", "_mm512_div_pd(a, b)", "_mm512_div_pd(b, a)"),
+    (NEON, "float64", "simd_neon.h", "vdivq_f64(x.c, y.c)", "vdivq_f64(x.c, y.d)"),
+    (SCALAR, "float64", "simd_scalar.h", "bits <<= 52", "bits <<= 51"),
+    (SSE2, "float32", "simd_sse2.h", "0x1.8p23f + 127", "0x1.8p23f + 126"),
+    (AVX2, "float64", "simd_avx2.h", "0x1.8p52 + 1023", "1023"),
+    (NEON, "float32", "simd_neon.h", "f4_pow2(n.hi)", "f4_pow2(n.lo)"),
     # parts of eight lanes, and nothing past them
     (SSE2, "float32", "simd_sse2.h", "for (ptrdiff_t i = 0; i < n; i++)\n        lanes[i] = p[i];",
      "for (ptrdiff_t i = 0; i <= n; i++)\n        lanes[i] = p[i];"),

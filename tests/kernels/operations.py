@@ -17,8 +17,8 @@ from tolerance import finfo
 
 # The order of run_operations.c.
 OPERATIONS = (
-    *("load", "load_wide", "store", "stream", "widen", "sum"),
-    *("add", "sub", "mul", "max", "min", "fmadd", "select_le"),
+    *("load", "load_wide", "store", "stream", "widen", "sum", "pow2"),
+    *("add", "sub", "mul", "div", "max", "min", "fmadd", "select_le"),
 )
 REQUEST = np.dtype([(name, "<i8") for name in ("operation", "n", "at_start", "groups")])
 LANES = 8
@@ -232,6 +232,7 @@ def arithmetic(dtype, has_fma):
         yield Request("add", rows(a, b), a + b)
         yield Request("sub", rows(a, b), a - b)
         yield Request("mul", rows(a, b), a * b)
+        yield Request("div", rows(a, b), a / b)
     yield multiply_adds(dtype, has_fma)
     # The second operand if they are equal (0 and -0) or either is NaN, in all its bits.
     for name, picks in (("max", a > b), ("min", a < b)):
@@ -239,6 +240,8 @@ def arithmetic(dtype, has_fma):
         yield Request(name, rows(a, b), want, EXACT)
     want = np.where(a <= b, as_integers(c), as_integers(d)).view(dtype)
     yield Request("select_le", rows(a, b, c, d), want, EXACT)
+    exponents = grouped(np.arange(finfo(dtype).minexp, finfo(dtype).maxexp), LANES)
+    yield Request("pow2", exponents.astype(dtype), np.ldexp(dtype.type(1), exponents), EXACT)
     yield Request("widen", a, converted(a, float), QUIETED)
     some = np.random.default_rng(4).standard_normal((512, LANES)).astype(dtype)
     yield Request("sum", some, tree_sum(some.astype(float)))

@@ -23,9 +23,11 @@ typedef enum {
     STREAM,
     WIDEN,
     SUM,
+    POW2,
     ADD,
     SUB,
     MUL,
+    DIV,
     MAX,
     MIN,
     FMADD,
@@ -106,6 +108,8 @@ static vec run_arithmetic(const request *r, FILE *requests)
         return sub(a, b);
     case MUL:
         return mul(a, b);
+    case DIV:
+        return div(a, b);
     case MAX:
         return max(a, b);
     case MIN:
@@ -128,6 +132,9 @@ static void run_group(const request *r, T *slot, FILE *requests, FILE *results)
         break;
     case WIDEN:
         write_wide(results, widen(read_lanes(requests)));
+        break;
+    case POW2:
+        write_lanes(results, pow2(read_lanes(requests)));
         break;
     case SUM: {
         const double sum = d8_sum(widen(read_lanes(requests)));
