@@ -151,7 +151,7 @@ def test_sign_of_zero_is_kept(name, dtype, isa):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CURVED)
 class TestOfEveryFloat32:
-    """Of every 251st; of every one with BNFAST_EVERY_FLOAT=1, for half an hour.
+    """Of every 251st; of every one with BNFAST_EVERY_FLOAT=1, for some hours.
 
     The reference is the library's own float64 result: what the tests above allow that is 2^-27 of a
     unit here.
