@@ -180,7 +180,7 @@ class TestResidual:
 class TestActivation:
     @each(*FORWARDS, backward)
     @pytest.mark.parametrize(
-        "activation", ["tanh", "ReLU", "", ("relu", 0.1), ("leaky_relu",), ("leaky_relu", 1, 2)]
+        "activation", ["mish", "ReLU", "", ("relu", 0.1), ("leaky_relu",), ("leaky_relu", 1, 2)]
     )
     def test_unknown(self, call, activation):
         call.refuses(
@@ -202,8 +202,8 @@ class TestActivation:
         call.refuses((TypeError, ValueError), ("activation",), activation=activation)
 
     def test_of_a_layer(self):
-        with pytest.raises(ValueError, match=mentions("activation", "tanh")):
-            bnfast.BatchNorm(4, activation="tanh")
+        with pytest.raises(ValueError, match=mentions("activation", "mish")):
+            bnfast.BatchNorm(4, activation="mish")
 
 
 class TestOut:

@@ -483,7 +483,7 @@ BAD_OPTIONS = {
     "ddof": constantly(2, -1, 2**70, 1.0, "1", None, True, [1], ARRAY),
     "training": constantly(ARRAY),
     "activation": constantly(
-        "tanh", "RELU", "", b"relu", 1, True, ("relu", 1), ("leaky_relu",), ("leaky_relu", 0),
+        "mish", "RELU", "", b"relu", 1, True, ("relu", 1), ("leaky_relu",), ("leaky_relu", 0),
         ("leaky_relu", -1), ("leaky_relu", 1.5), ("leaky_relu", np.nan), ("leaky_relu", "1"),
         ("leaky_relu", 1, 1), ["leaky_relu", 0.1], (ARRAY, 0.1), ("leaky_relu", ARRAY), ARRAY, {},
     ),
