@@ -6,9 +6,9 @@
  * function of the C library, so sets with a fused multiply-add agree in all bits.  What must be
  * exact is so without one, too.  NaN passes, as in activations.inc.h.
  *
- * Errors, in units in the last place, of every 17th float32 and of random float64: values at most
- * 2.5 (sigmoid, tanh), 3.2 (silu) and 3.2 (gelu), and a few tenths less with a fused multiply-add;
- * derivatives at most 2 of the largest derivative's units.  Tests allow 4. */
+ * Errors found, in units in the last place: of values at most 2.5 (sigmoid, tanh), 3.2 (silu) and
+ * 3.0 (gelu), of derivatives at most 2 of the largest derivative's units (docs/accuracy.md).  Tests
+ * allow 4. */
 
 #define SINGLE (sizeof(P) == sizeof(float))
 #define COUNT(list) ((int)(sizeof list / sizeof *list))
