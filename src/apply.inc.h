@@ -3,6 +3,11 @@
 INLINE void NAME(apply_some)(const bnf_forward *f, ptrdiff_t i, ptrdiff_t n, NAME(affine_vec) a,
                              vec slope, variant v)
 {
+    if (v.smooth) { /* takes so long that the hardware does not look far enough ahead */
+        fetch_ahead((const T *)f->x + i);
+        if (v.residual)
+            fetch_ahead((const T *)f->residual + i);
+    }
     const vec d = NAME(center)(NAME(load_some)((const T *)f->x + i, n), a);
     vec z = fmadd(d, a.scale, a.shift);
     if (v.residual)

@@ -4,6 +4,10 @@
 INLINE void NAME(grad_input_some)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n,
                                   NAME(affine_vec) a, NAME(slopes_vec) s, vec slope, variant v)
 {
+    if (v.smooth) { /* as in apply */
+        fetch_ahead((const T *)b->x + i);
+        fetch_ahead((const T *)b->dy + i);
+    }
     const vec g = NAME(before_activation)(b, i, n, a, slope, v);
     vec dx = mul(s.dy_factor, g);
     if (v.through) {
