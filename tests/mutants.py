@@ -66,7 +66,7 @@ MUTANTS = [
     ("src/kernels.inc.h", "sub(sub(x, a.high), a.low)", "sub(x, a.high)"),
     ("src/kernels.inc.h", "(P)(mean[c] - (double)to->high[i])", "0"),
     ("src/apply.inc.h", "fmadd(d, a.scale, a.shift)", "mul(d, a.scale)"),
-    ("src/apply.inc.h", "if (v.residual)", "if (false)"),
+    ("src/apply.inc.h", "if (v.residual)\n        z", "if (false)\n        z"),
     ("src/activations.inc.h", "return max(set1(0.0), z);", "return max(z, set1(0.0));"),
     ("src/activations.inc.h", "min(set1(6.0), max(set1(0.0), z))", "max(set1(0.0), z)"),
     ("src/activations.inc.h", "return max(mul(slope, z), z);", "return mul(slope, z);"),
