@@ -22,6 +22,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("moments", "functional_forward", "functional_backward", "numerics", "half"),
+        "batch_variance",
         *("activations", "layers", "layers_backward", "layers_state"),
         *("inference", "tiling", "partial_batches", "float_environment"),
         *("threads", "threads_calls", "threads_default", "forks"),
