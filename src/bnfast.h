@@ -137,31 +137,26 @@ typedef struct {
     ptrdiff_t outer0, outer1, channel0, channel1, inner0, inner1;
 } bnf_tile;
 
-/* y = act((x - mean) * scale + shift (+ residual)) */
+/* What a call reads and writes.
+ *
+ *     y = act((x - mean) * scale + shift (+ residual))
+ *     g = dy * act'(pre-activation);  the residual's gradient is g
+ *     dx = dy_factor*g + x_factor*(x - mean) + constant, or dy_factor*g if the statistics are
+ *     constants */
 typedef struct {
     bnf_shape shape;
-    const void *x, *residual; /* residual may be NULL */
-    void *y;
-    const double *mean, *scale, *shift;
-    bnf_activation activation;
-    double slope; /* of an activation that takes one */
-    bool stream;  /* write y with streaming stores, which bypass the caches */
-} bnf_forward;
-
-/* g = dy * act'(pre-activation); dx = dy_factor*g + x_factor*(x - mean) + constant,
- * or dx = dy_factor*g if the statistics are constants. */
-typedef struct {
-    bnf_shape shape;
-    const void *dy, *x, *residual, *y; /* residual and y as z_source needs them */
-    void *dx, *dresidual;              /* dresidual may be NULL */
+    const void *x, *residual, *dy; /* residual may be NULL */
+    void *y;                       /* written by apply; read by a backward with BNF_Z_FROM_Y */
+    void *dx, *dresidual;          /* dresidual may be NULL */
     const double *mean, *scale, *shift;
     const double *dy_factor, *x_factor, *constant;
     bnf_activation activation;
-    double slope;
+    double slope; /* of an activation that takes one */
     bnf_z_source z_source;
     bool through_moments;
-    bool stream; /* write dx with streaming stores */
-} bnf_backward;
+    bool stream;     /* write y or dx with streaming stores, which bypass the caches */
+    ptrdiff_t ahead; /* sums fetch what lies so many values ahead; 0: they do not */
+} bnf_operands;
 
 /* Interleaved rows of few channels are taken several at a time, as one long row with a
  * copy of the channels for each of them: alone, a row of three channels would use three
@@ -182,18 +177,15 @@ static inline ptrdiff_t bnf_rows_at_once(bnf_shape shape)
 
 /* Each writes one entry per channel of the tile, indexed by the channel's
  * number in the whole tensor. */
-typedef void bnf_moments_kernel(const void *x, bnf_shape shape, bnf_tile tile, double *mean,
-                                double *m2);
-typedef void bnf_apply_kernel(const bnf_forward *operands, bnf_tile tile);
-typedef void bnf_grad_sums_kernel(const bnf_backward *operands, bnf_tile tile, double *sum,
-                                  double *dot);
-typedef void bnf_grad_input_kernel(const bnf_backward *operands, bnf_tile tile);
+typedef void bnf_sum_kernel(const bnf_operands *operands, bnf_tile tile, double *a, double *b);
+typedef void bnf_write_kernel(const bnf_operands *operands, bnf_tile tile);
 
 typedef struct {
-    bnf_moments_kernel *moments;       /* mean, M2 */
-    bnf_apply_kernel *apply;           /* y */
-    bnf_grad_sums_kernel *grad_sums;   /* sum of g, sum of g * (x - mean) */
-    bnf_grad_input_kernel *grad_input; /* dx, dresidual */
+    bnf_sum_kernel *moments;       /* mean, M2, for any data */
+    bnf_sum_kernel *batch_moments; /* mean, M2, within the error that a training call may have */
+    bnf_write_kernel *apply;       /* y */
+    bnf_sum_kernel *grad_sums;     /* sum of g, sum of g * (x - mean) */
+    bnf_write_kernel *grad_input;  /* dx, dresidual */
 } bnf_kernels;
 
 typedef struct {
@@ -229,6 +221,7 @@ typedef struct {
     ptrdiff_t width, widths; /* the same for a tile that is written */
     bool fused;              /* a group is summed and written while the caches hold it */
     bool stream;
+    ptrdiff_t ahead; /* how many values ahead sums fetch; 0: they do not */
     int threads;
 } bnf_plan;
 

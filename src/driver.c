@@ -27,7 +27,7 @@ static atomic_llong dispatches[BNF_DIRECTIONS][BNF_TYPES][BNF_LAYOUTS][BNF_MOST_
 
 static void prepare_forward(bnf_call *call)
 {
-    call->forward = (bnf_forward){
+    call->operands = (bnf_operands){
         .shape = call->shape,
         .x = call->x,
         .residual = call->residual,
@@ -38,6 +38,7 @@ static void prepare_forward(bnf_call *call)
         .activation = call->activation,
         .slope = call->slope,
         .stream = call->plan.stream,
+        .ahead = call->plan.ahead,
     };
 }
 
@@ -52,7 +53,13 @@ static void prepare_inference(bnf_call *call)
 static void gather_moments(bnf_call *call, bnf_tile tile, ptrdiff_t block)
 {
     const ptrdiff_t row = block * call->shape.channels;
-    call->kernels->moments(call->x, call->shape, tile, call->slot_a + row, call->slot_b + row);
+    call->kernels->moments(&call->operands, tile, call->slot_a + row, call->slot_b + row);
+}
+
+static void gather_batch_moments(bnf_call *call, bnf_tile tile, ptrdiff_t block)
+{
+    const ptrdiff_t row = block * call->shape.channels;
+    call->kernels->batch_moments(&call->operands, tile, call->slot_a + row, call->slot_b + row);
 }
 
 static void finish_moments(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
@@ -81,7 +88,7 @@ static void finish_forward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 
 static void write_forward(bnf_call *call, bnf_tile tile)
 {
-    call->kernels->apply(&call->forward, tile);
+    call->kernels->apply(&call->operands, tile);
 }
 
 /* ---- Backward */
@@ -115,12 +122,12 @@ static void prepare_backward(bnf_call *call)
     /* The residual's gradient is g.  Alone, it is computed as dx with constant statistics and a
      * factor of one. */
     const bool alone = !call->dx;
-    call->backward = (bnf_backward){
+    call->operands = (bnf_operands){
         .shape = call->shape,
         .dy = call->dy,
         .x = call->x,
         .residual = call->residual,
-        .y = call->output,
+        .y = (void *)call->output,
         .dx = alone ? call->dresidual : call->dx,
         .dresidual = alone ? NULL : call->dresidual,
         .mean = call->mean,
@@ -134,13 +141,14 @@ static void prepare_backward(bnf_call *call)
         .z_source = z_source_of(call),
         .through_moments = !alone && call->count != 0,
         .stream = call->plan.stream,
+        .ahead = call->plan.ahead,
     };
 }
 
 static void gather_gradients(bnf_call *call, bnf_tile tile, ptrdiff_t block)
 {
     const ptrdiff_t row = block * call->shape.channels;
-    call->kernels->grad_sums(&call->backward, tile, call->slot_a + row, call->slot_b + row);
+    call->kernels->grad_sums(&call->operands, tile, call->slot_a + row, call->slot_b + row);
 }
 
 static void finish_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
@@ -153,7 +161,7 @@ static void finish_backward(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 
 static void write_backward(bnf_call *call, bnf_tile tile)
 {
-    call->kernels->grad_input(&call->backward, tile);
+    call->kernels->grad_input(&call->operands, tile);
 }
 
 /* ---- Running statistics */
@@ -287,7 +295,7 @@ void bnf_call_plan(bnf_call *call, int threads)
 {
     static const bnf_steps steps[BNF_DIRECTIONS] = {
         [BNF_MOMENTS] = {prepare_forward, gather_moments, finish_moments, NULL},
-        [BNF_FORWARD] = {prepare_training, gather_moments, finish_forward, write_forward},
+        [BNF_FORWARD] = {prepare_training, gather_batch_moments, finish_forward, write_forward},
         [BNF_BACKWARD] = {prepare_backward, gather_gradients, finish_backward, write_backward},
         [BNF_INFERENCE] = {prepare_inference, NULL, NULL, write_forward},
     };

@@ -76,8 +76,7 @@ struct bnf_call {
     int most_threads; /* that it may use if no other call is at work */
     const bnf_kernels *kernels;
     const bnf_steps *steps;
-    bnf_forward forward;
-    bnf_backward backward;
+    bnf_operands operands;
     double *memory; /* of all numbers per channel, and of the slots */
     double *dy_factor, *x_factor, *constant, *ones;
     double *slot_a, *slot_b; /* a row per block: means and M2s, or sums of g and g*(x - mean) */

@@ -1,180 +1,155 @@
-/* 3. grad_sums: tile -> sum of g, sum of g * (x - mean) per channel, where g is
+/* 4. grad_sums: tile -> sum of g, sum of g * (x - mean) per channel, where g is
  * the gradient with respect to the pre-activation. */
 
-INLINE void NAME(grad_sums_step)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t n, d8 mean,
-                                 NAME(affine_vec) a, vec slope, variant v, d8 *sum, d8 *dot)
+/* Smaller sums, of n products, may be of denormals. */
+#define LEAST_PRODUCT 1e-30
+
+/* Whether the products neither overflowed nor became denormal.  All are 0 in a channel without
+ * gradients. */
+INLINE bool NAME(is_normal)(double sum, double dot, double n)
 {
-    const T *x = (const T *)b->x + i, *dy = (const T *)b->dy + i;
-    const d8 wide_x = n < LANES ? widen(NAME(load_some)(x, n)) : load_wide(x);
-    const d8 g = n < LANES || v.z_source != BNF_NO_Z
-                     ? widen(NAME(before_activation)(b, i, n, a, slope, v))
-                     : load_wide(dy);
-    *sum = add(*sum, g);
-    *dot = fmadd(g, sub(wide_x, mean), *dot);
+    const double size = fabs(dot);
+    return (size >= n * LEAST_PRODUCT && size < INFINITY) || (sum == 0 && dot == 0);
 }
 
-INLINE void NAME(grad_sums_run)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t end, double mean,
-                                NAME(affine_vec) a, vec slope, variant v, lane_sums *sums)
+/* Adds n values, of the channels of p and mean, to sums in float64. */
+INLINE NAME(sums)
+    NAME(with_wide)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p, wide mean, NAME(sums) s)
 {
-    const d8 m = d8_set1(mean);
-    lane_sums s = *sums;
-    for (; i + 2 * LANES <= end; i += 2 * LANES) {
-        fetch_ahead((const T *)b->x + i);
-        fetch_ahead((const T *)b->dy + i);
-        NAME(grad_sums_step)(b, i, LANES, m, a, slope, v, &s.first[0], &s.second[0]);
-        NAME(grad_sums_step)(b, i + LANES, LANES, m, a, slope, v, &s.first[1], &s.second[1]);
+    const vec d = NAME(centered)(w.o, i, n, p);
+    const wide g = widen(NAME(before_activation)(w.o, i, n, d, p, w.slope, w.v));
+    const wide x = widen(NAME(load_some)((const T *)w.o->x + i, n, p.high));
+    return (NAME(sums)){add(s.first, g), fmadd(g, sub(x, mean), s.second)};
+}
+
+/* One planar channel in float64, for products that the type of a lane does not hold. */
+APART void NAME(grad_sums_of_channel)(const NAME(work) * w, bnf_tile tile, ptrdiff_t c,
+                                      const NAME(lanes) * p, double *sum, double *dot)
+{
+    const bnf_shape shape = w->o->shape;
+    const wide mean = wide_set1(w->o->mean[c]), zero = wide_set1(0.0);
+    NAME(sums) s = {zero, zero};
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++) {
+        const ptrdiff_t plane = (o * shape.channels + c) * shape.inner;
+        for (ptrdiff_t i = tile.inner0; i < tile.inner1; i += LANES)
+            s = NAME(with_wide)(*w, plane + i, at_most(LANES, tile.inner1 - i), *p, mean, s);
     }
-    if (i < end)
-        NAME(grad_sums_step)(b, i, at_most(LANES, end - i), m, a, slope, v, &s.first[0],
-                             &s.second[0]);
-    if (i + LANES < end)
-        NAME(grad_sums_step)(b, i + LANES, end - i - LANES, m, a, slope, v, &s.first[1],
-                             &s.second[1]);
-    *sums = s;
+    sum[c] = wide_sum(s.first);
+    dot[c] = wide_sum(s.second);
 }
 
-INLINE void NAME(grad_sums_planar_as)(const bnf_backward *operands, bnf_tile tile, double *sum,
-                                      double *dot, variant v)
+/* The same for those of n channels side by side that are marked. */
+APART void NAME(grad_sums_of_strip)(const NAME(work) * w, bnf_tile tile, ptrdiff_t c, ptrdiff_t n,
+                                    const NAME(lanes) * p, const bool *again, double *sum,
+                                    double *dot)
 {
-    const bnf_backward own = *operands, *b = &own; /* as in apply */
-    NAME(affine) rounded;
-    NAME(round_affine)(b->mean, b->scale, b->shift, tile, 1, &rounded);
-    const vec slope = set1(b->slope);
-    lane_sums sums[BNF_MAX_PLANAR];
-    for (ptrdiff_t c = 0; c < tile.channel1 - tile.channel0; c++)
-        sums[c] = no_sums();
+    double first[LANES] = {0}, second[LANES] = {0};
+    for (ptrdiff_t i = 0; i < n; i++)
+        first[i] = w->o->mean[c + i];
+    const wide mean = wide_load(first), zero = wide_set1(0.0);
+    NAME(sums) s = {zero, zero};
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
-        for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
-            const ptrdiff_t plane = (o * b->shape.channels + c) * b->shape.inner;
-            NAME(grad_sums_run)(b, plane + tile.inner0, plane + tile.inner1, b->mean[c],
-                                NAME(broadcast_affine)(&rounded, c - tile.channel0), slope, v,
-                                &sums[c - tile.channel0]);
+        s = NAME(with_wide)(*w, o * w->o->shape.channels + c, n, *p, mean, s);
+    wide_store(first, s.first);
+    wide_store(second, s.second);
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (again[i])
+            sum[c + i] = first[i], dot[c + i] = second[i];
+}
+
+/* Rounded parameters of the channels of a tile that is summed, and room to load a whole vector of
+ * the last ones. */
+typedef struct {
+    P high[BNF_MAX_INTERLEAVED + LANES], scale[BNF_MAX_INTERLEAVED + LANES],
+        shift[BNF_MAX_INTERLEAVED + LANES];
+} NAME(centers);
+
+INLINE void NAME(grad_sums_checked)(NAME(work) w, bnf_tile tile, NAME(params) params, double *sum,
+                                    double *dot)
+{
+    const ptrdiff_t step = w.v.layout == BNF_PLANAR ? 1 : LANES;
+    const double n = (double)((tile.outer1 - tile.outer0) * (tile.inner1 - tile.inner0));
+    for (ptrdiff_t c = tile.channel0; c < tile.channel1; c += step) {
+        const ptrdiff_t i = c - tile.channel0, count = at_most(step, tile.channel1 - c);
+        bool again[LANES], any = false;
+        for (ptrdiff_t k = 0; k < count; k++) {
+            dot[c + k] -= (w.o->mean[c + k] - (double)params.high[i + k]) * sum[c + k];
+            again[k] = !NAME(is_normal)(sum[c + k], dot[c + k], n);
+            any |= again[k];
         }
-    for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
-        sum[c] = total(sums[c - tile.channel0].first);
-        dot[c] = total(sums[c - tile.channel0].second);
+        if (!any)
+            continue;
+        const NAME(lanes) p = w.v.layout == BNF_PLANAR ? NAME(broadcast)(params, i, false)
+                                                       : NAME(side_by_side)(params, i, false);
+        if (w.v.layout == BNF_PLANAR)
+            NAME(grad_sums_of_channel)(&w, tile, c, &p, sum, dot);
+        else
+            NAME(grad_sums_of_strip)(&w, tile, c, count, &p, again, sum, dot);
     }
 }
 
-INLINE void NAME(grad_sums_strip)(const bnf_backward *b, ptrdiff_t i, ptrdiff_t stride,
-                                  ptrdiff_t rows, ptrdiff_t n, NAME(affine_vec) a, vec slope,
-                                  variant v, strip_sums *sums)
+INLINE void NAME(grad_sums_as)(const bnf_operands *operands, bnf_tile tile, double *sum,
+                               double *dot, variant v)
 {
-    const d8 mean = load(sums->about);
-    d8 sum = load(sums->first), dot = load(sums->second);
-    if (n < LANES) { /* at most one strip per row: not worth another unrolled loop */
-        for (ptrdiff_t r = 0; r < rows; r++)
-            NAME(grad_sums_step)(b, i + r * stride, n, mean, a, slope, v, &sum, &dot);
-    } else {
-        ISA_UNROLL_ROWS
-        for (ptrdiff_t r = 0; r < rows; r++)
-            NAME(grad_sums_step)(b, i + r * stride, LANES, mean, a, slope, v, &sum, &dot);
-    }
-    store(sums->first, sum);
-    store(sums->second, dot);
+    /* A local copy: no store can change it, so the compiler keeps it in registers. */
+    const bnf_operands own = *operands;
+    NAME(centers) centers;
+    const NAME(params)
+        params = {.high = centers.high, .scale = centers.scale, .shift = centers.shift};
+    NAME(round_params)(&own, tile, 0, params);
+    v.backward = true;
+    const NAME(work) w = {.o = &own, .slope = set1(own.slope), .v = v};
+    NAME(sum_tile)(w, tile, params, sum, dot);
+    NAME(grad_sums_checked)(w, tile, params, sum, dot);
 }
 
-INLINE void NAME(grad_sums_rows)(const bnf_backward *b, ptrdiff_t row, ptrdiff_t stride,
-                                 ptrdiff_t rows, ptrdiff_t columns, const NAME(affine) * rounded,
-                                 vec slope, variant v, strip_sums *sums)
-{
-    ptrdiff_t i = 0;
-    for (; i + LANES <= columns; i += LANES, sums++)
-        NAME(grad_sums_strip)(b, row + i, stride, rows, LANES, NAME(load_affine)(rounded, i, LANES),
-                              slope, v, sums);
-    if (i < columns)
-        NAME(grad_sums_strip)(b, row + i, stride, rows, columns - i,
-                              NAME(load_affine)(rounded, i, columns - i), slope, v, sums);
-}
-
-INLINE void NAME(grad_sums_interleaved_as)(const bnf_backward *operands, bnf_tile tile, double *sum,
-                                           double *dot, variant v)
-{
-    const bnf_backward own = *operands, *b = &own; /* as in apply */
-    ptrdiff_t at_once = rows_at_once(b->shape, tile);
-    const ptrdiff_t channels = tile.channel1 - tile.channel0, columns = at_once * channels;
-    NAME(affine) rounded;
-    NAME(round_affine)(b->mean, b->scale, b->shift, tile, at_once, &rounded);
-    const vec slope = set1(b->slope);
-    const ptrdiff_t stride = b->shape.channels;
-    strip_sums sums[BNF_MAX_STRIPS] = {0};
-    for (ptrdiff_t c = 0; c < channels; c++)
-        sums[c / LANES].about[c % LANES] = b->mean[tile.channel0 + c];
-    copy_about(sums, columns, channels);
-    ptrdiff_t o = tile.outer0;
-    for (; o + ROWS * at_once <= tile.outer1; o += ROWS * at_once)
-        NAME(grad_sums_rows)(b, o * stride + tile.channel0, at_once * stride, ROWS, columns,
-                             &rounded, slope, v, sums);
-    for (; o < tile.outer1; o += at_once) {
-        if (o + at_once > tile.outer1)
-            at_once = 1; /* the last rows go into the sums of the first copy */
-        NAME(grad_sums_rows)(b, o * stride + tile.channel0, at_once * stride, 1, at_once * channels,
-                             &rounded, slope, v, sums);
-    }
-    fold_copies(sums, columns, channels);
-    for (ptrdiff_t c = 0; c < channels; c++) {
-        sum[tile.channel0 + c] = sums[c / LANES].first[c % LANES];
-        dot[tile.channel0 + c] = sums[c / LANES].second[c % LANES];
-    }
-}
-
-INLINE void NAME(grad_sums_as)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot,
-                               variant v)
-{
-    if (v.layout == BNF_PLANAR)
-        NAME(grad_sums_planar_as)(b, tile, sum, dot, v);
-    else
-        NAME(grad_sums_interleaved_as)(b, tile, sum, dot, v);
-}
-
-INLINE void NAME(grad_sums_activated)(const bnf_backward *b, bnf_tile tile, double *sum,
+INLINE void NAME(grad_sums_activated)(const bnf_operands *o, bnf_tile tile, double *sum,
                                       double *dot, variant v)
 {
-    if (b->z_source == BNF_Z_FROM_X_RESIDUAL)
-        NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_X_RESIDUAL, v));
-    else if (b->z_source == BNF_Z_FROM_Y && !v.smooth && bnf_is_from_output(v.activation))
-        NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_Y, v));
+    if (o->z_source == BNF_Z_FROM_X_RESIDUAL)
+        NAME(grad_sums_as)(o, tile, sum, dot, (v.z_source = BNF_Z_FROM_X_RESIDUAL, v));
+    else if (o->z_source == BNF_Z_FROM_Y && !v.smooth && bnf_is_from_output(v.activation))
+        NAME(grad_sums_as)(o, tile, sum, dot, (v.z_source = BNF_Z_FROM_Y, v));
     else
-        NAME(grad_sums_as)(b, tile, sum, dot, (v.z_source = BNF_Z_FROM_X, v));
+        NAME(grad_sums_as)(o, tile, sum, dot, (v.z_source = BNF_Z_FROM_X, v));
 }
 
-INLINE void NAME(grad_sums)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot,
+INLINE void NAME(grad_sums)(const bnf_operands *o, bnf_tile tile, double *sum, double *dot,
                             bnf_layout layout)
 {
     variant v = {.layout = layout};
     if (FEW_LOOPS) {
-        if (b->activation == BNF_LINEAR)
-            NAME(grad_sums_as)(b, tile, sum, dot, v);
-        else
-            NAME(grad_sums_as)(b, tile, sum, dot,
-                               (v.activation = b->activation, v.z_source = b->z_source,
-                                v.smooth = bnf_is_smooth(b->activation), v));
+        v.activation = o->activation, v.smooth = bnf_is_smooth(o->activation);
+        v.z_source = o->z_source;
+        NAME(grad_sums_as)(o, tile, sum, dot, v);
         return;
     }
-    if (bnf_is_smooth(b->activation)) {
-        v.activation = b->activation, v.smooth = true;
-        NAME(grad_sums_activated)(b, tile, sum, dot, v);
+    if (bnf_is_smooth(o->activation)) {
+        v.activation = o->activation, v.smooth = true;
+        NAME(grad_sums_activated)(o, tile, sum, dot, v);
         return;
     }
-    switch (b->activation) {
+    switch (o->activation) {
 #define SMOOTH(...)
 #define ACTIVATION(CODE, ...)                                                         \
     case BNF_##CODE:                                                                  \
-        NAME(grad_sums_activated)(b, tile, sum, dot, (v.activation = BNF_##CODE, v)); \
+        NAME(grad_sums_activated)(o, tile, sum, dot, (v.activation = BNF_##CODE, v)); \
         break;
 #include "activations.inc"
     default:
-        NAME(grad_sums_as)(b, tile, sum, dot, v);
+        NAME(grad_sums_as)(o, tile, sum, dot, v);
     }
 }
 
-static void NAME(grad_sums_planar)(const bnf_backward *b, bnf_tile tile, double *sum, double *dot)
+static void NAME(grad_sums_planar)(const bnf_operands *o, bnf_tile tile, double *sum, double *dot)
 {
-    NAME(grad_sums)(b, tile, sum, dot, BNF_PLANAR);
+    NAME(grad_sums)(o, tile, sum, dot, BNF_PLANAR);
 }
 
-static void NAME(grad_sums_interleaved)(const bnf_backward *b, bnf_tile tile, double *sum,
+static void NAME(grad_sums_interleaved)(const bnf_operands *o, bnf_tile tile, double *sum,
                                         double *dot)
 {
-    NAME(grad_sums)(b, tile, sum, dot, BNF_INTERLEAVED);
+    NAME(grad_sums)(o, tile, sum, dot, BNF_INTERLEAVED);
 }
+
+#undef LEAST_PRODUCT

@@ -1,17 +1,71 @@
 /* Eight lanes of float32 or float64 on AVX2, FMA and F16C.
  *
- * Every instruction set has the same dozen operations on the same two types, f8
- * and d8, for any width of its registers.  A kernel written on eight lanes adds
- * in the same order on all of them, so results have the same bits on all sets
- * that have a fused multiply-add (as YNNPACK's fixed-width accumulators). */
+ * Every instruction set has the same dozen operations on the same types, f32x16 and d8, for any
+ * width of its registers.  A kernel written on sixteen lanes adds in the same order on all of them,
+ * so results have the same bits on all sets that have a fused multiply-add (as YNNPACK's
+ * fixed-width accumulators). */
 #ifndef BNFAST_SIMD_AVX2_H
 #define BNFAST_SIMD_AVX2_H
 
-#include "simd_m256.h"
+#include <immintrin.h>
+#include <stddef.h>
 
+#include "bnfast.h"
+#include "simd_m128i.h"
+
+/* Traits, see lanes.h. */
+#define ISA_UNROLL _Pragma("GCC unroll 8")
+#define ISA_FEW_LOOPS false
+#define ISA_INLINE static inline __attribute__((always_inline))
+
+typedef __m256 f8;
 typedef struct {
     __m256d lo, hi;
 } d8;
+
+/* After streaming stores, before another thread may read what they wrote. */
+static inline void stream_end(void) { _mm_sfence(); }
+
+static inline f8 f8_set1(double a) { return _mm256_set1_ps((float)a); }
+static inline f8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void f8_store(float *p, f8 a) { _mm256_storeu_ps(p, a); }
+static inline void f8_stream(float *p, f8 a) { _mm256_stream_ps(p, a); }
+static inline f8 f8_add(f8 a, f8 b) { return _mm256_add_ps(a, b); }
+static inline f8 f8_sub(f8 a, f8 b) { return _mm256_sub_ps(a, b); }
+static inline f8 f8_mul(f8 a, f8 b) { return _mm256_mul_ps(a, b); }
+static inline f8 f8_div(f8 a, f8 b) { return _mm256_div_ps(a, b); }
+static inline f8 f8_fma(f8 a, f8 b, f8 c) { return _mm256_fmadd_ps(a, b, c); }
+/* a > b ? a : b and a < b ? a : b: b if either is NaN. */
+static inline f8 f8_max(f8 a, f8 b) { return _mm256_max_ps(a, b); }
+static inline f8 f8_min(f8 a, f8 b) { return _mm256_min_ps(a, b); }
+
+/* 2^n for an integer n from -126 to 127: the sum's last bits are n + 127. */
+static inline f8 f8_pow2(f8 n)
+{
+    const __m256 sum = _mm256_add_ps(n, _mm256_set1_ps(0x1.8p23f + 127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(sum), 23));
+}
+
+/* float16, by the processor's own conversion. */
+static inline f8 f16_widen(__m128i a) { return _mm256_cvtph_ps(a); }
+static inline __m128i f16_narrow(f8 a)
+{
+    return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline f8 f16_load(const bnf_f16 *p) { return f16_widen(halves_load(&p->bits)); }
+static inline void f16_store(bnf_f16 *p, f8 a) { halves_store(&p->bits, f16_narrow(a)); }
+static inline void f16_stream(bnf_f16 *p, f8 a) { halves_stream(&p->bits, f16_narrow(a)); }
+
+/* bfloat16, with integer operations: the instruction that some processors have
+ * treats denormals as zeros. */
+static inline f8 bf16_widen(__m128i a)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+}
+static inline __m128i bf16_narrow(f8 a);
+static inline f8 bf16_load(const bnf_bf16 *p) { return bf16_widen(halves_load(&p->bits)); }
+static inline void bf16_store(bnf_bf16 *p, f8 a) { halves_store(&p->bits, bf16_narrow(a)); }
+static inline void bf16_stream(bnf_bf16 *p, f8 a) { halves_stream(&p->bits, bf16_narrow(a)); }
 
 /* a <= b ? yes : no */
 static inline f8 f8_select_le(f8 a, f8 b, f8 yes, f8 no)
@@ -25,6 +79,11 @@ static inline __m256i f8_first(ptrdiff_t n)
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane);
 }
 
+/* The first n lanes of a, the others of b. */
+static inline f8 f8_select_first(ptrdiff_t n, f8 a, f8 b)
+{
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(f8_first(n)));
+}
 /* The first n (1 to 7) lanes from memory, the others from fill. */
 static inline f8 f8_load_part(const float *p, ptrdiff_t n, f8 fill)
 {
@@ -62,15 +121,8 @@ static inline void d8_store(double *p, d8 a)
 }
 static inline void d8_stream(double *p, d8 a)
 {
-    f8_stream((float *)p, _mm256_castpd_ps(a.lo));
-    f8_stream((float *)(p + 4), _mm256_castpd_ps(a.hi));
-}
-static inline void d8_stream_part(double *p, ptrdiff_t n, d8 a)
-{
-    double lanes[8];
-    d8_store(lanes, a);
-    for (ptrdiff_t i = 0; i < n; i += 2)
-        _mm_stream_pd(p + i, _mm_loadu_pd(lanes + i));
+    _mm256_stream_pd(p, a.lo);
+    _mm256_stream_pd(p + 4, a.hi);
 }
 static inline d8 d8_add(d8 a, d8 b)
 {
@@ -113,10 +165,19 @@ static inline __m256d d8_half_pow2(__m256d n)
 /* 2^n for an integer n from -1022 to 1023, as f8_pow2. */
 static inline d8 d8_pow2(d8 n) { return (d8){d8_half_pow2(n.lo), d8_half_pow2(n.hi)}; }
 
-static inline __m256d d8_half_part(const double *p, ptrdiff_t n, __m256d fill)
+static inline __m256i d4_first(ptrdiff_t n)
 {
     const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-    const __m256i first = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane);
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane);
+}
+static inline d8 d8_select_first(ptrdiff_t n, d8 a, d8 b)
+{
+    return (d8){_mm256_blendv_pd(b.lo, a.lo, _mm256_castsi256_pd(d4_first(n))),
+                _mm256_blendv_pd(b.hi, a.hi, _mm256_castsi256_pd(d4_first(n - 4)))};
+}
+static inline __m256d d8_half_part(const double *p, ptrdiff_t n, __m256d fill)
+{
+    const __m256i first = d4_first(n);
     return _mm256_blendv_pd(fill, _mm256_maskload_pd(p, first), _mm256_castsi256_pd(first));
 }
 static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)
@@ -157,7 +218,7 @@ static inline d8 f8_widen(f8 a)
                 _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1))};
 }
 /* Not f8_widen(f8_load(p)): a conversion that reads memory saves a shuffle. */
-static inline d8 f8_load_wide(const float *p)
+static inline d8 f32_load_wide(const float *p)
 {
     return (d8){_mm256_cvtps_pd(_mm_loadu_ps(p)), _mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
 }
@@ -197,5 +258,7 @@ static inline void bf16_store_part(bnf_bf16 *p, ptrdiff_t n, f8 a)
     halves_store_part(&p->bits, n, bf16_narrow(a));
 }
 static inline d8 bf16_load_wide(const bnf_bf16 *p) { return f8_widen(bf16_load(p)); }
+
+#include "simd_pairs.h"
 
 #endif

@@ -18,7 +18,7 @@
 #include "bnfast.h"
 
 /* Traits, see lanes.h. */
-#define ISA_UNROLL_ROWS _Pragma("GCC unroll 8")
+#define ISA_UNROLL _Pragma("GCC unroll 8")
 #define ISA_FEW_LOOPS false
 #define ISA_INLINE static inline __attribute__((always_inline))
 
@@ -44,6 +44,14 @@ static inline void f8_store(float *p, f8 a)
     vst1q_f32(p + 4, a.hi);
 }
 
+/* The first n lanes of a, the others of b. */
+static inline f8 f8_select_first(ptrdiff_t n, f8 a, f8 b)
+{
+    const int32_t lanes[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    const int32x4_t end = vdupq_n_s32((int32_t)n);
+    return (f8){vbslq_f32(vcltq_s32(vld1q_s32(lanes), end), a.lo, b.lo),
+                vbslq_f32(vcltq_s32(vld1q_s32(lanes + 4), end), a.hi, b.hi)};
+}
 /* The first n (0 to 3) of four lanes from memory, the others from fill. */
 static inline float32x4_t f4_load_part(const float *p, ptrdiff_t n, float32x4_t fill)
 {
@@ -78,7 +86,6 @@ static inline void f8_store_part(float *p, ptrdiff_t n, f8 a)
         vst1_lane_f32(p, two, 0);
 }
 static inline void f8_stream(float *p, f8 a) { f8_store(p, a); }
-static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a) { f8_store_part(p, n, a); }
 
 static inline f8 f8_add(f8 a, f8 b) { return (f8){vaddq_f32(a.lo, b.lo), vaddq_f32(a.hi, b.hi)}; }
 static inline f8 f8_sub(f8 a, f8 b) { return (f8){vsubq_f32(a.lo, b.lo), vsubq_f32(a.hi, b.hi)}; }
@@ -137,6 +144,16 @@ static inline float64x2_t d2_load_part(const double *p, ptrdiff_t n, float64x2_t
         return vld1q_f64(p);
     return n == 1 ? vld1q_lane_f64(p, fill, 0) : fill;
 }
+static inline float64x2_t d2_select_first(ptrdiff_t n, float64x2_t a, float64x2_t b)
+{
+    const float64x2_t either = n >= 2 ? a : b;
+    return n == 1 ? vcopyq_laneq_f64(b, 0, a, 0) : either;
+}
+static inline d8 d8_select_first(ptrdiff_t n, d8 x, d8 y)
+{
+    return (d8){d2_select_first(n, x.a, y.a), d2_select_first(n - 2, x.b, y.b),
+                d2_select_first(n - 4, x.c, y.c), d2_select_first(n - 6, x.d, y.d)};
+}
 static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)
 {
     return (d8){d2_load_part(p, n, fill.a), d2_load_part(p + 2, n - 2, fill.b),
@@ -157,7 +174,6 @@ static inline void d8_store_part(double *p, ptrdiff_t n, d8 x)
     d2_store_part(p + 6, n - 6, x.d);
 }
 static inline void d8_stream(double *p, d8 x) { d8_store(p, x); }
-static inline void d8_stream_part(double *p, ptrdiff_t n, d8 x) { d8_store_part(p, n, x); }
 
 static inline d8 d8_add(d8 x, d8 y)
 {
@@ -224,7 +240,7 @@ static inline d8 f8_widen(f8 a)
     return (d8){vcvt_f64_f32(vget_low_f32(a.lo)), vcvt_high_f64_f32(a.lo),
                 vcvt_f64_f32(vget_low_f32(a.hi)), vcvt_high_f64_f32(a.hi)};
 }
-static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
+static inline d8 f32_load_wide(const float *p) { return f8_widen(f8_load(p)); }
 
 /* --- float16 and bfloat16, eight in one register --- */
 
@@ -239,13 +255,6 @@ static inline void halves_store_part(uint16_t *p, ptrdiff_t n, uint16x8_t a)
     uint16_t lanes[8];
     vst1q_u16(lanes, a);
     memcpy(p, lanes, (size_t)n * sizeof *p);
-}
-static inline f8 f8_first_of(f8 a, ptrdiff_t n, f8 fill)
-{
-    const uint32_t lanes[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-    const uint32x4_t end = vdupq_n_u32((uint32_t)n);
-    return (f8){vbslq_f32(vcltq_u32(vld1q_u32(lanes), end), a.lo, fill.lo),
-                vbslq_f32(vcltq_u32(vld1q_u32(lanes + 4), end), a.hi, fill.hi)};
 }
 
 /* float16, by the conversions that every AArch64 processor has; only arithmetic
@@ -262,7 +271,7 @@ static inline uint16x8_t f16_narrow(f8 a)
 static inline f8 f16_load(const bnf_f16 *p) { return f16_widen(vld1q_u16(&p->bits)); }
 static inline f8 f16_load_part(const bnf_f16 *p, ptrdiff_t n, f8 fill)
 {
-    return f8_first_of(f16_widen(halves_load_part(&p->bits, n)), n, fill);
+    return f8_select_first(n, f16_widen(halves_load_part(&p->bits, n)), fill);
 }
 static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
 static inline void f16_store(bnf_f16 *p, f8 a) { vst1q_u16(&p->bits, f16_narrow(a)); }
@@ -296,7 +305,7 @@ static inline uint16x8_t bf16_narrow(f8 a)
 static inline f8 bf16_load(const bnf_bf16 *p) { return bf16_widen(vld1q_u16(&p->bits)); }
 static inline f8 bf16_load_part(const bnf_bf16 *p, ptrdiff_t n, f8 fill)
 {
-    return f8_first_of(bf16_widen(halves_load_part(&p->bits, n)), n, fill);
+    return f8_select_first(n, bf16_widen(halves_load_part(&p->bits, n)), fill);
 }
 static inline d8 bf16_load_wide(const bnf_bf16 *p) { return f8_widen(bf16_load(p)); }
 static inline void bf16_store(bnf_bf16 *p, f8 a) { vst1q_u16(&p->bits, bf16_narrow(a)); }
@@ -305,5 +314,7 @@ static inline void bf16_store_part(bnf_bf16 *p, ptrdiff_t n, f8 a)
     halves_store_part(&p->bits, n, bf16_narrow(a));
 }
 static inline void bf16_stream(bnf_bf16 *p, f8 a) { bf16_store(p, a); }
+
+#include "simd_pairs.h"
 
 #endif

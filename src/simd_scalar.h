@@ -17,7 +17,7 @@
 /* Traits, see lanes.h.  Beside lanes that are computed one by one, the branches of a variant cost
  * little, and a loop for each variant would be megabytes of scalar code: here the compiler decides
  * what to inline. */
-#define ISA_UNROLL_ROWS
+#define ISA_UNROLL
 #define ISA_FEW_LOOPS true
 #define ISA_INLINE static inline
 
@@ -38,6 +38,13 @@ static inline f8 f8_load(const float *p)
     return r;
 }
 static inline void f8_store(float *p, f8 a) { memcpy(p, a.lane, sizeof a); }
+/* The first n lanes of a, the others of b. */
+static inline f8 f8_select_first(ptrdiff_t n, f8 a, f8 b)
+{
+    for (int i = 0; i < 8; i++)
+        b.lane[i] = i < n ? a.lane[i] : b.lane[i];
+    return b;
+}
 /* The first n (1 to 7) lanes from memory, the others from fill. */
 static inline f8 f8_load_part(const float *p, ptrdiff_t n, f8 fill)
 {
@@ -49,7 +56,6 @@ static inline void f8_store_part(float *p, ptrdiff_t n, f8 a)
     memcpy(p, a.lane, (size_t)n * sizeof *p);
 }
 static inline void f8_stream(float *p, f8 a) { f8_store(p, a); }
-static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a) { f8_store_part(p, n, a); }
 
 static inline f8 f8_set1(double a)
 {
@@ -136,6 +142,12 @@ static inline d8 d8_load(const double *p)
     return r;
 }
 static inline void d8_store(double *p, d8 a) { memcpy(p, a.lane, sizeof a); }
+static inline d8 d8_select_first(ptrdiff_t n, d8 a, d8 b)
+{
+    for (int i = 0; i < 8; i++)
+        b.lane[i] = i < n ? a.lane[i] : b.lane[i];
+    return b;
+}
 static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)
 {
     memcpy(fill.lane, p, (size_t)n * sizeof *p);
@@ -146,7 +158,6 @@ static inline void d8_store_part(double *p, ptrdiff_t n, d8 a)
     memcpy(p, a.lane, (size_t)n * sizeof *p);
 }
 static inline void d8_stream(double *p, d8 a) { d8_store(p, a); }
-static inline void d8_stream_part(double *p, ptrdiff_t n, d8 a) { d8_store_part(p, n, a); }
 
 static inline d8 d8_set1(double a)
 {
@@ -239,7 +250,7 @@ static inline d8 f8_widen(f8 a)
         r.lane[i] = (double)a.lane[i];
     return r;
 }
-static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
+static inline d8 f32_load_wide(const float *p) { return f8_widen(f8_load(p)); }
 
 /* --- float16 and bfloat16, one by one, by their bits --- */
 
@@ -338,5 +349,7 @@ static inline void bf16_store_part(bnf_bf16 *p, ptrdiff_t n, f8 a)
 }
 static inline void bf16_store(bnf_bf16 *p, f8 a) { bf16_store_part(p, 8, a); }
 static inline void bf16_stream(bnf_bf16 *p, f8 a) { bf16_store(p, a); }
+
+#include "simd_pairs.h"
 
 #endif

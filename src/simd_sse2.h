@@ -11,9 +11,8 @@
 #include "bnfast.h"
 #include "simd_m128i.h"
 
-/* Traits, see lanes.h.  Eight float64 lanes take four of sixteen registers: unrolled rows would
- * spill. */
-#define ISA_UNROLL_ROWS
+/* Traits, see lanes.h. */
+#define ISA_UNROLL
 #define ISA_FEW_LOOPS true
 #define ISA_INLINE static inline __attribute__((always_inline))
 
@@ -38,12 +37,6 @@ static inline void f8_stream(float *p, f8 a)
 {
     _mm_stream_ps(p, a.lo);
     _mm_stream_ps(p + 4, a.hi);
-}
-/* The first n lanes, n a multiple of 16 bytes. */
-static inline void f8_stream_part(float *p, ptrdiff_t n, f8 a)
-{
-    if (n == 4)
-        _mm_stream_ps(p, a.lo);
 }
 static inline f8 f8_add(f8 a, f8 b) { return (f8){_mm_add_ps(a.lo, b.lo), _mm_add_ps(a.hi, b.hi)}; }
 static inline f8 f8_sub(f8 a, f8 b) { return (f8){_mm_sub_ps(a.lo, b.lo), _mm_sub_ps(a.hi, b.hi)}; }
@@ -72,6 +65,15 @@ static inline __m128 f8_half_pow2(__m128 n)
 }
 static inline f8 f8_pow2(f8 n) { return (f8){f8_half_pow2(n.lo), f8_half_pow2(n.hi)}; }
 
+/* The first n lanes of a, the others of b. */
+static inline f8 f8_select_first(ptrdiff_t n, f8 a, f8 b)
+{
+    const __m128i end = _mm_set1_epi32((int)n);
+    const __m128i lo = _mm_cmpgt_epi32(end, _mm_setr_epi32(0, 1, 2, 3));
+    const __m128i hi = _mm_cmpgt_epi32(end, _mm_setr_epi32(4, 5, 6, 7));
+    return (f8){f8_blend(_mm_castsi128_ps(lo), a.lo, b.lo),
+                f8_blend(_mm_castsi128_ps(hi), a.hi, b.hi)};
+}
 /* The first n (1 to 7) lanes from memory, the others from fill. */
 static inline f8 f8_load_part(const float *p, ptrdiff_t n, f8 fill)
 {
@@ -111,13 +113,6 @@ static inline void d8_stream(double *p, d8 a)
     _mm_stream_pd(p + 2, a.b);
     _mm_stream_pd(p + 4, a.c);
     _mm_stream_pd(p + 6, a.d);
-}
-static inline void d8_stream_part(double *p, ptrdiff_t n, d8 a)
-{
-    double lanes[8];
-    d8_store(lanes, a);
-    for (ptrdiff_t i = 0; i < n; i += 2)
-        _mm_stream_pd(p + i, _mm_loadu_pd(lanes + i));
 }
 static inline d8 d8_add(d8 x, d8 y)
 {
@@ -173,6 +168,16 @@ static inline d8 d8_pow2(d8 n)
                 d8_quarter_pow2(n.d)};
 }
 
+static inline __m128d d2_select_first(ptrdiff_t n, __m128d a, __m128d b)
+{
+    const __m128d either = n >= 2 ? a : b;
+    return n == 1 ? _mm_move_sd(b, a) : either;
+}
+static inline d8 d8_select_first(ptrdiff_t n, d8 x, d8 y)
+{
+    return (d8){d2_select_first(n, x.a, y.a), d2_select_first(n - 2, x.b, y.b),
+                d2_select_first(n - 4, x.c, y.c), d2_select_first(n - 6, x.d, y.d)};
+}
 static inline d8 d8_load_part(const double *p, ptrdiff_t n, d8 fill)
 {
     double lanes[8];
@@ -201,7 +206,7 @@ static inline d8 f8_widen(f8 a)
     return (d8){_mm_cvtps_pd(a.lo), _mm_cvtps_pd(_mm_movehl_ps(a.lo, a.lo)), _mm_cvtps_pd(a.hi),
                 _mm_cvtps_pd(_mm_movehl_ps(a.hi, a.hi))};
 }
-static inline d8 f8_load_wide(const float *p) { return f8_widen(f8_load(p)); }
+static inline d8 f32_load_wide(const float *p) { return f8_widen(f8_load(p)); }
 
 /* --- float16 and bfloat16, four in the lower halves of 32-bit lanes, by integer operations --- */
 
@@ -290,19 +295,10 @@ static inline __m128i bf16_narrow(f8 a)
     return halves_pack(bf16_narrow_four(a.lo), bf16_narrow_four(a.hi));
 }
 
-static inline f8 f8_first_of(f8 a, ptrdiff_t n, f8 fill)
-{
-    const __m128i end = _mm_set1_epi32((int)n);
-    const __m128i lo = _mm_cmpgt_epi32(end, _mm_setr_epi32(0, 1, 2, 3));
-    const __m128i hi = _mm_cmpgt_epi32(end, _mm_setr_epi32(4, 5, 6, 7));
-    return (f8){f8_blend(_mm_castsi128_ps(lo), a.lo, fill.lo),
-                f8_blend(_mm_castsi128_ps(hi), a.hi, fill.hi)};
-}
-
 static inline f8 f16_load(const bnf_f16 *p) { return f16_widen(halves_load(&p->bits)); }
 static inline f8 f16_load_part(const bnf_f16 *p, ptrdiff_t n, f8 fill)
 {
-    return f8_first_of(f16_widen(halves_load_part(&p->bits, n)), n, fill);
+    return f8_select_first(n, f16_widen(halves_load_part(&p->bits, n)), fill);
 }
 static inline d8 f16_load_wide(const bnf_f16 *p) { return f8_widen(f16_load(p)); }
 static inline void f16_store(bnf_f16 *p, f8 a) { halves_store(&p->bits, f16_narrow(a)); }
@@ -315,7 +311,7 @@ static inline void f16_stream(bnf_f16 *p, f8 a) { halves_stream(&p->bits, f16_na
 static inline f8 bf16_load(const bnf_bf16 *p) { return bf16_widen(halves_load(&p->bits)); }
 static inline f8 bf16_load_part(const bnf_bf16 *p, ptrdiff_t n, f8 fill)
 {
-    return f8_first_of(bf16_widen(halves_load_part(&p->bits, n)), n, fill);
+    return f8_select_first(n, bf16_widen(halves_load_part(&p->bits, n)), fill);
 }
 static inline d8 bf16_load_wide(const bnf_bf16 *p) { return f8_widen(bf16_load(p)); }
 static inline void bf16_store(bnf_bf16 *p, f8 a) { halves_store(&p->bits, bf16_narrow(a)); }
@@ -324,5 +320,7 @@ static inline void bf16_store_part(bnf_bf16 *p, ptrdiff_t n, f8 a)
     halves_store_part(&p->bits, n, bf16_narrow(a));
 }
 static inline void bf16_stream(bnf_bf16 *p, f8 a) { halves_stream(&p->bits, bf16_narrow(a)); }
+
+#include "simd_pairs.h"
 
 #endif

@@ -8,18 +8,15 @@
 /* The most values of a planar block, and rows of an interleaved one: kernels.inc.h
  * proves the accuracy of a sum around a pivot for so many. */
 #define BLOCK_VALUES 16384
-#define MIN_ROWS 32
+#define MIN_ROWS 512
 #define MAX_ROWS 16384
-/* How many values an interleaved block should have: about a quarter of a small L2. */
-#define BLOCK_WEIGHT 32768
+/* How many values an interleaved block should have: half a megabyte, which L2 holds. */
+#define BLOCK_WEIGHT 131072
 /* More blocks than this serve more threads than a machine has, and each costs a merge. */
 #define ENOUGH_BLOCKS 512
 /* With fewer bytes for each, another thread costs more time than it saves. */
 #define BYTES_PER_THREAD 100000
-/* Two runs whose length is not a multiple of this many bytes meet inside such a
- * unit, which then gets normal stores.  Only long ones are worth streaming. */
-#define STREAM_QUANTUM 16
-#define MIN_STREAMED_RUN 4096
+#define PAGE 4096
 /* float32 values in a cache line. */
 #define LINE 16
 _Static_assert(LINE >= BNF_FEW_CHANNELS, "or a tile that is summed might have a part of them");
@@ -64,14 +61,18 @@ ptrdiff_t bnf_values_before(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block)
                  shape.outer * shape.inner);
 }
 
-/* How many bytes a thread may keep in the caches between summing and writing: its
- * share of a quarter of L3, or half of its own L2 if that is more.  L3 is slower,
- * but long runs through memory gain more than a second read from a near cache: a
- * group of one channel of (32,256,56,56) fits L2 and is read at half the speed of
- * a group of ten. */
+/* A larger last cache is one of many cores, or of the machine below a virtual one: slower than a
+ * near one, and shared with others. */
+#define MOST_LAST_CACHE (32 << 20)
+
+static ptrdiff_t last_cache(bnf_caches caches) { return least(caches.l3, MOST_LAST_CACHE); }
+
+/* How many bytes a thread may keep in the caches between summing and writing.  More than L2 holds,
+ * where the last cache is large: long runs through memory gain more than a second read from a near
+ * cache. */
 static ptrdiff_t held_bytes(bnf_caches caches, int threads)
 {
-    return most(caches.l2 / 2, caches.l3 / (4 * threads));
+    return most(caches.l2, last_cache(caches) / (12 * threads));
 }
 
 /* The most channels of a tile that is summed: few enough that every thread gets
@@ -92,13 +93,11 @@ static bool is_even(ptrdiff_t groups, int threads)
     return groups * 5 >= quotient_up(groups, threads) * threads * 4;
 }
 
-/* Inputs larger than the threads' L2 caches together but within L3 may be read
- * twice from end to end.  The second pass does not read memory either, and runs
- * longer than those of a group are read faster ((32,2048,7,7) forward: by a
- * quarter). */
-static bool stays_in_last_cache(ptrdiff_t input_bytes, bnf_caches caches, int threads)
+/* Whether all tensors of a call stay in the caches.  They share the last one with what comes before
+ * and after the call. */
+static bool stays_in_caches(ptrdiff_t bytes, bnf_caches caches, int threads)
 {
-    return input_bytes > caches.l2 * threads && input_bytes <= caches.l3;
+    return bytes <= most(caches.l2 * threads, last_cache(caches) / 2);
 }
 
 int bnf_useful_threads(ptrdiff_t bytes)
@@ -137,8 +136,11 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
     const ptrdiff_t channels = most_channels(shape, plan);
     const ptrdiff_t held = held_bytes(caches, plan.threads) / channel_bytes;
     const ptrdiff_t group = most(least(held, channels), 1);
+    /* What stays in the last cache may be read twice from end to end: that does not read memory
+     * either, and runs longer than those of a group are read faster. */
+    const bool cached = stays_in_caches(bytes, caches, plan.threads);
     plan.fused = planar && gathers && writes > 0 && held > 0 &&
-                 !stays_in_last_cache(channel_bytes * shape.channels, caches, plan.threads) &&
+                 (!cached || bytes <= caches.l2 * plan.threads) &&
                  is_even(quotient_up(shape.channels, group), plan.threads);
     plan.group = plan.fused ? group : channels;
     plan.groups = quotient_up(shape.channels, plan.group);
@@ -148,12 +150,11 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
         plan.write_blocks = (bnf_blocks){1, shape.outer, 1, shape.inner};
     } else
         cut_write_blocks(shape, &plan);
-    /* Streaming is faster if the call's tensors together are larger than all caches. */
-    const ptrdiff_t last = most(caches.l2 * plan.threads, caches.l3);
-    const ptrdiff_t row = shape.channels * bnf_rows_at_once(shape);
-    const ptrdiff_t run = (planar ? shape.inner : row) * itemsize;
-    const bool seamless = run % STREAM_QUANTUM == 0 || run >= MIN_STREAMED_RUN;
-    plan.stream = seamless && bytes > last;
+    plan.stream = !cached;
+    /* A page ahead of one tensor, half of one of two: the hardware's prefetcher stops at the end of
+     * each page.  Near caches need none. */
+    const bool near = channel_bytes * shape.channels <= caches.l2 * plan.threads;
+    plan.ahead = near ? 0 : PAGE / itemsize / most(reads, 1);
     return plan;
 }
 

@@ -38,23 +38,44 @@ MUTANTS = [
     ("src/moments.inc.h", "square - sum * (sum / n)", "square"),
     (
         "src/moments.inc.h",
-        "widen(load_part(x, n, set1(pivot)))",
-        "widen(load_part(x, n, set1(0.0)))",
+        "load_wide_part(x, n, d8_set1(pivot))",
+        "load_wide_part(x, n, d8_set1(0.0))",
     ),
     (
         "src/moments.inc.h",
-        "widen(select_le(sub(value, value), zero, value, zero))",
-        "widen(value)",
+        "d8_select_le(sub(value, value), zero, value, zero)",
+        "value",
     ),
     ("src/lanes.h", "a - a == 0 ? a : 0.0", "a"),
-    ("src/kernels.inc.h", "(sizeof(T) < sizeof(double) ? 1 : 2)", "1"),
+    ("src/moments.inc.h", "(sizeof(T) < sizeof(double) ? 1 : 2)", "1"),
     (
         "src/moments.inc.h",
         "for (; rows > 0; rows--, x += stride)",
         "for (; rows > 1; rows--, x += stride)",
     ),
     ("src/lanes.h", "to->second[to_lane] += from->", "to->second[to_lane] = from->"),
-    ("src/lanes.h", "about[i % LANES] = sums[c / LANES].about[c % LANES]", "about[i % LANES] = 0"),
+    (
+        "src/lanes.h",
+        "about[i % WIDE_LANES] = sums[c / WIDE_LANES].about[c % WIDE_LANES]",
+        "about[i % WIDE_LANES] = 0",
+    ),
+    # those of a training call: which pivots are good enough
+    ("src/batch_moments.inc.h", "#define MOST_OFF 0.5", "#define MOST_OFF 1e6"),
+    ("src/batch_moments.inc.h", "#define LEAST_VARIANCE 1e-30", "#define LEAST_VARIANCE 0.0"),
+    ("src/batch_moments.inc.h", " && m2 < INFINITY", ""),
+    ("src/batch_moments.inc.h", "if (!NAME(is_exact)(sum, square, n)) {", "if (false) {"),
+    ("src/batch_moments.inc.h", "if (!again[i])", "if (true)"),
+    ("src/batch_moments.inc.h", "again[i] = !NAME(is_exact)(sum, square, n);", "again[i] = false;"),
+    # sums over trees
+    ("src/sums.inc.h", "fmadd(b.l, b.f, mul(a.l, a.f))", "fmadd(b.l, b.l, mul(a.l, a.f))"),
+    ("src/sums.inc.h", "add(s.first, widen(t.first))", "widen(t.first)"),
+    ("src/sums.inc.h", "count > 1 ? a->n : a->last", "a->n"),
+    ("src/sums.inc.h", "count > 2 ? a->n : a->last", "a->n"),
+    ("src/sums.inc.h", "a->count - a->fewer", "a->count"),
+    ("src/sums.inc.h", "next ? next : 4 * LANES", "4 * LANES"),
+    ("src/sums.inc.h", "length <= 4 * LANES && o + 1 < tile.outer1", "length <= 4 * LANES"),
+    ("src/sums.inc.h", "a += strips[i / LANES].first", "a = strips[i / LANES].first"),
+    ("src/sums.inc.h", "params.high[i % channels]", "params.high[0]"),
     ("src/moments.h", "mean_a[c] += delta * share;", "mean_a[c] += delta / 2;"),
     ("src/moments.h", "m2_b[c] + delta * delta * weight", "m2_b[c]"),
     ("src/moments.h", "weight = n_a * share;", "weight = n_b * share;"),
@@ -64,10 +85,23 @@ MUTANTS = [
     ("src/moments.h", "scale[c] = weight[c] * inv_std[c];", "scale[c] = inv_std[c];"),
     ("src/moments.h", "sum[a * shape.channels + c] +=", "sum[a * shape.channels + c] ="),
     # the affine map
-    ("src/kernels.inc.h", "sub(sub(x, a.high), a.low)", "sub(x, a.high)"),
-    ("src/kernels.inc.h", "(P)(mean[c] - (double)to->high[i])", "0"),
-    ("src/apply.inc.h", "fmadd(d, a.scale, a.shift)", "mul(d, a.scale)"),
-    ("src/apply.inc.h", "if (v.residual)\n        z", "if (false)\n        z"),
+    (
+        "src/kernels.inc.h",
+        "(P)without(o->shift[c], low, o->scale[c])",
+        "(P)o->shift[c]",
+    ),
+    ("src/lanes.h", "return low != 0 ? a - low * factor : a;", "return a - low * factor;"),
+    ("src/kernels.inc.h", "fmadd(d, p.scale, p.shift)", "mul(d, p.scale)"),
+    ("src/apply.inc.h", "(w.o, i, n, d, p, w.v.residual)", "(w.o, i, n, d, p, false)"),
+    # runs that are written: the parameters of each value, and where a vector may be streamed
+    ("src/kernels.inc.h", "select_first(n, a.high, b.high)", "select_first(n, b.high, a.high)"),
+    ("src/writes.inc.h", "NAME(blend)(end - i, p, next)", "p"),
+    ("src/writes.inc.h", "params, ++c, w.v.backward", "params, c, w.v.backward"),
+    ("src/writes.inc.h", "planes == 1 || length < LANES ?", "planes == 1 ?"),
+    ("src/writes.inc.h", "w.v.backward ? w.o->dx : w.o->y) + i", "w.o->y) + i"),
+    ("src/kernels.inc.h", "% (LANES * sizeof(T)) / sizeof(T)", "% sizeof(T) / sizeof(T)"),
+    ("src/writes.inc.h", "at_most(end - LANES, i + columns - 1 - column)", "end - LANES"),
+    ("src/writes.inc.h", "row[i] = row[i - channels]", "row[i] = row[0]"),
     ("src/activations.inc.h", "return max(set1(0.0), z);", "return max(z, set1(0.0));"),
     ("src/activations.inc.h", "min(set1(6.0), max(set1(0.0), z))", "max(set1(0.0), z)"),
     ("src/activations.inc.h", "return max(mul(slope, z), z);", "return mul(slope, z);"),
@@ -132,26 +166,40 @@ MUTANTS = [
     ("src/smooth.inc.h", "sub(set1(1.0), left), left)", "left, left)"),
     # all of them share loops
     ("src/activations.inc.h", "mul(dy, VEC(smooth_slope)(z, v.activation))", "mul(dy, z)"),
-    ("src/grad_sums.inc.h", "*sum = add(*sum, g);", "*sum = g;"),
-    ("src/grad_sums.inc.h", "fmadd(g, sub(wide_x, mean), *dot)", "fmadd(g, wide_x, *dot)"),
+    (
+        "src/grad_sums.inc.h",
+        "dot[c + k] -= (w.o->mean[c + k] - (double)params.high[i + k]) * sum[c + k];",
+        "",
+    ),
+    # in float64, where products overflow
+    ("src/grad_sums.inc.h", "again[k] = !NAME(is_normal)", "again[k] = false && NAME(is_normal)"),
+    ("src/grad_sums.inc.h", "size < INFINITY", "true"),
+    ("src/grad_sums.inc.h", "size >= n * LEAST_PRODUCT", "true"),
+    ("src/grad_sums.inc.h", "add(s.first, g)", "g"),
+    ("src/grad_sums.inc.h", "fmadd(g, sub(x, mean), s.second)", "fmadd(g, x, s.second)"),
     ("src/moments.h", "dweight[c] = inv_std[c] * dot[c];", "dweight[c] = dot[c];"),
     ("src/moments.h", "-scale[c] * inv_std[c] * (dweight[c] / count)", "0"),
     ("src/moments.h", "constant[c] = -scale[c] * (dbias[c] / count);", "constant[c] = 0;"),
     (
         "src/grad_input.inc.h",
-        "fmadd(s.x_factor, d, fmadd(s.dy_factor, g, s.constant))",
-        "fmadd(s.dy_factor, g, s.constant)",
+        "fmadd(p.x_factor, d, fmadd(p.dy_factor, g, p.constant))",
+        "fmadd(p.dy_factor, g, p.constant)",
     ),
-    ("src/grad_input.inc.h", "vec dx = mul(s.dy_factor, g);", "vec dx = g;"),
+    ("src/grad_input.inc.h", "vec dx = mul(p.dy_factor, g);", "vec dx = g;"),
     (
         "src/grad_input.inc.h",
-        "((T *)b->dresidual + i, n, g, false)",
-        "((T *)b->dresidual + i, n, dx, false)",
+        "((T *)w.o->dresidual + i, n, g, false)",
+        "((T *)w.o->dresidual + i, n, dx, false)",
     ),
     (
         "src/kernels.inc.h",
-        "z = add(z, NAME(load_some)((const T *)b->residual + i, n));",
-        "z = z;",
+        "(o, i, n, d, p, v.z_source == BNF_Z_FROM_X_RESIDUAL)",
+        "(o, i, n, d, p, false)",
+    ),
+    (
+        "src/kernels.inc.h",
+        "(P)without(o->constant[c], low, o->x_factor[c])",
+        "(P)o->constant[c]",
     ),
     ("src/kernels.inc.h", "if (sizeof(T) == sizeof(P))", "if (true)"),
     # through constants, as for an eval-mode layer's statistics
@@ -225,13 +273,14 @@ MUTANTS = [
     ("bnfast/inference.py", "moments.var(ddof=1)", "moments.var(ddof=0)"),
 ]
 if ISA in ("avx2", "avx512"):
+    HEADER, PREFIX = f"src/simd_{ISA}.h", {"avx2": "_mm256", "avx512": "_mm512"}[ISA]
     MUTANTS += [
         # the roundings of halves, and NaN
-        ("src/simd_m256.h", "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
-        (f"src/simd_{ISA}.h", "_mm256_set1_epi32(0x7fff)", "_mm256_set1_epi32(0x8000)"),
-        (f"src/simd_{ISA}.h", "_mm256_set1_epi32(0x7fff), odd", "_mm256_set1_epi32(0), odd"),
-        ("src/simd_m256.h", "_mm256_max_ps(a, b)", "_mm256_max_ps(b, a)"),
-        ("src/simd_m256.h", "_mm256_min_ps(a, b)", "_mm256_min_ps(b, a)"),
+        (HEADER, "_MM_FROUND_TO_NEAREST_INT", "_MM_FROUND_TO_ZERO"),
+        (HEADER, f"{PREFIX}_set1_epi32(0x7fff)", f"{PREFIX}_set1_epi32(0x8000)"),
+        (HEADER, f"{PREFIX}_set1_epi32(0x7fff), odd", f"{PREFIX}_set1_epi32(0), odd"),
+        (HEADER, f"{PREFIX}_max_ps(a, b)", f"{PREFIX}_max_ps(b, a)"),
+        (HEADER, f"{PREFIX}_min_ps(a, b)", f"{PREFIX}_min_ps(b, a)"),
     ]
 
 if importlib.util.find_spec("torch"):

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import reference
 from cases import ALL_ORDERS, EVERY_DTYPE, SIZES, make_problem
-from tolerance import SECOND_ORDER, U, assert_within, batch_statistics, gamma
+from tolerance import SECOND_ORDER, U, assert_within, gamma, moments_of
 
 import bnfast
 from bnfast import Moments
 
 
 def assert_moments_of(got, x, axis=1):
-    s = batch_statistics(x, axis)
+    s = moments_of(x, axis)
     m = reference.values_per_channel(x, axis)
     assert type(got.count) is int
     assert got.count == m

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import reference
 from cases import ACTIVATIONS, DTYPES, bits, forward, make_problem
-from tolerance import Statistics, assert_within, batch_statistics, forward_bound, unit
+from tolerance import Statistics, assert_within, batch_statistics, forward_bound, moments_of, unit
 
 import bnfast
 
 LAYOUTS = pytest.mark.parametrize("layout", ["planar", "interleaved"])
-CONTRACT = 1e-7  # relative error of the variance of float32 data, as stored
+# The relative error of the variance of float32 data, as stored: of moments, of a training call.
+CONTRACT, BATCH_CONTRACT = 1e-7, 1e-6
 
 
 def as_layout(values, layout):
@@ -76,7 +77,7 @@ def test_float64_is_read_twice(isa, layout):
     same way: 1e-9 of the variance, 500 times the limit.
     """
     x = as_layout(np.r_[1.3, np.zeros(16383)], layout)
-    s = batch_statistics(x, 1)
+    s = moments_of(x, 1)
     got = bnfast.moments(x)
     assert_within(got.mean, s.mean, s.mean_error, "mean")
     assert_within(got.var(), s.var, s.var_error, "variance")
@@ -121,14 +122,20 @@ DATA = ill_conditioned()
 
 @pytest.fixture(scope="module")
 def exact_statistics():
-    """Mean and variance of the stored float32 values, computed once per data set."""
+    """Mean and variance of the stored float32 values, computed once per data set: the values, the
+    limits of moments, those of a training call.
+    """
     found = {}
 
     def of(name, layout):
         if (name, layout) not in found:
             x = as_layout(DATA[name].astype(np.float32), layout)
-            s = batch_statistics(x, 1)
-            found[name, layout] = x, Statistics(s.mean, s.var, s.mean_error, CONTRACT * s.var)
+            s, t = moments_of(x, 1), batch_statistics(x, 1)
+            found[name, layout] = (
+                x,
+                Statistics(s.mean, s.var, s.mean_error, CONTRACT * s.var),
+                Statistics(t.mean, t.var, t.mean_error, BATCH_CONTRACT * t.var),
+            )
         return found[name, layout]
 
     return of
@@ -138,13 +145,13 @@ def exact_statistics():
 @pytest.mark.parametrize("name", DATA)
 class TestIllConditioned:
     def test_variance(self, isa, layout, name, exact_statistics):
-        x, s = exact_statistics(name, layout)
+        x, s, _ = exact_statistics(name, layout)
         got = bnfast.moments(x)
         assert_within(got.mean, s.mean, s.mean_error, "mean")
         assert_within(got.var(), s.var, s.var_error, "variance")
 
     def test_output(self, isa, layout, name, exact_statistics):
-        x, s = exact_statistics(name, layout)
+        x, _, s = exact_statistics(name, layout)
         p = make_problem((1, 2)).replace(x=x)
         scale = p.weight / np.sqrt(s.var + p.eps)
         if scale.min() < np.finfo(np.float32).tiny and s.var.max() > 1e38:
@@ -179,6 +186,42 @@ def test_gradient_at_a_large_mean(isa, layout, ratio):
     u = unit(np.float32)
     bound = 2 * (12 * u * size + 2 * u**2 * shift) / base.std()
     assert_within(got[1], got[0].astype(np.longdouble), bound)
+
+
+@pytest.mark.parametrize(
+    ("x_scale", "dy_scale", "eps"),
+    [(1e-18, 1e-29, 1e-37), (1e-10, 1e-34, 1e-22), (1e-3, 1e-38, 1e-5), (1e18, 1e30, 1e-5)],
+)
+@LAYOUTS
+def test_gradients_whose_products_leave_float32(isa, layout, x_scale, dy_scale, eps):
+    """Products of gradients and differences that are denormal, or overflow, in float32."""
+    rng = np.random.default_rng(8)
+    x, dy = (
+        as_layout((rng.standard_normal(4096) * scale).astype(np.float32), layout)
+        for scale in (x_scale, dy_scale)
+    )
+    _, stats = bnfast.batch_norm_forward(x, eps=eps)
+    got = bnfast.batch_norm_backward(dy, x, stats)
+    others = (0, *range(2, x.ndim))
+    d = x.astype(float) - x.mean(others, float, keepdims=True)
+    normal = d / np.sqrt((d * d).mean(others, keepdims=True) + eps)
+    for found, terms in ((got.bias, dy.astype(float)), (got.weight, dy * normal)):
+        limit = 1e-6 * np.abs(terms).sum(others)
+        assert (np.abs(found - terms.sum(others)) <= limit).all()
+
+
+@LAYOUTS
+def test_nan_gradients_leave_other_channels_alone(isa, layout):
+    rng = np.random.default_rng(9)
+    shape = (512, 40) if layout == "interleaved" else (8, 40, 64)
+    x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    _, stats = bnfast.batch_norm_forward(x)
+    clean = bnfast.batch_norm_backward(dy, x, stats)
+    dy[3, 17] = np.nan
+    got = bnfast.batch_norm_backward(dy, x, stats)
+    for a, b in ((got.weight, clean.weight), (got.bias, clean.bias)):
+        assert np.isnan(a[17])
+        assert bits(np.delete(a, 17)) == bits(np.delete(b, 17))
 
 
 # --- A constant channel ---------------------------------------------------------

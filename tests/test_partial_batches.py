@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import reference
 from cases import ACTIVATIONS, ALL_ORDERS, DTYPES, backward, bits, forward, make_problem
-from tolerance import assert_within, backward_bounds, batch_statistics, off_the_kinks
+from tolerance import (
+    assert_within,
+    backward_bounds,
+    batch_statistics,
+    forward_bound,
+    off_the_kinks,
+)
 
 import bnfast
 
@@ -139,12 +145,18 @@ class TestForward:
     @pytest.mark.parametrize("order", ALL_ORDERS)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_parts_are_the_whole(self, dtype, order, activation):
-        """Outputs and statistics of the whole batch, to the bit, of parts of any size."""
+        """Outputs and statistics of the whole batch with these moments, to the bit, of parts of any
+        size. Of float64 data they are those of a training call, which sums as `moments` does.
+        """
         p = make_problem(
             (7, 5, 4, 3), dtype, activation=activation, residual=True, arrange=ALL_ORDERS[order]
         )
-        y, stats = forward(p)
         total = bnfast.moments(p.x)
+        y, stats = forward(p, moments=total)
+        if dtype == np.float64:
+            assert bits(y) == bits(forward(p)[0])
+        exact = reference.forward(*p.exact())
+        assert_within(y, exact, forward_bound(p, batch_statistics(p.x, p.axis)), "y")
         for part in (slice(0, 1), slice(1, 1), slice(1, 7)):
             mine = p.replace(x=p.x[part], residual=p.residual[part])
             got, found = forward(mine, moments=total)

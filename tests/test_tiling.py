@@ -99,8 +99,8 @@ def test_small_work_stays_on_one_thread():
     assert plan((1, 16, 16), "64 cores")["threads"] == 1
 
 
-def test_streams_past_the_last_cache_only():
-    assert not plan((32, 128, 784), "this class of machine", 1, 1)["stream"]
+def test_streams_past_half_of_the_last_cache_only():
+    assert not plan((32, 64, 784), "this class of machine", 1, 1)["stream"]
     assert plan((32, 256, 3136), "this class of machine", 1, 1)["stream"]
 
 
@@ -115,13 +115,20 @@ def test_large_arrays_are_computed_in_groups():
 
 
 def test_no_groups_if_array_fits_last_cache():
-    assert not is_fused((32, 2048, 49), "this class of machine")
-    assert not is_fused((32, 128, 784), "this class of machine", reads=1)
+    assert not is_fused((32, 512, 49), "this class of machine")
+    assert not is_fused((32, 32, 784), "this class of machine", reads=1)
+
+
+def test_a_larger_last_cache_counts_as_one_of_32_mib():
+    """It is that of many cores."""
+    for shape in SHAPES:
+        large, usual = (_core.plan(shape, 4, True, 1, 1, MIB, size * MIB, 2) for size in (480, 32))
+        assert large == usual
 
 
 def test_channels_shared_among_threads_if_few_blocks():
     found = plan((4096, 256, 1), "64 cores")
-    assert len(found["sums"]) == 64 == 2 * len(plan((4096, 256, 1), "a laptop")["sums"])
+    assert len(found["sums"]) == 64 == 8 * len(plan((4096, 256, 1), "a laptop")["sums"])
 
 
 @pytest.mark.parametrize("machine", MACHINES)

@@ -9,10 +9,11 @@ are added below. SECOND_ORDER covers the products of two of them, and the
 oracle's own error (longdouble: 2^-11 of float64's).
 
 The limits are for the arithmetic that the library documents:
-statistics and sums in float64; in the type of u
-    d  = (x - mean_hi) - mean_lo
-    y  = d * scale + bias                (one rounding with FMA, two without)
-    dx = b * d + (a * dy + c)            (a, b, c rounded once from float64)
+statistics and sums in float64, but those of a training call and its backward, on float32 data and
+halves, in trees of float32 that are then added in float64 (batch_moments.inc.h); in the type of u
+    d  = x - mean_hi
+    y  = d * scale + (bias - mean_lo * scale)   (one rounding with FMA, two without)
+    dx = b * d + (a * dy + (c - b * mean_lo))   (all but d and dy rounded once from float64)
 and halves are rounded once more, when they are written: see `written`.
 """
 
@@ -26,6 +27,13 @@ from cases import computed_in
 
 U = np.finfo(np.float64).eps / 2
 SECOND_ORDER = 1 + 2.0**-9
+# Roundings of a value and of a product in a tree of eight vectors: three levels of additions, and
+# the product.
+TREE, TREE_OF_PRODUCTS = 3, 4
+# The relative error of a training call's variance, in u of float32 (proven in batch_moments.inc.h).
+BATCH_VARIANCE = 16.05
+# Of a block's pivot, in deviations: (mean - pivot)^2 is at most half of the variance.
+FROM_PIVOT = np.sqrt(1.5)
 
 
 def finfo(dtype):
@@ -92,8 +100,8 @@ def constants(mean, var):
     return Statistics(mean.astype(np.longdouble), var.astype(np.longdouble), zero, zero)
 
 
-def batch_statistics(x, axis, sum_of=None):
-    """Sums of m terms in float64, in blocks merged by Chan, Golub and LeVeque.
+def moments_of(x, axis, sum_of=None):
+    """Of `bnfast.moments`: sums of m terms in float64, in blocks merged by Chan, Golub and LeVeque.
 
     m is `sum_of` if x stands for an array of that many copies of its values.
 
@@ -124,6 +132,18 @@ def batch_statistics(x, axis, sum_of=None):
     levels = np.log2(m) + 1
     var_error = gamma(m + 4) * squares + 4 * e * np.sqrt(levels * var) + 4 * e**2 * levels
     return Statistics(mean, var, SECOND_ORDER * e, SECOND_ORDER * var_error)
+
+
+def batch_statistics(x, axis, sum_of=None):
+    """Of a training call. A block's sum of x - pivot is off by one rounding of each term and
+    by its tree, relative to the terms' sizes, whose mean is at most the root of their squares'.
+    """
+    s = moments_of(x, axis, sum_of)
+    if computed_in(x.dtype) != np.float32:
+        return s
+    u = unit(np.float32)
+    mean_error = s.mean_error + (TREE + 1) * u * FROM_PIVOT * np.sqrt(s.var)
+    return Statistics(s.mean, s.var, mean_error, s.var_error + BATCH_VARIANCE * u * s.var)
 
 
 def inv_std_relative(s, eps):
@@ -174,13 +194,9 @@ class Terms:
         self.inv_std = self.wide(1 / np.sqrt(s.var + eps))
         self.scale = np.abs(self.wide(self.weight)) * self.inv_std
         self.d = np.abs(x - self.wide(s.mean))
-        # x - mean_hi: u (|d| + |mean_lo|), |mean_lo| <= u |mean|; the other
-        # subtraction: u |d|; what mean_hi + mean_lo leaves out: u^2 |mean|.
-        self.d_error = (
-            2 * self.u * self.d
-            + 2 * self.u**2 * np.abs(self.wide(s.mean))
-            + self.wide(s.mean_error)
-        )
+        self.mean_lo = self.u * np.abs(self.wide(s.mean))  # at most
+        # x - mean_hi: u (|d| + |mean_lo|)
+        self.d_error = self.u * (self.d + self.mean_lo) + self.wide(s.mean_error)
         self.residual = 0 if residual is None else np.abs(residual)
         self.activation = ACTIVATIONS[reference.name_and_slope(p.activation)[0]]
 
@@ -196,8 +212,11 @@ class Terms:
         sum_ = product + np.abs(self.wide(self.bias))
         return (
             self.scale * self.d_error
-            + product * (self.relative + self.u)  # scale, rounded to the data's type
-            + self.u * product  # the product, without FMA
+            + product * self.relative
+            # scale rounded to the data's type, and the product, without FMA
+            + 2 * self.u * (product + self.scale * self.mean_lo)
+            # bias - mean_lo * scale, rounded
+            + self.u * (np.abs(self.wide(self.bias)) + self.scale * self.mean_lo)
             + self.u * sum_  # + bias
             + (self.u * (sum_ + self.residual) if self.p.residual is not None else 0)
         )
@@ -237,9 +256,8 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
     """Return a reference.Gradients of limits; `exact` is the reference's answer.
 
     g is dy times the activation's slope (its gradient is the residual's), which
-    changes with the pre-activation's error where it is curved. The terms of
-    sum g d are formed in the data's type at worst: one rounding for the product
-    on top of those of g and d.
+    changes with the pre-activation's error where it is curved. Both sums are formed in trees of
+    the data's type, and sum g (x - mean_hi) is corrected by mean_lo sum g.
     """
     t = Terms(p, s)
     u = t.u
@@ -249,8 +267,10 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
     g_error = (
         t.activation.slope_roundings * u * dy + t.activation.curvature * dy * t.pre_activation()
     )
-    sum_g_error = t.total(summing * g + g_error)
-    sum_gd_error = t.total(g * t.d_error + g_error * t.d + (u + summing) * g * t.d)
+    sum_g_error = t.total((TREE * u + summing) * g + g_error)
+    size = t.d + t.mean_lo  # of x - mean_hi
+    sum_gd_error = t.total(g * t.d_error + (g_error + (TREE_OF_PRODUCTS * u + summing) * g) * size)
+    sum_gd_error = sum_gd_error + u * np.abs(s.mean) * sum_g_error
     inv_std = 1 / np.sqrt(s.var + p.eps)
     relative = inv_std_relative(s, p.eps)
     weight = inv_std * sum_gd_error + np.abs(exact.gamma) * (relative + 3 * U)
@@ -267,8 +287,9 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
         c = t.scale * np.abs(t.wide(exact.beta)) / p.m
         c_error = t.scale * t.wide(sum_g_error) / p.m + c * (t.relative + u + 3 * U)
         x = x + b_error * t.d + b * t.d_error + c_error
-        # + c, b * d (without FMA), + b d
-        x = x + u * (a_g + c) + u * b * t.d + u * (a_g + c + b * t.d)
+        # b rounded, and b * d without FMA; the constant rounded; the sums
+        x = x + 2 * u * b * size + u * (c + b * t.mean_lo)
+        x = x + u * (a_g + c) + u * (a_g + c + b * size)
     least = tiny(computed_in(p.x.dtype))
     x, weight, bias, g_error = (SECOND_ORDER * e + least for e in (x, weight, bias, g_error))
     x, g_error = (written(e, a, p.x.dtype) for e, a in ((x, np.abs(exact.x)), (g_error, g)))

@@ -14,6 +14,7 @@ from tolerance import (
     backward_bounds,
     batch_statistics,
     forward_bound,
+    moments_of,
     off_the_kinks,
     running_bound,
     unit,
@@ -48,7 +49,7 @@ def check_gradients(p, of):
 
 
 def check_running_statistics(p, of, momentum):
-    s = batch_statistics(p.x, 1)
+    s = moments_of(p.x, 1)
     share = np.longdouble(p.m) / (p.m - 1)
     for key, old, new, error in (
         ("running_mean", 0, s.mean, s.mean_error),

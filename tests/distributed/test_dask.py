@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from cases import bits
-from tolerance import assert_within, batch_statistics
+from tolerance import assert_within, moments_of
 
 import bnfast
 
@@ -41,7 +41,7 @@ def values(rng):
 class TestMoments:
     def test_are_those_of_the_whole(self, values, chunks, dtype):
         values = values.astype(dtype)
-        s = batch_statistics(values, AXIS)
+        s = moments_of(values, AXIS)
         got = dask_moments(da.from_array(values, chunks)).compute()
         assert isinstance(got, bnfast.Moments)
         assert got.count == values.size // SHAPE[AXIS]
@@ -58,7 +58,7 @@ class TestMoments:
 
 @pytest.mark.parametrize("axis", [0, 2, -1])
 def test_moments_on_any_axis(values, axis):
-    s = batch_statistics(values, axis)
+    s = moments_of(values, axis)
     got = dask_moments(da.from_array(values, (13, 5, 3)), axis).compute()
     assert_within(got.mean, s.mean, s.mean_error, "mean")
     assert_within(got.var(), s.var, s.var_error, "variance")
@@ -70,7 +70,7 @@ def test_moments_of_unknown_number_of_rows(values):
     kept = x[x[:, 0] > 3]
     assert np.isnan(kept.shape[0])
     chosen = values[:, :, 0][values[:, 0, 0] > 3]
-    s = batch_statistics(chosen, 1)
+    s = moments_of(chosen, 1)
     got = dask_moments(kept).compute()
     assert got.count == len(chosen)
     assert_within(got.mean, s.mean, s.mean_error, "mean")

@@ -8,7 +8,7 @@ from judged import check_gradients, check_outputs, check_running_statistics
 from launch import LAUNCHES, Raised, launch
 from tolerance import (
     assert_within,
-    batch_statistics,
+    moments_of,
     unit,
 )
 
@@ -45,7 +45,7 @@ def same_on_all(results):
 @pytest.mark.parametrize("split", program.SPLITS)
 def test_moments_of_all(results, split):
     x = make_problem(program.SHAPES["planar"]).x
-    s = batch_statistics(x, 1)
+    s = moments_of(x, 1)
     first = results[0][split]
     assert all(other[split] == first for other in results)
     assert first.count == x.size // x.shape[1]
@@ -86,17 +86,23 @@ class TestTrainingSteps:
         check_running_statistics(p, of, program.MOMENTUM)
 
     def test_a_group_of_one_is_a_plain_layer(self, ranks, name):
+        """To rounding: moments that are exchanged are summed in float64, those of a plain layer in
+        float32, and their variances differ by up to 1e-6.
+        """
         for rank in ranks:
             synced, plain = rank["a_group_of_one"][name]
             assert synced.keys() == plain.keys()
             for key, value in synced.items():
-                assert value is plain[key] is None or bits(value) == bits(plain[key]), key
+                assert (value is None) == (plain[key] is None), key
+                if value is not None:
+                    limit = 2e-6 * np.abs(plain[key]).max(initial=0)
+                    np.testing.assert_allclose(value, plain[key], rtol=0, atol=limit, err_msg=key)
 
 
 def test_cumulative_average(results):
     """The mean of three batches' moments; the distribution of rows does not matter."""
     state = same_on_all(results)
-    s = batch_statistics(make_problem(program.SHAPES["planar"]).x, 1)
+    s = moments_of(make_problem(program.SHAPES["planar"]).x, 1)
     m = np.longdouble(make_problem(program.SHAPES["planar"]).m)
     mean, var = 2 * s.mean, (1 + 4 + 9) / np.longdouble(3) * s.var * m / (m - 1)
     # Three averages, each rounded like one; no intermediate value is above the largest batch's.
@@ -217,7 +223,7 @@ def test_population_statistics(results):
     x, size = make_problem(program.SHAPES["planar"]).x, len(results)
     cuts = [program.rows_of("uneven", rank, size) for rank in range(size)]
     seen = np.concatenate([part for cut in cuts for part in (x[cut], x[cut][:1])])
-    s = batch_statistics(seen, 1)
+    s = moments_of(seen, 1)
     m = np.longdouble(seen.size // seen.shape[1])
     u = unit(np.float32)
     assert_within(state["running_mean"], s.mean, s.mean_error + u * np.abs(s.mean), "mean")

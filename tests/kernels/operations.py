@@ -1,6 +1,6 @@
 """The operations of each simd_<isa>.h: requests for run_operations.c, and the correct answers.
 
-An instruction set's own part of the library is a few dozen functions on eight lanes. Kernels
+An instruction set's own part of the library is a few dozen functions on vectors. Kernels
 show that they work together. Here each is tested alone: for every half, every rounding, and
 every pair of numbers whose order matters, at both edges of accessible memory. The correct
 answers are NumPy's, and ml_dtypes' for bfloat16.
@@ -12,16 +12,17 @@ from itertools import product
 
 import numpy as np
 from cases import computed_in
-from program import HERE, POISON, ROOT, WARNINGS, run
+from program import HERE, POISON, ROOT, WARNINGS, place, run
 from tolerance import finfo
 
 # The order of run_operations.c.
 OPERATIONS = (
-    *("load", "load_wide", "store", "stream", "widen", "sum", "pow2"),
-    *("add", "sub", "mul", "div", "max", "min", "fmadd", "select_le"),
+    *("load", "load_wide", "store", "stream", "set1", "widen", "pow2"),
+    *("add", "sub", "mul", "div", "max", "min", "fmadd", "select_le", "select_first"),
+    *("wide_set1", "wide_add", "wide_sub", "wide_fmadd", "wide_sum", "place"),
 )
 REQUEST = np.dtype([(name, "<i8") for name in ("operation", "n", "at_start", "groups")])
-LANES = 8
+WIDE_LANES = 8  # of load_wide
 
 # How a NaN is compared: in every bit; in every bit except the one that makes it quiet
 # (conversions to a wider type may set it or not); or not at all (results of arithmetic).
@@ -36,12 +37,13 @@ class Request:
     given: np.ndarray
     want: np.ndarray
     nan: int = ANY
-    n: int = LANES
+    n: int = 0  # lanes in memory, or of the first operand
     at_start: bool = False
 
     def __str__(self):
         edge = "after" if self.at_start else "before"
-        return f"{self.operation} of {self.n} {self.given.dtype}, {edge} a page without access"
+        where = f", {self.n}, {edge} a page without access" if self.n else ""
+        return f"{self.operation} of {self.given.dtype}{where}"
 
     def first(self, groups):
         return replace(self, given=self.given[:groups], want=self.want[:groups])
@@ -150,48 +152,55 @@ def grouped(values, n):
     return np.resize(values, (-(-len(values) // n), n))
 
 
+def lanes_of(dtype):
+    """Of the vector that this type is computed in."""
+    return 8 if computed_in(dtype) == np.float64 else 16
+
+
 # --- Requests ---------------------------------------------------------------------------------
 
 
 def loads(dtype):
-    wide = computed_in(dtype)
+    wide, lanes = computed_in(dtype), lanes_of(dtype)
     nan = EXACT if wide == dtype else QUIETED
-    for n, at_start in product(range(1, LANES + 1), (False, True)):
+    for n, at_start in product(range(1, lanes + 1), (False, True)):
         given = grouped(in_memory(dtype), n)
-        want = np.tile(np.arange(1, LANES + 1, dtype=wide), (len(given), 1))
+        want = np.tile(np.arange(1, lanes + 1, dtype=wide), (len(given), 1))
         want[:, :n] = converted(given, wide)
         if wide == dtype:
             as_integers(want)[:, :n] = as_integers(given)
         yield Request("load", given, want, nan, n, at_start)
-        if n == LANES:
-            as_double = converted(converted(given, wide), float)
+        if n <= WIDE_LANES:
+            as_double = np.tile(np.arange(1.0, WIDE_LANES + 1), (len(given), 1))
+            as_double[:, :n] = converted(converted(given, wide), float)
             yield Request("load_wide", given, as_double, QUIETED, n, at_start)
 
 
 def stores(dtype):
-    """Store every number as part of a whole vector, and of one of each kind of part."""
-    numbers = to_write(dtype)
-    streamable = [n for n in range(1, LANES) if n * dtype.itemsize % 16 == 0]
-    for n, at_start in product(range(1, LANES + 1), (False, True)):
-        some = numbers if n == LANES else numbers[n - 1 :: LANES - 1]
-        given = np.tile(grouped(some, n), (1, LANES))[:, :LANES].copy()
-        want = np.full((len(given), LANES * dtype.itemsize), POISON, np.uint8)
+    """Store every number as part of a whole vector, and of one of each kind of part. Streams
+    are of whole vectors.
+    """
+    numbers, lanes = to_write(dtype), lanes_of(dtype)
+    for n, at_start in product(range(1, lanes + 1), (False, True)):
+        some = numbers if n == lanes else numbers[n - 1 :: lanes - 1]
+        given = np.tile(grouped(some, n), (1, lanes))[:, :lanes].copy()
+        want = np.full((len(given), lanes * dtype.itemsize), POISON, np.uint8)
         want = want.view(f"u{dtype.itemsize}")
-        place = slice(0, n) if at_start else slice(LANES - n, None)
-        want[:, place] = narrowed(given[:, :n].copy(), dtype)
+        stored = slice(0, n) if at_start else slice(lanes - n, None)
+        want[:, stored] = narrowed(given[:, :n].copy(), dtype)
         yield Request("store", given, want, EXACT, n, at_start)
-        if n in (*streamable, LANES):
+        if n == lanes:
             yield Request("stream", given, want, EXACT, n, at_start)
 
 
-def operands(dtype, count):
+def operands(dtype, count, lanes):
     """Special values, each with each, and random ones; one row per operand."""
     special = special_values(dtype)
     pairs = np.array(list(product(special, special)), dtype).T
     others = [np.resize(special[::step], pairs.shape[1]) for step in (1, -1)]
     special = np.stack([*pairs, *others])[:count]
     random = np.stack([random_patterns(dtype, 1024, seed) for seed in range(count)])
-    return [grouped(row, LANES) for row in np.concatenate([special, random], axis=1)]
+    return [grouped(row, lanes) for row in np.concatenate([special, random], axis=1)]
 
 
 def fused(a, b, c):
@@ -200,7 +209,7 @@ def fused(a, b, c):
     return np.array([float(value) for value in exact]).astype(a.dtype)
 
 
-def multiply_adds(dtype, has_fma):
+def multiply_adds(name, dtype, lanes, has_fma):
     """Numbers between 1 and 4. For float32 the exact result fits a float64, so it is rounded
     once.
     """
@@ -210,41 +219,65 @@ def multiply_adds(dtype, has_fma):
     want = fused(*(x.astype(float) for x in (a, b, c))) if has_fma else a * b + c
     if has_fma and dtype == np.float32:
         assert not np.array_equal(want.astype(dtype), a * b + c), "the two cannot be told apart"
-    return Request("fmadd", rows(a, b, c), grouped(want.astype(dtype), LANES))
+    given = rows(*(grouped(x, lanes) for x in (a, b, c)))
+    return Request(name, given, grouped(want.astype(dtype), lanes))
 
 
-def rows(*numbers):
+def rows(*operands):
     """A group of each operand after the other, as the program reads them."""
-    groups = [a if a.ndim == 2 else grouped(a, LANES) for a in numbers]
-    return np.concatenate(groups, axis=1)
+    return np.concatenate(operands, axis=1)
 
 
 def tree_sum(a):
-    """Lanes 0+4, 1+5, 2+6, 3+7; then 0+2, 1+3; then 0+1."""
-    for half in (4, 2, 1):
+    """The two halves of the lanes are added, then the halves of the sums, and so on."""
+    while (half := a.shape[1] // 2) > 0:
         a = a[:, :half] + a[:, half:]
     return a
 
 
+def wide_arithmetic(lanes, has_fma):
+    """On the float64 lanes in which sums are kept, as many as a vector has."""
+    a, b = operands(np.dtype(float), 2, lanes)
+    with np.errstate(all="ignore"):
+        yield Request("wide_add", rows(a, b), a + b)
+        yield Request("wide_sub", rows(a, b), a - b)
+    yield multiply_adds("wide_fmadd", np.dtype(float), lanes, has_fma)
+    some = np.random.default_rng(4).standard_normal((512, lanes))
+    yield Request("wide_sum", some, tree_sum(some))
+    yield Request("wide_set1", a[:, :1].copy(), np.tile(a[:, :1], lanes), QUIETED)
+
+
 def arithmetic(dtype, has_fma):
-    a, b, c, d = operands(dtype, 4)
+    lanes = lanes_of(dtype)
+    a, b, c, d = operands(dtype, 4, lanes)
     with np.errstate(all="ignore"):
         yield Request("add", rows(a, b), a + b)
         yield Request("sub", rows(a, b), a - b)
         yield Request("mul", rows(a, b), a * b)
         yield Request("div", rows(a, b), a / b)
-    yield multiply_adds(dtype, has_fma)
+    yield multiply_adds("fmadd", dtype, lanes, has_fma)
     # The second operand if they are equal (0 and -0) or either is NaN, in all its bits.
     for name, picks in (("max", a > b), ("min", a < b)):
         want = np.where(picks, as_integers(a), as_integers(b)).view(dtype)
         yield Request(name, rows(a, b), want, EXACT)
     want = np.where(a <= b, as_integers(c), as_integers(d)).view(dtype)
     yield Request("select_le", rows(a, b, c, d), want, EXACT)
-    exponents = grouped(np.arange(finfo(dtype).minexp, finfo(dtype).maxexp), LANES)
+    for n in range(lanes + 1):
+        want = np.where(np.arange(lanes) < n, as_integers(a), as_integers(b)).view(dtype)
+        yield Request("select_first", rows(a, b), want, EXACT, n)
+    exponents = grouped(np.arange(finfo(dtype).minexp, finfo(dtype).maxexp), lanes)
     yield Request("pow2", exponents.astype(dtype), np.ldexp(dtype.type(1), exponents), EXACT)
     yield Request("widen", a, converted(a, float), QUIETED)
-    some = np.random.default_rng(4).standard_normal((512, LANES)).astype(dtype)
-    yield Request("sum", some, tree_sum(some.astype(float)))
+    numbers = np.random.default_rng(5).standard_normal((512, 1))
+    yield Request("set1", numbers, np.tile(numbers.astype(dtype), lanes))
+    yield from wide_arithmetic(lanes, has_fma)
+
+
+def places():
+    asked = [(k, places, n) for places in (8, 16, 32, 64) for n in (1, 5, 64, 193, 16384)
+             for k in range(places)]  # fmt: skip
+    want = [place(*each) for each in asked]
+    return Request("place", np.array(asked), np.array(want)[:, None], EXACT)
 
 
 def make_requests(dtype, has_fma):
@@ -252,24 +285,24 @@ def make_requests(dtype, has_fma):
     here.
     """
     dtype = np.dtype(dtype)
-    made = [*loads(dtype), *stores(dtype)]
+    made = [*loads(dtype), *stores(dtype), places()]
     return made + (list(arithmetic(dtype, has_fma)) if computed_in(dtype) == dtype else [])
 
 
 # --- The program ------------------------------------------------------------------------------
 
-C_TYPES = {
-    "float32": ("float", "float", "f8"),
-    "float64": ("double", "double", "d8"),
-    "float16": ("bnf_f16", "float", "f8"),
-    "bfloat16": ("bnf_bf16", "float", "f8"),
+C_TYPES = {  # T, P, vec and wide of types.inc.h
+    "float32": ("float", "float", "f32x16", "d16"),
+    "float64": ("double", "double", "d8", "d8"),
+    "float16": ("bnf_f16", "float", "f32x16", "d16"),
+    "bfloat16": ("bnf_bf16", "float", "f32x16", "d16"),
 }
 
 
 def build(folder, isa, dtype, flags, compiler="cc", sources=ROOT / "src", warnings=WARNINGS):
     """Build run_operations for one instruction set and type."""
-    element, lane, vector = C_TYPES[np.dtype(dtype).name]
-    names = (f'-DSIMD="simd_{isa}.h"', f"-DT={element}", f"-DP={lane}", f"-Dvec={vector}")
+    types = zip(("T", "P", "vec", "wide"), C_TYPES[np.dtype(dtype).name], strict=True)
+    names = (f'-DSIMD="simd_{isa}.h"', *(f"-D{name}={what}" for name, what in types))
     program = folder / f"run_operations_{isa}_{np.dtype(dtype)}"
     source = HERE / "run_operations.c"
     flags = [*flags, *warnings, "-std=gnu11", *names, f"-I{sources}"]

@@ -2,7 +2,7 @@
 
 The program is built from src/ with the flags of setup.py, for this processor or another one. So is
 run_calls.c, which checks itself. A case is a header, then the inputs. Its answer is the output of
-the four kernels. Both are written one after the other, in the byte order and sizes of all
+the kernels. Both are written one after the other, in the byte order and sizes of all
 processors that have kernels.
 """
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from importlib.util import find_spec
 from itertools import cycle, product
 from pathlib import Path
@@ -20,7 +21,7 @@ from unittest.mock import MagicMock, patch
 
 import numpy as np
 import reference
-from cases import DTYPES, Problem, bfloat16, make_problem
+from cases import DTYPES, Problem, bfloat16, computed_in, make_problem
 from tolerance import (
     assert_within,
     backward_bounds,
@@ -28,6 +29,7 @@ from tolerance import (
     constants,
     finfo,
     forward_bound,
+    moments_of,
     off_the_kinks,
 )
 
@@ -46,7 +48,7 @@ POISON = 0xA5
 HEADER = np.dtype(
     [
         *((name, "<i8") for name in ("type", "itemsize", "layout", "activation", "z_source")),
-        *((name, "<i8") for name in ("through", "residual", "stream")),
+        *((name, "<i8") for name in ("through", "residual", "stream", "ahead")),
         ("shape", "<i8", 3),
         ("tile", "<i8", 6),
         ("slope", "<f8"),
@@ -172,20 +174,23 @@ class Case:
     through: bool
     stream: bool
     tile: tuple[slice, slice, slice]
+    ahead: int = 0  # how far ahead sums fetch
     special: bool = False  # NaN and similar values: only compared between instruction sets
+    hard: bool = False  # data that are hard to sum: only their moments are compared
 
     def __str__(self):
         p = self.problem
         return (
             f"{p.x.dtype} {p.x.shape} {self.tile} {p.activation} residual={p.residual is not None} "
-            f"z_source={self.z_source} through={self.through} stream={self.stream}"
+            f"z_source={self.z_source} through={self.through} stream={self.stream} "
+            f"ahead={self.ahead}"
         )
 
     def parameters(self):
         """The kernels' per-channel parameters, from the exact statistics, in the header's order."""
         p = self.problem
         x, weight, bias, eps, *_ = p.exact()
-        s = batch_statistics(p.x, 1)
+        s = moments_of(p.x, 1)
         inv_std = 1 / np.sqrt(s.var + eps)
         scale = weight * inv_std
         g = reference.backward(p.dy.astype(x.dtype), *p.exact())
@@ -210,6 +215,7 @@ class Case:
         header["through"] = self.through
         header["residual"] = p.residual is not None
         header["stream"] = self.stream
+        header["ahead"] = self.ahead
         header["shape"] = p.x.shape
         header["tile"] = [
             bound for s, n in zip(self.tile, p.x.shape, strict=True) for bound in s.indices(n)[:2]
@@ -225,8 +231,8 @@ class Case:
     def answer(self, file):
         """The program's output for this case."""
         p = self.problem
-        rows = ("mean", "m2", "sum", "dot")
-        names = ("mean", "m2", "y", "sum", "dot", "dx")
+        rows = ("mean", "m2", "batch mean", "batch m2", "sum", "dot")
+        names = ("mean", "m2", "batch mean", "batch m2", "y", "sum", "dot", "dx")
         names += ("dresidual",) if p.residual is not None else ()
         found = {}
         for name in names:
@@ -237,22 +243,42 @@ class Case:
         return found
 
 
+# Around the multiples of a vector, and of a tree of eight; vectors are of 8 or 16 values.
+EDGES = [n + d for n in (48, 56, 64, 72, 80, 96, 112, 128, 144, 256) for d in (-1, 0, 1)]
 SHAPES = {
     "planar": (
-        *((2, 3, inner) for inner in (*range(2, 36), 63, 64, 65, 1027)),
-        (5, 1, 49),
-        (1, 33, 9),
+        *((2, 3, inner) for inner in (*range(2, 36), *EDGES, 1027)),
+        # two images are summed at once if planes are small, one if it is the last
+        *((outer, 2, inner) for outer in (1, 3, 4, 5) for inner in (3, 8, 16, 17, 32, 33, 64, 65)),
+        *((3, channels, inner) for channels in (4, 7) for inner in (17, 25, 31, 33, 49, 50)),
+        *((5, 1, 49), (1, 33, 9), (2, 64, 5)),
+        *((2, 2, 2047), (2, 2, 2048), (40, 2, 103)),  # a pivot of more places
     ),
     "interleaved": (
-        *((11, channels, 1) for channels in (*range(1, 36), 63, 64, 65)),
-        *((outer, 13, 1) for outer in (1, 2, 7, 8, 9, 16, 33, 127)),
-        *((133, channels, 1) for channels in (2, 3, 5, 8)),  # several rows at once, some left over
+        *((11, channels, 1) for channels in (*range(1, 42), 63, 64, 65, 127, 128, 129)),
+        *((outer, c, 1) for outer in (*range(1, 10), 16, 33, 127) for c in (13, 37)),
+        # several rows at once, some left over
+        *((133, channels, 1) for channels in (2, 3, 5, 8, 16)),
+        *((outer, 19, 1) for outer in (64, 65, 192, 193)),  # a pivot of more places
     ),
 }
 WHOLE = (slice(None),) * 3
+# A tile and the shape of the whole.
 PARTS = {
-    "planar": ((slice(1, 4), slice(1, 10), slice(3, 20)), (5, 11, 23)),
-    "interleaved": ((slice(3, 14), slice(5, 24), slice(None)), (19, 29, 1)),
+    "planar": (
+        ((slice(1, 4), slice(1, 10), slice(3, 20)), (5, 11, 23)),
+        ((slice(0, 3), slice(2, 7), slice(None)), (3, 9, 49)),
+        ((slice(1, 3), slice(1, 6), slice(None)), (4, 7, 17)),
+        ((slice(0, 2), slice(1, 3), slice(5, 135)), (2, 4, 150)),
+        ((slice(1, 2), slice(0, 3), slice(7, 8)), (3, 5, 9)),
+    ),
+    "interleaved": (
+        ((slice(3, 14), slice(5, 24), slice(None)), (19, 29, 1)),
+        ((slice(1, 10), slice(7, 47), slice(None)), (11, 53, 1)),
+        ((slice(0, 9), slice(1, 4), slice(None)), (9, 7, 1)),
+        ((slice(2, 20), slice(16, 32), slice(None)), (21, 48, 1)),
+        ((slice(5, 66), slice(None), slice(None)), (70, 6, 1)),
+    ),
 }
 
 
@@ -268,8 +294,66 @@ def loops():
 
 def make_case(shape, dtype, activation, residual, z_source, through, stream, tile=WHOLE, seed=0):
     p = make_problem(shape, dtype, activation=activation, residual=residual, seed=seed)
-    off_the_kinks(p, batch_statistics(p.x, 1))
+    off_the_kinks(p, moments_of(p.x, 1))
     return Case(p, z_source, through, stream, tile)
+
+
+def with_hard_values(x):
+    """A copy, float32 or halves, with one kind of data per channel: a bad pivot, and squares that
+    are denormal, or overflow, or are 0.
+    """
+    x, largest = x.copy(), float(finfo(x.dtype).max)
+    for channel in range(x.shape[1]):
+        part = x[:, channel].astype(float)
+        outlier = np.zeros(part.shape)
+        outlier.flat[channel * 7 % outlier.size] = 1
+        kinds = (
+            part,
+            part * 0 + 0.3,
+            part + 300,
+            part * 1e-21 if largest > 1e20 else part / 1024,
+            part * 1e-30 if largest > 1e20 else part / 4096,
+            part * (largest / 32),
+            outlier,
+            3 + outlier / 8,
+            np.where(np.arange(part.size).reshape(part.shape) % 16 < 15, 1, 5),
+        )
+        x[:, channel] = kinds[channel % len(kinds)].astype(x.dtype)
+    return x
+
+
+def place(k, places, n):
+    """Of a pivot's values: one in each part of n, shifted by k times the golden ratio."""
+    shift = Fraction(k * 40503, 2**16) % 1  # 40503: 2^16 times 0.618
+    return int(n * (k + shift) / places)
+
+
+def with_outliers_at_pivots(x):
+    """A copy in which all values of a channel are equal except those that make its pivot: then
+    all rounding errors have the same sign.
+    """
+    outer, channels, inner = x.shape
+    base = 0.1 + 0.07 * np.arange(channels)[:, None]
+    x = np.tile(base, (outer, 1, inner)).astype(x.dtype)
+    places = 16 if inner > 1 else 64
+    for k in range(places):
+        i = place(k, places, inner if inner > 1 else outer)
+        if inner > 1:
+            x[0, :, min(i, inner - 16) :][:, :16] = base + 1
+        else:
+            x[i] = base + 1
+    return x
+
+
+def hard_cases(dtype):
+    """Of several places of pivots, sizes of blocks, and tiles of a few channels."""
+    shapes = ((3, 18, 49), (2, 9, 2500), (1, 9, 129), (7, 9, 16), (11, 18, 1), (70, 27, 1))
+    hard = [(shape, with_hard_values) for shape in (*shapes, (300, 40, 1), (40, 9, 1))]
+    hard += [(shape, with_outliers_at_pivots) for shape in ((1, 6, 30000), (16384, 20, 1))]
+    for seed, (shape, made_hard) in enumerate(hard):
+        case = make_case(shape, dtype, None, False, NO_Z, True, False, seed=seed)
+        problem = case.problem.replace(x=made_hard(case.problem.x))
+        yield replace(case, problem=problem, hard=True, ahead=seed % 2 * 96)
 
 
 def with_special_values(a):
@@ -299,13 +383,17 @@ def make_cases():
     every = (*DTYPES, np.float16, *([bfloat16] if bfloat16 else []))
     for dtype, layout in product(every, SHAPES):
         shapes, all_loops = cycle(SHAPES[layout]), list(loops())
-        tile, whole_of_tile = PARTS[layout]
+        parts, ahead = cycle(PARTS[layout]), cycle((0, 160, 0))
         for loop in all_loops:
-            made += [make_case(next(shapes), dtype, *loop) for _ in range(3)]
-            made.append(make_case(whole_of_tile, dtype, *loop, tile=tile))
-            made.append(replace(make_case(whole_of_tile, dtype, *loop, seed=1), special=True))
+            of_loop = [make_case(next(shapes), dtype, *loop) for _ in range(3)]
+            tile, whole_of_tile = next(parts)
+            of_loop.append(make_case(whole_of_tile, dtype, *loop, tile=tile))
+            of_loop.append(replace(make_case(whole_of_tile, dtype, *loop, seed=1), special=True))
+            made += [replace(case, ahead=next(ahead)) for case in of_loop]
         for shape, loop in zip(SHAPES[layout], cycle(all_loops[5::7]), strict=False):
-            made.append(make_case(shape, dtype, *loop, seed=2))
+            made.append(replace(make_case(shape, dtype, *loop, seed=2), ahead=next(ahead)))
+    for dtype in (dtype for dtype in every if computed_in(dtype) == np.float32):
+        made += hard_cases(dtype)
     return made
 
 
@@ -350,6 +438,18 @@ def check_untouched(case, name, got, tile):
     assert (left == POISON).all(), f"{case}: {name} was written outside of its tile"
 
 
+def check_moments(case, got):
+    """Both kernels that sum a tile's moments, each within its own limits."""
+    p, tile = case.problem, case.tile
+    x = p.x[tile]
+    m = x.size // x.shape[1]
+    for kind, limits in (("", moments_of), ("batch ", batch_statistics)):
+        of_part, what = limits(x, p.axis), f"{case}: {kind}"
+        got_mean, got_m2 = (got[kind + name][tile[1]] for name in ("mean", "m2"))
+        assert_within(got_mean, of_part.mean, of_part.mean_error, f"{what}mean")
+        assert_within(got_m2, m * of_part.var, m * of_part.var_error, f"{what}m2")
+
+
 def check(case, got):
     """Compare with the paper in float64 and wider, within the limits of tolerance.py."""
     p, tile, what = case.problem, case.tile, str(case)
@@ -357,8 +457,11 @@ def check(case, got):
         check_untouched(case, name, array, tile if array.ndim == 3 else tile[1])
     if case.special:
         return
+    check_moments(case, got)
+    if case.hard:
+        return
     x, weight, bias, eps, axis, residual, activation = p.exact()
-    s = batch_statistics(p.x, axis)
+    s = moments_of(p.x, axis)
 
     part = p.replace(
         x=p.x[tile],
@@ -367,11 +470,6 @@ def check(case, got):
         bias=p.bias[tile[1]],
         residual=None if p.residual is None else p.residual[tile],
     )
-    of_part = batch_statistics(part.x, axis)
-    assert_within(got["mean"][tile[1]], of_part.mean, of_part.mean_error, f"{what}: mean")
-    m2_error = part.m * of_part.var_error
-    assert_within(got["m2"][tile[1]], part.m * of_part.var, m2_error, f"{what}: m2")
-
     want = reference.inference(x, s.mean, s.var, weight, bias, eps, axis, residual, activation)
     assert_within(got["y"][tile], want[tile], forward_bound(p, s)[tile], f"{what}: y")
 

@@ -33,8 +33,10 @@ typedef struct {
 } problem;
 
 static const bnf_shape SHAPES[] = {
-    {6, 24, 196}, {3, 5, 20000}, {4000, 33, 1}, {20000, 3, 1}, {2, 3, 7}, {9, 5, 1}, {0, 4, 3},
+    {6, 24, 196}, {3, 5, 20000}, {4000, 33, 1}, {20000, 3, 1}, {2, 3, 7},
+    {9, 5, 1},    {0, 4, 3},     {7, 6, 49},    {300, 40, 1},
 };
+_Static_assert(sizeof SHAPES / sizeof *SHAPES >= BNF_ACTIVATIONS, "each activation has a shape");
 static const size_t ITEMSIZE[BNF_TYPES] = {4, 8, 2, 2};
 static const bnf_caches MACHINES[] = {{32 << 10, 512 << 10, 8 << 20, true},
                                       {16 << 10, 64 << 10, 0, true}};

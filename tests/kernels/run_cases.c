@@ -1,4 +1,4 @@
-/* Runs the four kernels of one instruction set on cases from a file:
+/* Runs the kernels of one instruction set on cases from a file:
  *
  *     run_cases ISA CASES RESULTS
  *     run_cases                        lists the sets that can run here
@@ -12,7 +12,7 @@
 #include "pages.h"
 
 typedef struct {
-    int64_t type, itemsize, layout, activation, z_source, through, residual, stream;
+    int64_t type, itemsize, layout, activation, z_source, through, residual, stream, ahead;
     int64_t outer, channels, inner;
     int64_t tile[6];
     double slope;
@@ -44,6 +44,22 @@ static void write_and_release(FILE *file, const void *placed, size_t bytes)
     release(placed, bytes);
 }
 
+/* Results of a kernel that sums. */
+typedef struct {
+    double *a, *b;
+} row_pair;
+
+static row_pair place_rows(size_t bytes)
+{
+    return (row_pair){(double *)place(bytes), (double *)place(bytes)};
+}
+
+static void write_and_release_rows(FILE *file, row_pair rows, size_t bytes)
+{
+    write_and_release(file, rows.a, bytes);
+    write_and_release(file, rows.b, bytes);
+}
+
 static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE *results)
 {
     const bnf_kernels *kernels = &table->kernels[h->type][h->layout];
@@ -51,13 +67,14 @@ static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE 
     const size_t bytes = (size_t)(h->outer * h->channels * h->inner * h->itemsize);
     const bnf_tile tile = {h->tile[0], h->tile[1], h->tile[2], h->tile[3], h->tile[4], h->tile[5]};
 
-    bnf_backward b = {
+    bnf_operands b = {
         .shape = {h->outer, h->channels, h->inner},
         .activation = (bnf_activation)h->activation,
         .slope = h->slope,
         .z_source = (bnf_z_source)h->z_source,
         .through_moments = h->through,
         .stream = h->stream,
+        .ahead = (ptrdiff_t)h->ahead,
     };
     b.x = read_placed(cases, bytes);
     b.dy = read_placed(cases, bytes);
@@ -71,21 +88,20 @@ static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE 
     b.constant = read_placed(cases, row);
     b.dx = place(bytes);
     b.dresidual = h->residual ? place(bytes) : NULL;
-    const bnf_forward f = {b.shape, b.x,     b.residual,   place(bytes), b.mean,
-                           b.scale, b.shift, b.activation, b.slope,      b.stream};
-    double *mean = (double *)place(row), *m2 = (double *)place(row);
-    double *sum = (double *)place(row), *dot = (double *)place(row);
+    bnf_operands f = b;
+    f.y = place(bytes);
+    const row_pair moments = place_rows(row), batch = place_rows(row), sums = place_rows(row);
 
-    kernels->moments(b.x, b.shape, tile, mean, m2);
+    kernels->moments(&f, tile, moments.a, moments.b);
+    kernels->batch_moments(&f, tile, batch.a, batch.b);
     kernels->apply(&f, tile);
-    kernels->grad_sums(&b, tile, sum, dot);
+    kernels->grad_sums(&b, tile, sums.a, sums.b);
     kernels->grad_input(&b, tile);
 
-    write_and_release(results, mean, row);
-    write_and_release(results, m2, row);
+    write_and_release_rows(results, moments, row);
+    write_and_release_rows(results, batch, row);
     write_and_release(results, f.y, bytes);
-    write_and_release(results, sum, row);
-    write_and_release(results, dot, row);
+    write_and_release_rows(results, sums, row);
     write_and_release(results, b.dx, bytes);
     if (h->residual) {
         write_and_release(results, b.dresidual, bytes);

@@ -1,9 +1,9 @@
-/* Runs the operations of one simd_<isa>.h on one data type, eight lanes at a time:
+/* Runs the operations of one simd_<isa>.h on one data type:
  *
  *     run_operations REQUESTS RESULTS
  *
  * Compiled once for each set and type, with the set's flags and, for example,
- *     -DSIMD='"simd_avx2.h"' -DT=bnf_f16 -DP=float -Dvec=f8
+ *     -DSIMD='"simd_avx2.h"' -DT=bnf_f16 -DP=float -Dvec=f32x16 -Dwide=d16
  * as types.inc.h has them. A request is a header and the operands of so many groups of lanes;
  * operations.py writes them and checks the answers. Values in memory are placed directly after or
  * before a page without access. */
@@ -15,14 +15,16 @@
 #include SIMD
 #include "lanes.h"
 
+enum { LANES = sizeof(vec) / sizeof(P) };
+
 /* The order of operations.py's OPERATIONS. */
 typedef enum {
     LOAD,
     LOAD_WIDE,
     STORE,
     STREAM,
+    SET1,
     WIDEN,
-    SUM,
     POW2,
     ADD,
     SUB,
@@ -32,11 +34,18 @@ typedef enum {
     MIN,
     FMADD,
     SELECT_LE,
+    SELECT_FIRST,
+    WIDE_SET1,
+    WIDE_ADD,
+    WIDE_SUB,
+    WIDE_FMADD,
+    WIDE_SUM,
+    PLACE,
 } operation;
 
 typedef struct {
     int64_t operation;
-    int64_t n;        /* lanes in memory, 1 to 8 */
+    int64_t n;        /* lanes in memory, from 1; those of the first operand, from 0 */
     int64_t at_start; /* memory begins at the page without access, instead of ending there */
     int64_t groups;
 } request;
@@ -54,9 +63,16 @@ static void write_lanes(FILE *file, vec a)
     fwrite(lanes, sizeof lanes, 1, file);
 }
 
-static void write_wide(FILE *file, d8 a)
+static void write_wide(FILE *file, wide a)
 {
     double lanes[LANES];
+    wide_store(lanes, a);
+    fwrite(lanes, sizeof lanes, 1, file);
+}
+
+static void write_eight(FILE *file, d8 a)
+{
+    double lanes[WIDE_LANES];
     d8_store(lanes, a);
     fwrite(lanes, sizeof lanes, 1, file);
 }
@@ -68,31 +84,43 @@ static vec read_lanes(FILE *file)
     return load(lanes);
 }
 
-/* n elements; the lanes past them are 1, 2, ... 8 by their number. */
-static void run_load(const request *r, T *slot, FILE *requests, FILE *results)
+static wide read_wide(FILE *file)
 {
-    static const P fill[LANES] = {1, 2, 3, 4, 5, 6, 7, 8};
-    read_exactly(requests, slot, (size_t)r->n * sizeof(T));
-    if (r->operation == LOAD_WIDE)
-        write_wide(results, load_wide(slot));
-    else
-        write_lanes(results, r->n < LANES ? load_part(slot, r->n, load(fill)) : load(slot));
+    double lanes[LANES];
+    read_exactly(file, lanes, sizeof lanes);
+    return wide_load(lanes);
 }
 
-/* All eight elements are written out, POISON where none was stored. */
+/* n elements; the lanes past them are 1, 2, ... by their number. */
+static void run_load(const request *r, T *slot, FILE *requests, FILE *results)
+{
+    P fill[LANES];
+    for (int i = 0; i < LANES; i++)
+        fill[i] = (P)(i + 1);
+    read_exactly(requests, slot, (size_t)r->n * sizeof(T));
+    write_lanes(results, r->n < LANES ? load_part(slot, r->n, load(fill)) : load(slot));
+}
+
+static void run_load_wide(const request *r, T *slot, FILE *requests, FILE *results)
+{
+    static const double fill[WIDE_LANES] = {1, 2, 3, 4, 5, 6, 7, 8};
+    read_exactly(requests, slot, (size_t)r->n * sizeof(T));
+    const bool part = r->n < WIDE_LANES;
+    write_eight(results, part ? load_wide_part(slot, r->n, d8_load(fill)) : load_wide(slot));
+}
+
+/* All elements are written out, POISON where none was stored. */
 static void run_store(const request *r, T *slot, FILE *requests, FILE *results)
 {
     T *room = r->at_start ? slot : slot + r->n - LANES;
     const vec a = read_lanes(requests);
     memset(room, POISON, LANES * sizeof(T));
-    if (r->operation == STORE && r->n < LANES)
-        store_part(slot, r->n, a);
-    else if (r->operation == STORE)
-        store(slot, a);
-    else if (r->n < LANES)
-        stream_part(slot, r->n, a);
-    else
+    if (r->operation == STREAM)
         stream(slot, a);
+    else if (r->n < LANES)
+        store_part(slot, r->n, a);
+    else
+        store(slot, a);
     stream_end();
     fwrite(room, sizeof(T), LANES, results);
 }
@@ -114,21 +142,55 @@ static vec run_arithmetic(const request *r, FILE *requests)
         return max(a, b);
     case MIN:
         return min(a, b);
+    case SELECT_FIRST:
+        return select_first(r->n, a, b);
     }
     const vec c = read_lanes(requests);
     return r->operation == FMADD ? fmadd(a, b, c) : select_le(a, b, c, read_lanes(requests));
+}
+
+static wide run_wide(const request *r, FILE *requests)
+{
+    const wide a = read_wide(requests), b = read_wide(requests);
+    if (r->operation == WIDE_FMADD)
+        return fmadd(a, b, read_wide(requests));
+    return r->operation == WIDE_ADD ? add(a, b) : sub(a, b);
+}
+
+static double read_double(FILE *file)
+{
+    double a;
+    read_exactly(file, &a, sizeof a);
+    return a;
+}
+
+/* Of k, places and n. */
+static void run_place(FILE *requests, FILE *results)
+{
+    int64_t a[3];
+    read_exactly(requests, a, sizeof a);
+    const int64_t found = place((ptrdiff_t)a[0], (ptrdiff_t)a[1], (ptrdiff_t)a[2]);
+    fwrite(&found, sizeof found, 1, results);
 }
 
 static void run_group(const request *r, T *slot, FILE *requests, FILE *results)
 {
     switch (r->operation) {
     case LOAD:
-    case LOAD_WIDE:
         run_load(r, slot, requests, results);
+        break;
+    case LOAD_WIDE:
+        run_load_wide(r, slot, requests, results);
         break;
     case STORE:
     case STREAM:
         run_store(r, slot, requests, results);
+        break;
+    case SET1:
+        write_lanes(results, set1(read_double(requests)));
+        break;
+    case WIDE_SET1:
+        write_wide(results, wide_set1(read_double(requests)));
         break;
     case WIDEN:
         write_wide(results, widen(read_lanes(requests)));
@@ -136,11 +198,19 @@ static void run_group(const request *r, T *slot, FILE *requests, FILE *results)
     case POW2:
         write_lanes(results, pow2(read_lanes(requests)));
         break;
-    case SUM: {
-        const double sum = d8_sum(widen(read_lanes(requests)));
+    case WIDE_ADD:
+    case WIDE_SUB:
+    case WIDE_FMADD:
+        write_wide(results, run_wide(r, requests));
+        break;
+    case WIDE_SUM: {
+        const double sum = wide_sum(read_wide(requests));
         fwrite(&sum, sizeof sum, 1, results);
         break;
     }
+    case PLACE:
+        run_place(requests, results);
+        break;
     default:
         write_lanes(results, run_arithmetic(r, requests));
     }
