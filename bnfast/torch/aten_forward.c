@@ -22,18 +22,6 @@ static aten_outcome look_at_residual(forward *f, torch_tensor residual)
     return aten_same_shape(&f->residual, &f->x) ? data : LEFT_SHAPE;
 }
 
-/* True where PyTorch's kernel measured faster and the call is so long that passing it on costs
- * nothing in comparison: evaluation of float32 in channels_last. The rule is the same on every
- * machine, so the bits are, too. */
-static bool is_faster_elsewhere(const forward *f)
-{
-    enum { FROM_VALUES = 1 << 19 };
-    const bnf_shape shape = f->layout.shape;
-    return !f->arguments->rest.fused && !f->arguments->training && f->x.type == BNF_F32 &&
-           f->x.dim > 2 && shape.inner == 1 &&
-           (double)shape.outer * (double)shape.channels >= FROM_VALUES;
-}
-
 static aten_outcome look_at_forward(forward *f)
 {
     const aten_forward_arguments *a = f->arguments;
@@ -58,8 +46,6 @@ static aten_outcome look_at_forward(forward *f)
         return LEFT_PARAMETERS;
     if (!f->running_mean != !f->running_var || (!a->training && !f->running_mean))
         return LEFT_PARAMETERS;
-    if (is_faster_elsewhere(f))
-        return LEFT_SIZE;
     return a->training ? RAN_TRAINING : RAN_EVALUATION;
 }
 

@@ -17,8 +17,7 @@
     O(LEFT_SHAPE, "no values, or not the shape of a batch")                                  \
     O(LEFT_PARAMETERS, "parameters or statistics of another type, shape or order in memory") \
     O(LEFT_MEMORY, "a tensor whose memory was freed")                                        \
-    O(LEFT_ACTIVATION, "an activation that bnfast does not have")                            \
-    O(LEFT_SIZE, "a size at which PyTorch's own kernel is faster")
+    O(LEFT_ACTIVATION, "an activation that bnfast does not have")
 
 #define ATEN_OUTCOME(name, text) name,
 typedef enum { ATEN_OUTCOMES(ATEN_OUTCOME) OUTCOMES } aten_outcome;
