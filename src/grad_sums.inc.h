@@ -96,7 +96,11 @@ INLINE void NAME(grad_sums_as)(const bnf_operands *operands, bnf_tile tile, doub
     NAME(centers) centers;
     const NAME(params)
         params = {.high = centers.high, .scale = centers.scale, .shift = centers.shift};
+    const ptrdiff_t channels = tile.channel1 - tile.channel0;
     NAME(round_params)(&own, tile, 0, params);
+    NAME(repeat)(params.high, channels, channels);
+    NAME(repeat)(params.scale, channels, channels);
+    NAME(repeat)(params.shift, channels, channels);
     v.backward = true;
     const NAME(work) w = {.o = &own, .slope = set1(own.slope), .v = v};
     NAME(sum_tile)(w, tile, params, sum, dot);

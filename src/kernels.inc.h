@@ -84,6 +84,14 @@ APART void NAME(round_slopes)(const bnf_operands *o, bnf_tile tile, ptrdiff_t i,
     }
 }
 
+/* Repeats the parameters of the channels behind them: for rows that are taken at once, and for
+ * vectors that begin in the last column. */
+INLINE void NAME(repeat)(P *row, ptrdiff_t channels, ptrdiff_t columns)
+{
+    for (ptrdiff_t i = channels; i < columns + LANES; i++)
+        row[i] = row[i - channels];
+}
+
 /* Planar: one channel in every lane. */
 INLINE NAME(lanes) NAME(broadcast)(NAME(params) p, ptrdiff_t i, bool slopes)
 {

@@ -94,14 +94,6 @@ INLINE void NAME(write_interleaved)(NAME(work) w, bnf_tile tile, NAME(params) pa
         NAME(write_rows)(w, o * stride + tile.channel0, rows * channels, columns, params, first);
 }
 
-/* Repeats the parameters of the channels behind them: for rows that are taken at once, and for
- * vectors that begin in the last column. */
-INLINE void NAME(repeat)(P *row, ptrdiff_t channels, ptrdiff_t columns)
-{
-    for (ptrdiff_t i = channels; i < columns + LANES; i++)
-        row[i] = row[i - channels];
-}
-
 /* Where the first column's parameters are: such that they can be loaded in whole lines where y or
  * dx is written so. */
 INLINE ptrdiff_t NAME(first_column)(const bnf_operands *o, bnf_tile tile, const void *written)
