@@ -101,7 +101,7 @@ MUTANTS = [
     ("src/writes.inc.h", "w.v.backward ? w.o->dx : w.o->y) + i", "w.o->y) + i"),
     ("src/kernels.inc.h", "% (LANES * sizeof(T)) / sizeof(T)", "% sizeof(T) / sizeof(T)"),
     ("src/writes.inc.h", "at_most(end - LANES, i + columns - 1 - column)", "end - LANES"),
-    ("src/writes.inc.h", "row[i] = row[i - channels]", "row[i] = row[0]"),
+    ("src/kernels.inc.h", "row[i] = row[i - channels]", "row[i] = row[0]"),
     ("src/activations.inc.h", "return max(set1(0.0), z);", "return max(z, set1(0.0));"),
     ("src/activations.inc.h", "min(set1(6.0), max(set1(0.0), z))", "max(set1(0.0), z)"),
     ("src/activations.inc.h", "return max(mul(slope, z), z);", "return mul(slope, z);"),
