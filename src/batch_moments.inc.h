@@ -45,6 +45,10 @@ INLINE P NAME(pivot_of)(double sum, ptrdiff_t n)
 }
 
 #define MOST_PLACES 64
+/* In shorter blocks a pivot and its test take longer than float32 saves: they are moments.inc.h's.
+ */
+#define SHORT_CHANNEL 256
+#define SHORT_ROWS 64
 
 /* A sum of eight vectors, exact if all are equal. */
 INLINE vec NAME(sum_of_eight)(const T *x, const ptrdiff_t *at, ptrdiff_t n)
@@ -84,11 +88,11 @@ APART void NAME(pivots_planar)(const bnf_operands *o, bnf_tile tile, P *pivot)
 static void NAME(batch_moments_planar)(const bnf_operands *o, bnf_tile tile, double *mean,
                                        double *m2)
 {
-    if (sizeof(T) == sizeof(double)) {
+    const double n = (double)((tile.outer1 - tile.outer0) * (tile.inner1 - tile.inner0));
+    if (sizeof(T) == sizeof(double) || n < SHORT_CHANNEL) {
         NAME(moments_planar)(o, tile, mean, m2);
         return;
     }
-    const double n = (double)((tile.outer1 - tile.outer0) * (tile.inner1 - tile.inner0));
     P pivot[BNF_MAX_PLANAR];
     NAME(pivots_planar)(o, tile, pivot);
     const NAME(params) params = {.high = pivot};
@@ -151,11 +155,11 @@ APART void NAME(moments_again)(const bnf_operands *o, bnf_tile tile, const bool 
 static void NAME(batch_moments_interleaved)(const bnf_operands *o, bnf_tile tile, double *mean,
                                             double *m2)
 {
-    if (sizeof(T) == sizeof(double)) {
+    const double n = (double)(tile.outer1 - tile.outer0);
+    if (sizeof(T) == sizeof(double) || n < SHORT_ROWS) {
         NAME(moments_interleaved)(o, tile, mean, m2);
         return;
     }
-    const double n = (double)(tile.outer1 - tile.outer0);
     P pivot[BNF_MAX_INTERLEAVED];
     NAME(pivots_interleaved)(o, tile, pivot);
     const NAME(params) params = {.high = pivot};
@@ -180,3 +184,5 @@ static void NAME(batch_moments_interleaved)(const bnf_operands *o, bnf_tile tile
 #undef MOST_OFF
 #undef LEAST_VARIANCE
 #undef MOST_PLACES
+#undef SHORT_CHANNEL
+#undef SHORT_ROWS
