@@ -1,4 +1,4 @@
-/* The C contract of bnfast: shapes, tiles, the operands of the four kernels
+/* The C contract of bnfast: shapes, tiles, the operands of the five kernels
  * and the table of them that each instruction set fills.
  *
  * Every tensor is (outer, channels, inner), C-contiguous: NCHW is (N, C, H*W),

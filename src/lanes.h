@@ -3,7 +3,7 @@
  * defines, beside its operations,
  *
  *   ISA_UNROLL       before a loop over up to eight vectors: a pragma that unrolls it, or nothing,
- *   ISA_FEW_LOOPS    whether the backward has few loops (FEW_LOOPS in kernels.inc.h) for all types:
+ *   ISA_FEW_LOOPS    whether a kernel has few loops (FEW_LOOPS in kernels.inc.h) for all types:
  *                    true for sets that are used only on processors without a better one, to keep a
  *                    wheel small,
  *   ISA_INLINE       how a kernel's functions are declared. */

@@ -5,7 +5,7 @@
  * caches and the threads too, which may change only the speed. */
 #include "bnfast.h"
 
-/* The most values of a planar block, and rows of an interleaved one: kernels.inc.h
+/* The most values of a planar block, and rows of an interleaved one: moments.inc.h
  * proves the accuracy of a sum around a pivot for so many. */
 #define BLOCK_VALUES 16384
 #define MIN_ROWS 512
