@@ -124,7 +124,7 @@ APART void NAME(pivots_interleaved)(const bnf_operands *o, bnf_tile tile, P *piv
 {
     const ptrdiff_t rows = tile.outer1 - tile.outer0, stride = o->shape.channels;
     const ptrdiff_t channels = tile.channel1 - tile.channel0;
-    const ptrdiff_t places = rows <= 8 ? 8 : rows <= 64 ? 16 : rows <= 192 ? 32 : MOST_PLACES;
+    const ptrdiff_t places = rows <= 192 ? 32 : MOST_PLACES;
     P sums[MOST_PLACES / 8][BNF_MAX_INTERLEAVED];
     for (ptrdiff_t k = 0; k < places; k += 8) {
         ptrdiff_t at[8];
