@@ -1,7 +1,7 @@
 /* 5. grad_input: dx = dy_factor*g + x_factor*(x - mean) + constant, or
  * dx = dy_factor*g if the statistics are constants; the residual's gradient is g. */
 
-INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p)
+INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(write_lanes) p)
 {
     if (w.v.smooth) { /* as in apply */
         fetch_ahead((const T *)w.o->x + i);
@@ -9,8 +9,8 @@ INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(l
     }
     const bool needs_x =
         w.v.through || w.v.z_source == BNF_Z_FROM_X || w.v.z_source == BNF_Z_FROM_X_RESIDUAL;
-    const vec d = needs_x ? NAME(centered)(w.o, i, n, p) : p.high;
-    const vec g = NAME(before_activation)(w.o, i, n, d, p, w.slope, w.v);
+    const vec d = needs_x ? NAME(centered)(w.o, i, n, p.y) : p.y.high;
+    const vec g = NAME(before_activation)(w.o, i, n, d, p.y, w.slope, w.v);
     vec dx = mul(p.dy_factor, g);
     if (w.v.through)
         dx = fmadd(p.x_factor, d, fmadd(p.dy_factor, g, p.constant));

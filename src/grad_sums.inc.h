@@ -79,8 +79,8 @@ INLINE void NAME(grad_sums_checked)(NAME(work) w, bnf_tile tile, NAME(params) pa
         }
         if (!any)
             continue;
-        const NAME(lanes) p = w.v.layout == BNF_PLANAR ? NAME(broadcast)(params, i, false)
-                                                       : NAME(side_by_side)(params, i, false);
+        const NAME(lanes) p =
+            w.v.layout == BNF_PLANAR ? NAME(broadcast)(params, i) : NAME(side_by_side)(params, i);
         if (w.v.layout == BNF_PLANAR)
             NAME(grad_sums_of_channel)(&w, tile, c, &p, sum, dot);
         else

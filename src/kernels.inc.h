@@ -58,9 +58,9 @@ typedef struct {
     P *high, *scale, *shift, *x_factor, *dy_factor, *constant;
 } NAME(params);
 
-/* The same in vectors. */
+/* Those of y in vectors. */
 typedef struct {
-    vec high, scale, shift, x_factor, dy_factor, constant;
+    vec high, scale, shift;
 } NAME(lanes);
 
 /* Those of the tile's channels, from entry i on. */
@@ -93,40 +93,15 @@ INLINE void NAME(repeat)(P *row, ptrdiff_t channels, ptrdiff_t columns)
 }
 
 /* Planar: one channel in every lane. */
-INLINE NAME(lanes) NAME(broadcast)(NAME(params) p, ptrdiff_t i, bool slopes)
+INLINE NAME(lanes) NAME(broadcast)(NAME(params) p, ptrdiff_t i)
 {
-    NAME(lanes)
-    to = {.high = set1(p.high[i]), .scale = set1(p.scale[i]), .shift = set1(p.shift[i])};
-    if (slopes) {
-        to.x_factor = set1(p.x_factor[i]);
-        to.dy_factor = set1(p.dy_factor[i]);
-        to.constant = set1(p.constant[i]);
-    }
-    return to;
-}
-
-/* Where two channels meet: n lanes of one, the rest of the other. */
-INLINE NAME(lanes) NAME(blend)(ptrdiff_t n, NAME(lanes) a, NAME(lanes) b)
-{
-    return (NAME(lanes)){.high = select_first(n, a.high, b.high),
-                         .scale = select_first(n, a.scale, b.scale),
-                         .shift = select_first(n, a.shift, b.shift),
-                         .x_factor = select_first(n, a.x_factor, b.x_factor),
-                         .dy_factor = select_first(n, a.dy_factor, b.dy_factor),
-                         .constant = select_first(n, a.constant, b.constant)};
+    return (NAME(lanes)){set1(p.high[i]), set1(p.scale[i]), set1(p.shift[i])};
 }
 
 /* Interleaved: channels side by side. */
-INLINE NAME(lanes) NAME(side_by_side)(NAME(params) p, ptrdiff_t i, bool slopes)
+INLINE NAME(lanes) NAME(side_by_side)(NAME(params) p, ptrdiff_t i)
 {
-    NAME(lanes)
-    to = {.high = load(p.high + i), .scale = load(p.scale + i), .shift = load(p.shift + i)};
-    if (slopes) {
-        to.x_factor = load(p.x_factor + i);
-        to.dy_factor = load(p.dy_factor + i);
-        to.constant = load(p.constant + i);
-    }
-    return to;
+    return (NAME(lanes)){load(p.high + i), load(p.scale + i), load(p.shift + i)};
 }
 
 /* --- The n values at offset i ------------------------------------------------ */

@@ -117,19 +117,21 @@ INLINE NAME(tree)
 }
 
 /* The same, compiled once: for loops with an activation, to keep the library small. */
-APART NAME(tree) NAME(tree_of_any)(const NAME(work) * w, ptrdiff_t i, const NAME(left) * a,
-                                   const NAME(lanes) * p, ptrdiff_t ahead)
+APART NAME(tree) NAME(tree_of_any)(const bnf_operands *o, variant v, ptrdiff_t i,
+                                   const NAME(left) * a, const NAME(lanes) * p, ptrdiff_t ahead)
 {
-    const NAME(lanes) own = {.high = p->high, .scale = p->scale, .shift = p->shift};
-    return NAME(tree_of)(*w, i, a, own, ahead);
+    const NAME(work) w = {.o = o, .slope = set1(o->slope), .v = v};
+    const NAME(lanes) own = *p;
+    return NAME(tree_of)(w, i, a, own, ahead);
 }
 
-INLINE NAME(tree)
-    NAME(left_over)(NAME(work) w, ptrdiff_t i, const NAME(left) * a, NAME(lanes) p, ptrdiff_t ahead)
+/* p is a pointer, since a copy for each call takes longer than a short run. */
+INLINE NAME(tree) NAME(left_over)(NAME(work) w, ptrdiff_t i, const NAME(left) * a,
+                                  const NAME(lanes) * p, ptrdiff_t ahead)
 {
     if (!w.v.backward || (w.v.activation == BNF_LINEAR && !FEW_LOOPS))
-        return NAME(tree_of)(w, i, a, p, ahead);
-    return NAME(tree_of_any)(&w, i, a, &p, ahead);
+        return NAME(tree_of)(w, i, a, *p, ahead);
+    return NAME(tree_of_any)(w.o, w.v, i, a, p, ahead);
 }
 
 INLINE NAME(sums) NAME(widened)(NAME(sums) s, NAME(tree) t)
@@ -141,10 +143,10 @@ INLINE NAME(sums) NAME(widened)(NAME(sums) s, NAME(tree) t)
 
 /* n values, and as many in the next image's plane if there are few: they are in one tree. */
 INLINE NAME(sums) NAME(sum_run)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, ptrdiff_t next,
-                                NAME(lanes) p, ptrdiff_t ahead, NAME(sums) s)
+                                const NAME(lanes) * p, ptrdiff_t ahead, NAME(sums) s)
 {
     for (; n >= 8 * LANES; n -= 8 * LANES, i += 8 * LANES)
-        s = NAME(widened)(s, NAME(eight)(w, i, LANES, p, ahead));
+        s = NAME(widened)(s, NAME(eight)(w, i, LANES, *p, ahead));
     if (n == 0)
         return s;
     const ptrdiff_t count = (n + LANES - 1) / LANES;
@@ -162,7 +164,7 @@ INLINE NAME(sums) NAME(sum_run)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, ptrdiff_
 INLINE NAME(lanes) NAME(summed_about)(NAME(work) w, NAME(params) params, ptrdiff_t c)
 {
     if (w.v.backward)
-        return NAME(broadcast)(params, c, false);
+        return NAME(broadcast)(params, c);
     return (NAME(lanes)){.high = set1(params.high[c])};
 }
 
@@ -184,7 +186,7 @@ INLINE void NAME(sum_planar)(NAME(work) w, bnf_tile tile, NAME(params) params, d
         for (ptrdiff_t c = 0; c < channels; c++, i += shape.inner) {
             const NAME(lanes) p = NAME(summed_about)(w, params, c);
             const ptrdiff_t ahead = c * shape.inner + near < run ? near : far;
-            sums[c] = NAME(sum_run)(w, i, length, images == 2 ? image : 0, p, ahead, sums[c]);
+            sums[c] = NAME(sum_run)(w, i, length, images == 2 ? image : 0, &p, ahead, sums[c]);
         }
     }
     for (ptrdiff_t c = 0; c < channels; c++) {
@@ -220,7 +222,7 @@ INLINE void NAME(sum_strip)(NAME(work) w, ptrdiff_t i, ptrdiff_t stride, ptrdiff
                               .times = 1 + (rows > 4),
                               .then = 4 * stride,
                               .fewer = 4};
-        s = NAME(widened)(s, NAME(left_over)(w, i, &a, p, ahead));
+        s = NAME(widened)(s, NAME(left_over)(w, i, &a, &p, ahead));
     }
     wide_store(strip->first, s.first);
     wide_store(strip->second, s.second);

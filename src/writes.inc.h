@@ -2,15 +2,54 @@
  * channel.  A run has a head up to the first whole line and a tail: a store that touches two lines
  * is slow, and streaming stores need whole ones. */
 
-INLINE void NAME(apply_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p);
-INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p);
+/* All parameters in vectors; those of the gradients only where a loop writes dx. */
+typedef struct {
+    NAME(lanes) y;
+    vec x_factor, dy_factor, constant;
+} NAME(write_lanes);
 
-INLINE void NAME(write_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p)
+INLINE NAME(write_lanes) NAME(broadcast_all)(NAME(params) p, ptrdiff_t i, bool backward)
+{
+    NAME(write_lanes) to = {.y = NAME(broadcast)(p, i)};
+    if (backward) {
+        to.x_factor = set1(p.x_factor[i]);
+        to.dy_factor = set1(p.dy_factor[i]);
+        to.constant = set1(p.constant[i]);
+    }
+    return to;
+}
+
+INLINE NAME(write_lanes) NAME(side_by_side_all)(NAME(params) p, ptrdiff_t i, bool backward)
+{
+    NAME(write_lanes) to = {.y = NAME(side_by_side)(p, i)};
+    if (backward) {
+        to.x_factor = load(p.x_factor + i);
+        to.dy_factor = load(p.dy_factor + i);
+        to.constant = load(p.constant + i);
+    }
+    return to;
+}
+
+/* Where two channels meet: n lanes of one, the rest of the other. */
+INLINE NAME(write_lanes) NAME(blend)(ptrdiff_t n, NAME(write_lanes) a, NAME(write_lanes) b)
+{
+    return (NAME(write_lanes)){.y = {select_first(n, a.y.high, b.y.high),
+                                     select_first(n, a.y.scale, b.y.scale),
+                                     select_first(n, a.y.shift, b.y.shift)},
+                               .x_factor = select_first(n, a.x_factor, b.x_factor),
+                               .dy_factor = select_first(n, a.dy_factor, b.dy_factor),
+                               .constant = select_first(n, a.constant, b.constant)};
+}
+
+INLINE void NAME(apply_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p);
+INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(write_lanes) p);
+
+INLINE void NAME(write_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(write_lanes) p)
 {
     if (w.v.backward)
         NAME(grad_input_some)(w, i, n, p);
     else
-        NAME(apply_some)(w, i, n, p);
+        NAME(apply_some)(w, i, n, p.y);
 }
 
 /* How many of n values come before the first whole line. */
@@ -25,7 +64,7 @@ INLINE void NAME(write_planes)(NAME(work) w, ptrdiff_t i, ptrdiff_t length, ptrd
                                NAME(params) params, ptrdiff_t c)
 {
     ptrdiff_t end = i + length, odd = NAME(head)(w, i, length);
-    NAME(lanes) p = NAME(broadcast)(params, c, w.v.backward);
+    NAME(write_lanes) p = NAME(broadcast_all)(params, c, w.v.backward);
     for (; planes > 0; planes--, end += length) {
         do { /* head, full vectors, then a tail with the head's partial-vector code */
             if (odd)
@@ -36,7 +75,7 @@ INLINE void NAME(write_planes)(NAME(work) w, ptrdiff_t i, ptrdiff_t length, ptrd
         } while (odd);
         if (planes == 1)
             return;
-        const NAME(lanes) next = NAME(broadcast)(params, ++c, w.v.backward);
+        const NAME(write_lanes) next = NAME(broadcast_all)(params, ++c, w.v.backward);
         if (i < end) {
             NAME(write_some)(w, i, LANES, NAME(blend)(end - i, p, next));
             i += LANES;
@@ -66,7 +105,8 @@ INLINE void NAME(write_rows)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, ptrdiff_t c
     ptrdiff_t column = 0, odd = NAME(head)(w, i, n);
     do { /* as in write_planes */
         if (odd)
-            NAME(write_some)(w, i, odd, NAME(side_by_side)(params, first + column, w.v.backward));
+            NAME(write_some)(w, i, odd,
+                             NAME(side_by_side_all)(params, first + column, w.v.backward));
         i += odd;
         column += odd;
         while (i + LANES <= end) {
@@ -75,7 +115,7 @@ INLINE void NAME(write_rows)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, ptrdiff_t c
             const ptrdiff_t stop = at_most(end - LANES, i + columns - 1 - column);
             for (; i <= stop; i += LANES, column += LANES)
                 NAME(write_some)(w, i, LANES,
-                                 NAME(side_by_side)(params, first + column, w.v.backward));
+                                 NAME(side_by_side_all)(params, first + column, w.v.backward));
         }
         if (column >= columns)
             column -= columns;
