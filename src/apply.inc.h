@@ -1,4 +1,4 @@
-/* 3. apply: y = act((x - mean) * scale + shift (+ residual)) */
+/* 4. apply: y = act((x - mean) * scale + shift (+ residual)) */
 
 INLINE void NAME(apply_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p)
 {

@@ -1,4 +1,4 @@
-/* The C contract of bnfast: shapes, tiles, the operands of the five kernels
+/* The C contract of bnfast: shapes, tiles, the operands of the six kernels
  * and the table of them that each instruction set fills.
  *
  * Every tensor is (outer, channels, inner), C-contiguous: NCHW is (N, C, H*W),
@@ -146,8 +146,10 @@ typedef struct {
 typedef struct {
     bnf_shape shape;
     const void *x, *residual, *dy; /* residual may be NULL */
-    void *y;                       /* written by apply; read by a backward with BNF_Z_FROM_Y */
-    void *dx, *dresidual;          /* dresidual may be NULL */
+    const void *weights;  /* a mask: how much each position of (outer, inner) counts, in the type of
+                             parameters; NULL: all count as one */
+    void *y;              /* written by apply; read by a backward with BNF_Z_FROM_Y */
+    void *dx, *dresidual; /* dresidual may be NULL */
     const double *mean, *scale, *shift;
     const double *dy_factor, *x_factor, *constant;
     bnf_activation activation;
@@ -179,13 +181,17 @@ static inline ptrdiff_t bnf_rows_at_once(bnf_shape shape)
  * number in the whole tensor. */
 typedef void bnf_sum_kernel(const bnf_operands *operands, bnf_tile tile, double *a, double *b);
 typedef void bnf_write_kernel(const bnf_operands *operands, bnf_tile tile);
+/* count: the sum of the tile's weights. */
+typedef void bnf_masked_kernel(const bnf_operands *operands, bnf_tile tile, double count, double *a,
+                               double *b);
 
 typedef struct {
     bnf_sum_kernel *moments;       /* mean, M2, for any data */
     bnf_sum_kernel *batch_moments; /* mean, M2, within the error that a training call may have */
-    bnf_write_kernel *apply;       /* y */
-    bnf_sum_kernel *grad_sums;     /* sum of g, sum of g * (x - mean) */
-    bnf_write_kernel *grad_input;  /* dx, dresidual */
+    bnf_masked_kernel *masked_moments; /* mean, M2 of what a mask counts */
+    bnf_write_kernel *apply;           /* y */
+    bnf_sum_kernel *grad_sums;         /* sum of g, sum of g * (x - mean) */
+    bnf_write_kernel *grad_input;      /* dx, dresidual */
 } bnf_kernels;
 
 typedef struct {

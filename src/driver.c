@@ -31,6 +31,7 @@ static void prepare_forward(bnf_call *call)
         .shape = call->shape,
         .x = call->x,
         .residual = call->residual,
+        .weights = call->weights,
         .y = call->y,
         .mean = call->mean,
         .scale = call->scale,
@@ -50,21 +51,30 @@ static void prepare_inference(bnf_call *call)
     prepare_forward(call);
 }
 
+static void gather_with(bnf_call *call, bnf_sum_kernel *moments, bnf_tile tile, ptrdiff_t block)
+{
+    double *mean = call->slot_a + block * call->shape.channels;
+    double *m2 = call->slot_b + block * call->shape.channels;
+    if (call->weights)
+        call->kernels->masked_moments(&call->operands, tile, call->block_counts[block], mean, m2);
+    else
+        moments(&call->operands, tile, mean, m2);
+}
+
 static void gather_moments(bnf_call *call, bnf_tile tile, ptrdiff_t block)
 {
-    const ptrdiff_t row = block * call->shape.channels;
-    call->kernels->moments(&call->operands, tile, call->slot_a + row, call->slot_b + row);
+    gather_with(call, call->kernels->moments, tile, block);
 }
 
 static void gather_batch_moments(bnf_call *call, bnf_tile tile, ptrdiff_t block)
 {
-    const ptrdiff_t row = block * call->shape.channels;
-    call->kernels->batch_moments(&call->operands, tile, call->slot_a + row, call->slot_b + row);
+    gather_with(call, call->kernels->batch_moments, tile, block);
 }
 
 static void finish_moments(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
 {
-    bnf_merge_blocks(call->shape, call->plan.blocks, c0, c1, call->slot_a, call->slot_b);
+    bnf_merge_blocks(call->shape, call->plan.blocks, call->block_counts, c0, c1, call->slot_a,
+                     call->slot_b);
 }
 
 static void set_forward_numbers(bnf_call *call, ptrdiff_t c0, ptrdiff_t c1)
@@ -126,6 +136,7 @@ static void prepare_backward(bnf_call *call)
         .shape = call->shape,
         .dy = call->dy,
         .x = call->x,
+        .weights = call->weights,
         .residual = call->residual,
         .y = (void *)call->output,
         .dx = alone ? call->dresidual : call->dx,
@@ -284,6 +295,44 @@ static APART void compute(bnf_call *call)
     }
 }
 
+static double weight_of_tile(const bnf_call *call, bnf_tile tile)
+{
+    const float *narrow = call->weights;
+    const double *wide = call->weights;
+    double sum = 0;
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
+        for (ptrdiff_t i = o * call->shape.inner + tile.inner0;
+             i < o * call->shape.inner + tile.inner1; i++)
+            sum += call->type == BNF_F64 ? wide[i] : (double)narrow[i];
+    return sum;
+}
+
+static APART void weigh(bnf_call *call)
+{
+    for (ptrdiff_t block = 0; block < call->plan.blocks.count; block++)
+        call->block_counts[block] =
+            weight_of_tile(call, bnf_block_tile(call->shape, call->plan.blocks, block, 0, 1));
+    if (call->direction == BNF_FORWARD && !call->has_moments)
+        call->count = bnf_call_weight(call);
+}
+
+/* One of several calls. */
+static void run_whole(void *context, ptrdiff_t i)
+{
+    bnf_call *call = (bnf_call *)context + i;
+    call->steps->prepare(call);
+    run_tiles(call, 1);
+}
+
+static APART void compute_all(bnf_call *calls, ptrdiff_t count, int most)
+{
+    const int wanted = count < most ? (int)count : most;
+    const int threads = bnf_begin_work(wanted, most);
+    count_dispatch(calls);
+    bnf_share_out(count, threads, BNF_DYNAMIC, run_whole, calls);
+    bnf_end_work(threads);
+}
+
 /* ---- What driver.h declares */
 
 static bool has_values(bnf_shape shape)
@@ -331,11 +380,19 @@ bool bnf_call_reserve(bnf_call *call)
     };
     const ptrdiff_t channels = call->shape.channels;
     const ptrdiff_t blocks = gathers(call) ? call->plan.blocks.count : 0;
+    const ptrdiff_t counts = call->weights ? call->plan.blocks.count : 0;
     if (!bnf_is_countable(channels, blocks))
         return false;
-    call->memory = calloc((size_t)((VECTORS + 2 * blocks) * channels + 1), sizeof(double));
+    const ptrdiff_t numbers = (VECTORS + 2 * blocks) * channels;
+    call->memory = calloc((size_t)(numbers + counts + 1), sizeof(double));
     if (!call->memory)
         return false;
+    if (call->weights) {
+        call->block_counts = call->memory + numbers;
+        const bnf_float_env found = bnf_enter_float_env();
+        weigh(call);
+        bnf_leave_float_env(found);
+    }
     for (int i = 0; i < VECTORS; i++)
         *vectors[i] = call->memory + i * channels;
     call->slot_a = call->memory + VECTORS * channels;
@@ -364,6 +421,39 @@ void bnf_call_run(bnf_call *call)
 }
 
 void bnf_call_release(bnf_call *call) { free(call->memory); }
+
+static APART void add_gradients(bnf_call *calls, ptrdiff_t count)
+{
+    for (ptrdiff_t i = 1; i < count; i++)
+        for (ptrdiff_t c = 0; c < calls->shape.channels; c++) {
+            calls->dweight[c] += calls[i].dweight[c];
+            calls->dbias[c] += calls[i].dbias[c];
+        }
+}
+
+void bnf_add_gradients(bnf_call *calls, ptrdiff_t count)
+{
+    const bnf_float_env found = bnf_enter_float_env();
+    add_gradients(calls, count);
+    bnf_leave_float_env(found);
+}
+
+double bnf_call_weight(const bnf_call *call)
+{
+    const bnf_blocks blocks = call->plan.blocks;
+    if (blocks.count == 0)
+        return 0;
+    return bnf_values_in(call->shape, blocks, call->block_counts, 0, blocks.count);
+}
+
+void bnf_calls_run(bnf_call *calls, ptrdiff_t count, int threads)
+{
+    if (count == 0 || !has_values(calls->shape))
+        return;
+    const bnf_float_env found = bnf_enter_float_env();
+    compute_all(calls, count, threads);
+    bnf_leave_float_env(found);
+}
 
 void bnf_move_running(bnf_call *call, bnf_running running, double momentum, double ddof)
 {

@@ -48,13 +48,17 @@ struct bnf_call {
     bnf_activation activation;
     double slope;     /* of an activation that takes one */
     double eps;       /* forward, and the others with has_var */
-    double count;     /* backward, and forward with has_moments: values per channel of the batch;
-                         backward with 0: its statistics are constants */
+    double count;     /* backward, and forward with has_moments: values per channel of the batch,
+                         with a mask the sum of its weights; backward with 0: its statistics are
+                         constants */
     bool has_moments; /* forward: mean and m2 are given, those of a batch that x is a part of */
     bool has_var;     /* inference, backward: var is given, and not yet in scale or inv_std */
     bool has_sums;    /* backward: dweight and dbias are given, those of the whole batch */
     bool gathers;     /* backward: dweight and dbias must be summed here */
     const void *x, *residual;
+    const void *weights; /* a mask: how much each position (outer, inner) counts, 0 or more, float32
+                            (float64 for float64 data); NULL: all count as one.  Not read by an
+                            inference */
     const void *dy,
         *output;          /* backward; output: the forward's y, read if it tells the derivative */
     void *y;              /* forward, inference */
@@ -79,6 +83,7 @@ struct bnf_call {
     bnf_operands operands;
     double *memory; /* of all numbers per channel, and of the slots */
     double *dy_factor, *x_factor, *constant, *ones;
+    double *block_counts;    /* with a mask: the sum of each block's weights; else NULL */
     double *slot_a, *slot_b; /* a row per block: means and M2s, or sums of g and g*(x - mean) */
 };
 
@@ -86,6 +91,16 @@ void bnf_call_plan(bnf_call *call, int threads);
 bool bnf_call_reserve(bnf_call *call);
 void bnf_call_run(bnf_call *call);
 void bnf_call_release(bnf_call *call);
+
+/* The sum of all weights of a reserved call's mask: a forward's count. */
+double bnf_call_weight(const bnf_call *call);
+
+/* Calls of one kind on parts of a batch, planned for one thread each: all in one parallel region on
+ * so many threads at most. */
+void bnf_calls_run(bnf_call *calls, ptrdiff_t count, int threads);
+
+/* Adds the gradients of weight and bias of such backwards to those of the first. */
+void bnf_add_gradients(bnf_call *calls, ptrdiff_t count);
 
 /* Running statistics, float32 or float64 (wide), one value per channel. */
 typedef struct {

@@ -1,5 +1,6 @@
-/* 5. grad_input: dx = dy_factor*g + x_factor*(x - mean) + constant, or
- * dx = dy_factor*g if the statistics are constants; the residual's gradient is g. */
+/* 6. grad_input: dx = dy_factor*g + x_factor*(x - mean) + constant, or
+ * dx = dy_factor*g if the statistics are constants; the residual's gradient is g.  With a mask the
+ * last two terms, which come through the statistics, are multiplied by the value's weight. */
 
 INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(write_lanes) p)
 {
@@ -9,10 +10,13 @@ INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(w
     }
     const bool needs_x =
         w.v.through || w.v.z_source == BNF_Z_FROM_X || w.v.z_source == BNF_Z_FROM_X_RESIDUAL;
-    const vec d = needs_x ? NAME(centered)(w.o, i, n, p.y) : p.y.high;
-    const vec g = NAME(before_activation)(w.o, i, n, d, p.y, w.slope, w.v);
+    const vec d = needs_x ? NAME(centered)(w.o, i, n, NAME(of_y)(p)) : p.high;
+    const vec g = NAME(before_activation)(w.o, i, n, d, NAME(of_y)(p), w.slope, w.v);
     vec dx = mul(p.dy_factor, g);
-    if (w.v.through)
+    if (w.v.through && w.v.masked) {
+        const vec zero = set1(0.0), rest = mul(p.weight, fmadd(p.x_factor, d, p.constant));
+        dx = add(dx, select_le(p.weight, zero, zero, rest));
+    } else if (w.v.through)
         dx = fmadd(p.x_factor, d, fmadd(p.dy_factor, g, p.constant));
     if (w.v.residual)
         NAME(store_some)((T *)w.o->dresidual + i, n, g, false);
@@ -45,14 +49,24 @@ INLINE void NAME(grad_input_activated)(const bnf_operands *o, bnf_tile tile, var
         NAME(grad_input_through)(o, tile, (v.z_source = BNF_Z_FROM_X, v));
 }
 
+/* One loop for all. */
+INLINE void NAME(grad_input_of_any)(const bnf_operands *o, bnf_tile tile, variant v)
+{
+    v.through = o->through_moments, v.residual = o->dresidual != NULL;
+    v.activation = o->activation, v.smooth = bnf_is_smooth(o->activation);
+    v.z_source = o->z_source;
+    NAME(write_tile)(o, tile, v);
+}
+
 INLINE void NAME(grad_input)(const bnf_operands *o, bnf_tile tile, bnf_layout layout)
 {
     variant v = {.layout = layout, .backward = true};
     if (FEW_LOOPS) {
-        v.through = o->through_moments, v.residual = o->dresidual != NULL;
-        v.activation = o->activation, v.smooth = bnf_is_smooth(o->activation);
-        v.z_source = o->z_source;
-        NAME(write_tile)(o, tile, v);
+        NAME(grad_input_of_any)(o, tile, (v.masked = o->weights != NULL, v));
+        return;
+    }
+    if (o->weights) {
+        NAME(grad_input_of_any)(o, tile, (v.masked = true, v));
         return;
     }
     if (bnf_is_smooth(o->activation)) {

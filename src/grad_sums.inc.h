@@ -1,4 +1,4 @@
-/* 4. grad_sums: tile -> sum of g, sum of g * (x - mean) per channel, where g is
+/* 5. grad_sums: tile -> sum of g, sum of g * (x - mean) per channel, where g is
  * the gradient with respect to the pre-activation. */
 
 /* Smaller sums, of n products, may be of denormals. */
@@ -17,9 +17,10 @@ INLINE NAME(sums)
     NAME(with_wide)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p, wide mean, NAME(sums) s)
 {
     const vec d = NAME(centered)(w.o, i, n, p);
-    const wide g = widen(NAME(before_activation)(w.o, i, n, d, p, w.slope, w.v));
-    const wide x = widen(NAME(load_some)((const T *)w.o->x + i, n, p.high));
-    return (NAME(sums)){add(s.first, g), fmadd(g, sub(x, mean), s.second)};
+    const vec g = NAME(before_activation)(w.o, i, n, d, p, w.slope, w.v);
+    const vec x = NAME(load_some)((const T *)w.o->x + i, n, p.high);
+    const wide f = sub(widen(w.v.masked ? NAME(where_not_zero)(g, x, p.high) : x), mean);
+    return (NAME(sums)){add(s.first, widen(g)), fmadd(widen(g), f, s.second)};
 }
 
 /* One planar channel in float64, for products that the type of a lane does not hold. */
@@ -118,14 +119,25 @@ INLINE void NAME(grad_sums_activated)(const bnf_operands *o, bnf_tile tile, doub
         NAME(grad_sums_as)(o, tile, sum, dot, (v.z_source = BNF_Z_FROM_X, v));
 }
 
+/* One loop for all. */
+INLINE void NAME(grad_sums_of_any)(const bnf_operands *o, bnf_tile tile, double *sum, double *dot,
+                                   variant v)
+{
+    v.activation = o->activation, v.smooth = bnf_is_smooth(o->activation);
+    v.z_source = o->z_source;
+    NAME(grad_sums_as)(o, tile, sum, dot, v);
+}
+
 INLINE void NAME(grad_sums)(const bnf_operands *o, bnf_tile tile, double *sum, double *dot,
                             bnf_layout layout)
 {
     variant v = {.layout = layout};
     if (FEW_LOOPS) {
-        v.activation = o->activation, v.smooth = bnf_is_smooth(o->activation);
-        v.z_source = o->z_source;
-        NAME(grad_sums_as)(o, tile, sum, dot, v);
+        NAME(grad_sums_of_any)(o, tile, sum, dot, (v.masked = o->weights != NULL, v));
+        return;
+    }
+    if (o->weights) {
+        NAME(grad_sums_of_any)(o, tile, sum, dot, (v.masked = true, v));
         return;
     }
     if (bnf_is_smooth(o->activation)) {

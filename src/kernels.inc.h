@@ -133,11 +133,17 @@ INLINE vec NAME(as_written)(vec z)
     return load(written);
 }
 
-/* g, the gradient with respect to the pre-activation, 0 in the lanes that are not in memory. */
-INLINE vec NAME(before_activation)(const bnf_operands *o, ptrdiff_t i, ptrdiff_t n, vec d,
-                                   NAME(lanes) p, vec slope, variant v)
+/* a, but `instead` in the lanes where g is 0. */
+INLINE vec NAME(where_not_zero)(vec g, vec a, vec instead)
 {
-    const vec dy = NAME(load_some)((const T *)o->dy + i, n, set1(0.0));
+    const vec zero = set1(0.0);
+    return select_le(max(g, sub(zero, g)), zero, instead, a);
+}
+
+/* The gradient with respect to the pre-activation from that of the output. */
+INLINE vec NAME(through_activation)(const bnf_operands *o, ptrdiff_t i, ptrdiff_t n, vec dy, vec d,
+                                    NAME(lanes) p, vec slope, variant v)
+{
     if (v.z_source == BNF_NO_Z)
         return dy;
     if (v.z_source == BNF_Z_FROM_Y)
@@ -148,9 +154,20 @@ INLINE vec NAME(before_activation)(const bnf_operands *o, ptrdiff_t i, ptrdiff_t
     return VEC(activate_gradient)(dy, at, slope, v);
 }
 
+/* g, the gradient with respect to the pre-activation, 0 in the lanes that are not in memory.  What
+ * a mask leaves out may be NaN, whose derivative is, too: there, a dy of 0 gives a g of 0. */
+INLINE vec NAME(before_activation)(const bnf_operands *o, ptrdiff_t i, ptrdiff_t n, vec d,
+                                   NAME(lanes) p, vec slope, variant v)
+{
+    const vec dy = NAME(load_some)((const T *)o->dy + i, n, set1(0.0));
+    const vec g = NAME(through_activation)(o, i, n, dy, d, p, slope, v);
+    return v.masked ? NAME(where_not_zero)(dy, g, dy) : g;
+}
+
 #include "moments.inc.h"
 #include "sums.inc.h"
 #include "batch_moments.inc.h"
+#include "masked_moments.inc.h"
 #include "grad_sums.inc.h"
 #include "writes.inc.h"
 #include "apply.inc.h"
@@ -158,11 +175,11 @@ INLINE vec NAME(before_activation)(const bnf_operands *o, ptrdiff_t i, ptrdiff_t
 
 /* This type's part of the table. */
 static const bnf_kernels NAME(kernels)[BNF_LAYOUTS] = {
-    [BNF_PLANAR] = {NAME(moments_planar), NAME(batch_moments_planar), NAME(apply_planar),
-                    NAME(grad_sums_planar), NAME(grad_input_planar)},
+    [BNF_PLANAR] = {NAME(moments_planar), NAME(batch_moments_planar), NAME(masked_moments_planar),
+                    NAME(apply_planar), NAME(grad_sums_planar), NAME(grad_input_planar)},
     [BNF_INTERLEAVED] = {NAME(moments_interleaved), NAME(batch_moments_interleaved),
-                         NAME(apply_interleaved), NAME(grad_sums_interleaved),
-                         NAME(grad_input_interleaved)},
+                         NAME(masked_moments_interleaved), NAME(apply_interleaved),
+                         NAME(grad_sums_interleaved), NAME(grad_input_interleaved)},
 };
 
 #undef LANES

@@ -76,6 +76,10 @@ static inline d16 d16_fma(d16 a, d16 b, d16 c)
 }
 static inline double d16_sum(d16 a) { return d8_sum(d8_add(a.lo, a.hi)); }
 
+/* Prefetches one page ahead: the hardware prefetcher stops at the end of each page.  A prefetch
+ * never faults, for any address. */
+static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + 4096); }
+
 static inline double finite_or_zero(double a) { return a - a == 0 ? a : 0.0; }
 
 /* a - low * factor, also for an infinite factor if low is 0. */
@@ -96,10 +100,6 @@ static inline ptrdiff_t rows_at_once(bnf_shape shape, bnf_tile tile)
 /* --- Sums in float64, of the kernel that is exact for any data (moments.inc.h) --- */
 
 #define WIDE_LANES 8
-
-/* Prefetches one page ahead while a run is summed: the hardware prefetcher stops
- * at the end of each page.  A prefetch never faults, for any address. */
-static inline void fetch_ahead(const void *p) { __builtin_prefetch((const char *)p + 4096); }
 
 /* Two sums over a run of values: value i goes to lane i % 16.  Sixteen independent chains hide the
  * latency of an addition on every set. */
@@ -143,6 +143,12 @@ static inline void fold_copies(strip_sums *sums, ptrdiff_t columns, ptrdiff_t ch
     }
 }
 
+/* Rows that a mask counts: where they begin, and their weights. */
+typedef struct {
+    ptrdiff_t at[ROWS], count;
+    double weight[ROWS];
+} counted_rows;
+
 /* Which of n values or rows is the k-th of so many places of a pivot (batch_moments.inc.h): one in
  * each part of them, shifted by k times the golden ratio.  Places that repeat after a few parts
  * would hit the same corner of every image. */
@@ -159,6 +165,7 @@ typedef struct {
     bnf_activation activation;
     bnf_z_source z_source;
     bool smooth; /* the activation is one of several, and no constant */
+    bool masked; /* there are weights */
     bool residual, through;
 } variant;
 

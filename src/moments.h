@@ -8,6 +8,7 @@
 #define BNFAST_MOMENTS_H
 
 #include <math.h>
+#include <string.h>
 
 #include "bnfast.h"
 
@@ -15,6 +16,13 @@
 static inline void bnf_merge(double n_a, double *mean_a, double *m2_a, double n_b,
                              const double *mean_b, const double *m2_b, ptrdiff_t channels)
 {
+    if (n_b == 0) /* a mask counts nothing there */
+        return;
+    if (n_a == 0) { /* nor would 0 times an infinite square be 0 */
+        memcpy(mean_a, mean_b, (size_t)channels * sizeof(double));
+        memcpy(m2_a, m2_b, (size_t)channels * sizeof(double));
+        return;
+    }
     const double share = n_b / (n_a + n_b), weight = n_a * share;
     for (ptrdiff_t c = 0; c < channels; c++) {
         const double delta = mean_b[c] - mean_a[c];
@@ -36,19 +44,31 @@ static inline double bnf_moved_average(double running, double batch, double mome
     return (1 - momentum) * running + momentum * batch;
 }
 
+/* How many values a channel has in the blocks from a to b.  With a mask, counts has the sum of each
+ * block's weights. */
+static inline double bnf_values_in(bnf_shape shape, bnf_blocks blocks, const double *counts,
+                                   ptrdiff_t a, ptrdiff_t b)
+{
+    double values = 0;
+    if (!counts)
+        return (double)(bnf_values_before(shape, blocks, b) - bnf_values_before(shape, blocks, a));
+    for (; a < b; a++)
+        values += counts[a];
+    return values;
+}
+
 /* Neighbouring blocks are merged in pairs, then the pairs in pairs, and so on. */
-static inline void bnf_merge_blocks(bnf_shape shape, bnf_blocks blocks, ptrdiff_t c0, ptrdiff_t c1,
-                                    double *mean, double *m2)
+static inline void bnf_merge_blocks(bnf_shape shape, bnf_blocks blocks, const double *counts,
+                                    ptrdiff_t c0, ptrdiff_t c1, double *mean, double *m2)
 {
     for (ptrdiff_t step = 1; step < blocks.count; step *= 2)
         for (ptrdiff_t a = 0; a + step < blocks.count; a += 2 * step) {
             const ptrdiff_t b = a + step;
             const ptrdiff_t end = b + step < blocks.count ? b + step : blocks.count;
-            const ptrdiff_t before_b = bnf_values_before(shape, blocks, b);
             const ptrdiff_t to = a * shape.channels + c0, from = b * shape.channels + c0;
-            bnf_merge((double)(before_b - bnf_values_before(shape, blocks, a)), mean + to, m2 + to,
-                      (double)(bnf_values_before(shape, blocks, end) - before_b), mean + from,
-                      m2 + from, c1 - c0);
+            bnf_merge(bnf_values_in(shape, blocks, counts, a, b), mean + to, m2 + to,
+                      bnf_values_in(shape, blocks, counts, b, end), mean + from, m2 + from,
+                      c1 - c0);
         }
 }
 

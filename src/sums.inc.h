@@ -20,11 +20,14 @@ typedef struct {
     wide first, second;
 } NAME(sums);
 
-/* How a loop computes: on what, with which slope, as which variant. */
+/* How a loop computes: on what, with which slope, as which variant; for a masked loop that writes,
+ * with which weights (writes.inc.h). */
 typedef struct {
     const bnf_operands *o;
     vec slope;
     variant v;
+    vec row_weight;
+    ptrdiff_t weights_behind;
 } NAME(work);
 
 INLINE NAME(term) NAME(term_at)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p)
@@ -32,7 +35,8 @@ INLINE NAME(term) NAME(term_at)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lan
     const vec d = NAME(centered)(w.o, i, n, p);
     if (!w.v.backward)
         return (NAME(term)){d, d};
-    return (NAME(term)){NAME(before_activation)(w.o, i, n, d, p, w.slope, w.v), d};
+    const vec g = NAME(before_activation)(w.o, i, n, d, p, w.slope, w.v);
+    return (NAME(term)){g, w.v.masked ? NAME(where_not_zero)(g, d, g) : d};
 }
 
 INLINE NAME(tree) NAME(plus)(NAME(tree) a, NAME(tree) b)
@@ -116,7 +120,8 @@ INLINE NAME(tree)
     return NAME(plus)(t, NAME(up_to_four)(w, i + a->then, a->count - a->fewer, a, p, ahead));
 }
 
-/* The same, compiled once: for loops with an activation, to keep the library small. */
+/* The same, compiled once: for loops with another activation than ReLU, to keep the library small.
+ */
 APART NAME(tree) NAME(tree_of_any)(const bnf_operands *o, variant v, ptrdiff_t i,
                                    const NAME(left) * a, const NAME(lanes) * p, ptrdiff_t ahead)
 {
@@ -129,7 +134,8 @@ APART NAME(tree) NAME(tree_of_any)(const bnf_operands *o, variant v, ptrdiff_t i
 INLINE NAME(tree) NAME(left_over)(NAME(work) w, ptrdiff_t i, const NAME(left) * a,
                                   const NAME(lanes) * p, ptrdiff_t ahead)
 {
-    if (!w.v.backward || (w.v.activation == BNF_LINEAR && !FEW_LOOPS))
+    const bool common = w.v.activation == BNF_LINEAR || w.v.activation == BNF_RELU;
+    if (!w.v.backward || (common && !w.v.smooth && !w.v.masked && !FEW_LOOPS))
         return NAME(tree_of)(w, i, a, *p, ahead);
     return NAME(tree_of_any)(w.o, w.v, i, a, p, ahead);
 }

@@ -4,13 +4,19 @@
 
 /* All parameters in vectors; those of the gradients only where a loop writes dx. */
 typedef struct {
-    NAME(lanes) y;
-    vec x_factor, dy_factor, constant;
+    vec high, scale, shift, x_factor, dy_factor, constant;
+    vec weight; /* of a mask */
 } NAME(write_lanes);
+
+INLINE NAME(lanes) NAME(of_y)(NAME(write_lanes) p)
+{
+    return (NAME(lanes)){p.high, p.scale, p.shift};
+}
 
 INLINE NAME(write_lanes) NAME(broadcast_all)(NAME(params) p, ptrdiff_t i, bool backward)
 {
-    NAME(write_lanes) to = {.y = NAME(broadcast)(p, i)};
+    NAME(write_lanes)
+    to = {.high = set1(p.high[i]), .scale = set1(p.scale[i]), .shift = set1(p.shift[i])};
     if (backward) {
         to.x_factor = set1(p.x_factor[i]);
         to.dy_factor = set1(p.dy_factor[i]);
@@ -21,7 +27,8 @@ INLINE NAME(write_lanes) NAME(broadcast_all)(NAME(params) p, ptrdiff_t i, bool b
 
 INLINE NAME(write_lanes) NAME(side_by_side_all)(NAME(params) p, ptrdiff_t i, bool backward)
 {
-    NAME(write_lanes) to = {.y = NAME(side_by_side)(p, i)};
+    NAME(write_lanes)
+    to = {.high = load(p.high + i), .scale = load(p.scale + i), .shift = load(p.shift + i)};
     if (backward) {
         to.x_factor = load(p.x_factor + i);
         to.dy_factor = load(p.dy_factor + i);
@@ -33,9 +40,9 @@ INLINE NAME(write_lanes) NAME(side_by_side_all)(NAME(params) p, ptrdiff_t i, boo
 /* Where two channels meet: n lanes of one, the rest of the other. */
 INLINE NAME(write_lanes) NAME(blend)(ptrdiff_t n, NAME(write_lanes) a, NAME(write_lanes) b)
 {
-    return (NAME(write_lanes)){.y = {select_first(n, a.y.high, b.y.high),
-                                     select_first(n, a.y.scale, b.y.scale),
-                                     select_first(n, a.y.shift, b.y.shift)},
+    return (NAME(write_lanes)){.high = select_first(n, a.high, b.high),
+                               .scale = select_first(n, a.scale, b.scale),
+                               .shift = select_first(n, a.shift, b.shift),
                                .x_factor = select_first(n, a.x_factor, b.x_factor),
                                .dy_factor = select_first(n, a.dy_factor, b.dy_factor),
                                .constant = select_first(n, a.constant, b.constant)};
@@ -44,12 +51,23 @@ INLINE NAME(write_lanes) NAME(blend)(ptrdiff_t n, NAME(write_lanes) a, NAME(writ
 INLINE void NAME(apply_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(lanes) p);
 INLINE void NAME(grad_input_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(write_lanes) p);
 
+/* A mask's weights lie in memory as one channel of planes does; a row has one. */
+INLINE vec NAME(weights_at)(NAME(work) w, ptrdiff_t i, ptrdiff_t n)
+{
+    const P *weights = (const P *)w.o->weights + (i - w.weights_behind);
+    if (w.v.layout == BNF_INTERLEAVED)
+        return w.row_weight;
+    return n < LANES ? load_part(weights, n, set1(0.0)) : load(weights);
+}
+
 INLINE void NAME(write_some)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, NAME(write_lanes) p)
 {
+    if (w.v.masked)
+        p.weight = NAME(weights_at)(w, i, n);
     if (w.v.backward)
         NAME(grad_input_some)(w, i, n, p);
     else
-        NAME(apply_some)(w, i, n, p.y);
+        NAME(apply_some)(w, i, n, NAME(of_y)(p));
 }
 
 /* How many of n values come before the first whole line. */
@@ -88,10 +106,11 @@ INLINE void NAME(write_planar)(NAME(work) w, bnf_tile tile, NAME(params) params)
 {
     const bnf_shape shape = w.o->shape;
     const ptrdiff_t channels = tile.channel1 - tile.channel0, length = tile.inner1 - tile.inner0;
-    const ptrdiff_t planes = length == shape.inner ? channels : 1;
+    const ptrdiff_t planes = length == shape.inner && !w.v.masked ? channels : 1;
     for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
         for (ptrdiff_t c = 0; c < channels; c += planes) {
             const ptrdiff_t plane = (o * shape.channels + tile.channel0 + c) * shape.inner;
+            w.weights_behind = plane - o * shape.inner;
             NAME(write_planes)(w, plane + tile.inner0, length, planes, params, c);
         }
 }
@@ -123,15 +142,18 @@ INLINE void NAME(write_rows)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, ptrdiff_t c
     } while (odd);
 }
 
-/* All rows are one run if the tile has all channels. */
+/* All rows are one run if the tile has all channels, and no mask gives each its weight. */
 INLINE void NAME(write_interleaved)(NAME(work) w, bnf_tile tile, NAME(params) params,
                                     ptrdiff_t first)
 {
     const ptrdiff_t stride = w.o->shape.channels, channels = tile.channel1 - tile.channel0;
-    const ptrdiff_t rows = channels == stride ? tile.outer1 - tile.outer0 : 1;
+    const ptrdiff_t rows = channels == stride && !w.v.masked ? tile.outer1 - tile.outer0 : 1;
     const ptrdiff_t columns = channels * rows_at_once(w.o->shape, tile);
-    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += rows)
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o += rows) {
+        if (w.v.masked)
+            w.row_weight = set1(((const P *)w.o->weights)[o]);
         NAME(write_rows)(w, o * stride + tile.channel0, rows * channels, columns, params, first);
+    }
 }
 
 /* Where the first column's parameters are: such that they can be loaded in whole lines where y or

@@ -94,7 +94,7 @@ class Matrix:
             yield from table(rows, variants, found)
             empty += sum(row.count(0) for row in found)
         for cells, where in by_cells(programs):
-            yield f"\nThe C program, cases of all four kernels, on {where}:\n\n"
+            yield f"\nThe C program, cases of all kernels, on {where}:\n\n"
             rows = list(product(_core.TYPE_NAMES, _core.LAYOUT_NAMES))
             found = [[cells[t, y, v] for v in VARIANTS] for t, y in rows]
             yield from table(rows, VARIANTS, found)

@@ -22,7 +22,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         *("moments", "functional_forward", "functional_backward", "numerics", "half"),
-        "batch_variance",
+        *("batch_variance", "masked", "virtual_batches", "batch_renorm"),
         *("activations", "layers", "layers_backward", "layers_state"),
         *("inference", "tiling", "partial_batches", "float_environment"),
         *("threads", "threads_calls", "threads_default", "forks"),
@@ -94,7 +94,11 @@ MUTANTS = [
     ("src/kernels.inc.h", "fmadd(d, p.scale, p.shift)", "mul(d, p.scale)"),
     ("src/apply.inc.h", "(w.o, i, n, d, p, w.v.residual)", "(w.o, i, n, d, p, false)"),
     # runs that are written: the parameters of each value, and where a vector may be streamed
-    ("src/kernels.inc.h", "select_first(n, a.high, b.high)", "select_first(n, b.high, a.high)"),
+    (
+        "src/writes.inc.h",
+        "select_first(n, a.high, b.high)",
+        "select_first(n, b.high, a.high)",
+    ),
     ("src/writes.inc.h", "NAME(blend)(end - i, p, next)", "p"),
     ("src/writes.inc.h", "params, ++c, w.v.backward", "params, c, w.v.backward"),
     ("src/writes.inc.h", "planes == 1 || length < LANES ?", "planes == 1 ?"),
@@ -175,8 +179,34 @@ MUTANTS = [
     ("src/grad_sums.inc.h", "again[k] = !NAME(is_normal)", "again[k] = false && NAME(is_normal)"),
     ("src/grad_sums.inc.h", "size < INFINITY", "true"),
     ("src/grad_sums.inc.h", "size >= n * LEAST_PRODUCT", "true"),
-    ("src/grad_sums.inc.h", "add(s.first, g)", "g"),
-    ("src/grad_sums.inc.h", "fmadd(g, sub(x, mean), s.second)", "fmadd(g, x, s.second)"),
+    ("src/grad_sums.inc.h", "add(s.first, widen(g))", "widen(g)"),
+    ("src/grad_sums.inc.h", "fmadd(widen(g), f, s.second)", "fmadd(widen(g), f, f)"),
+    # masks
+    (
+        "src/masked_moments.inc.h",
+        "d8_select_le(weight, zero, zero, sub(x, pivot))",
+        "sub(x, pivot)",
+    ),
+    ("src/masked_moments.inc.h", "weighted = mul(weight, d);", "weighted = d;"),
+    ("src/masked_moments.inc.h", "range.as_ones &= weights[range.first + i] == 1;", "(void)i;"),
+    ("src/masked_moments.inc.h", "weights + o * shape.inner + range.first;", "weights;"),
+    ("src/grad_input.inc.h", "select_le(p.weight, zero, zero, rest)", "rest"),
+    (
+        "src/grad_input.inc.h",
+        "mul(p.weight, fmadd(p.x_factor, d, p.constant))",
+        "fmadd(p.x_factor, d, p.constant)",
+    ),
+    ("src/kernels.inc.h", "v.masked ? NAME(where_not_zero)(dy, g, dy) : g", "g"),
+    ("src/sums.inc.h", "w.v.masked ? NAME(where_not_zero)(g, d, g) : d", "d"),
+    ("src/grad_sums.inc.h", "w.v.masked ? NAME(where_not_zero)(g, x, p.high) : x", "x"),
+    ("src/writes.inc.h", "length == shape.inner && !w.v.masked", "length == shape.inner"),
+    (
+        "src/writes.inc.h",
+        "w.weights_behind = plane - o * shape.inner;",
+        "w.weights_behind = plane;",
+    ),
+    ("src/moments.h", "if (n_b == 0)", "if (n_b < 0)"),
+    ("src/driver.c", "calls->dbias[c] += calls[i].dbias[c];", ""),
     ("src/moments.h", "dweight[c] = inv_std[c] * dot[c];", "dweight[c] = dot[c];"),
     ("src/moments.h", "-scale[c] * inv_std[c] * (dweight[c] / count)", "0"),
     ("src/moments.h", "constant[c] = -scale[c] * (dbias[c] / count);", "constant[c] = 0;"),
@@ -210,6 +240,37 @@ MUTANTS = [
     # a part of a batch
     ("src/driver.c", "return !call->has_moments;", "return true;"),
     ("src/driver.c", "set_forward_numbers(call, 0, call->shape.channels);", ";"),
+    # what a mask counts
+    (
+        "src/masked_moments.inc.h",
+        "fmadd(weighted, d, *square)",
+        "fmadd(weighted, weighted, *square)",
+    ),
+    ("src/masked_moments.inc.h", "weights[range.first + i] == 1", "weights[range.first + i] >= 0"),
+    (
+        "src/masked_moments.inc.h",
+        "weights[range.length - 1] == 0",
+        "weights[range.length - 1] <= 1",
+    ),
+    (
+        "src/masked_moments.inc.h",
+        "weights[o * stride + i] > weights[outer * stride + *inner]",
+        "weights[o * stride + i] < 0",
+    ),
+    ("src/moments.h", "values += counts[a];", "values = counts[a];"),
+    ("src/driver.c", "wide[i] : (double)narrow[i];", "1.0 : 1.0;"),
+    ("src/writes.inc.h", "((const P *)w.o->weights)[o]", "((const P *)w.o->weights)[0]"),
+    ("bnfast/_masks.py", "for i in _arrays.memory_order(x) if", "for i in range(x.ndim) if"),
+    ("bnfast/_masks.py", "least >= 0 and", ""),
+    # virtual batches
+    ("src/driver.c", "calls->dweight[c] += calls", "calls->dweight[c] = calls"),
+    ("bnfast/_core.pyx", "min(rows, n - first)", "rows"),
+    # batch renormalization
+    ("bnfast/renorm.py", "np.clip(ratio, 1 / rmax, rmax)", "np.clip(ratio, 1, rmax)"),
+    ("bnfast/renorm.py", "np.clip(shift, -dmax, dmax)", "np.clip(shift, 0, dmax)"),
+    ("bnfast/renorm.py", "np.sqrt(batch.var() + eps)", "np.sqrt(batch.var(1) + eps)"),
+    ("bnfast/renorm.py", "beta + gamma * self.d", "beta + self.d"),
+    ("bnfast/renorm.py", "weight * self.r + bias * self.d", "weight * self.r"),
     # blocks and tiles
     ("src/tiling.c", "inner = block % blocks.segments * blocks.length", "inner = 0"),
     (
@@ -272,6 +333,21 @@ MUTANTS = [
     ),
     ("bnfast/inference.py", "moments.var(ddof=1)", "moments.var(ddof=0)"),
 ]
+if importlib.util.find_spec("sklearn"):
+    MUTANTS += [
+        ("bnfast/sklearn.py", "share = n_b / count", "share = 0.5"),
+        ("bnfast/sklearn.py", " + delta * delta * (n_a * share)", ""),
+        ("bnfast/sklearn.py", "np.where(n_a > 0, mean_a, mean_b)", "mean_a"),
+        ("bnfast/sklearn.py", "np.where(n_b > 0, mean_b, mean_a)", "mean_b"),
+        ("bnfast/sklearn.py", "np.where(n_a > 0, m2_a, 0.0)", "m2_a"),
+        ("bnfast/sklearn.py", "np.where(count > 0, mean, np.nan)", "mean"),
+        ("bnfast/sklearn.py", "else weight[there]", "else weight[: there.sum()]"),
+        ("bnfast/sklearn.py", "weight.min() < 0 or ", ""),
+        ("bnfast/sklearn.py", "1 / self.scale_", "self.scale_"),
+        ("bnfast/sklearn.py", "return x if in_place or converted else None", "return x"),
+        ("bnfast/sklearn.py", "constant_mask=constant", "constant_mask=None"),
+        ("bnfast/sklearn.py", "(factor > _LARGEST_FACTOR).any()", "False"),
+    ]
 if ISA in ("avx2", "avx512"):
     HEADER, PREFIX = f"src/simd_{ISA}.h", {"avx2": "_mm256", "avx512": "_mm512"}[ISA]
     MUTANTS += [
@@ -331,6 +407,8 @@ def built(folder):
 
 def tests_of(file):
     """The tests that should notice a mistake in a file."""
+    if file == "bnfast/sklearn.py":
+        return ["tests/scikit_learn/test_scaler.py"]
     if not file.startswith("bnfast/torch"):
         return TESTS
     names = ("fused", "convert", "exceptions", "modules", "enable_values", "enable_saved")

@@ -48,7 +48,7 @@ POISON = 0xA5
 HEADER = np.dtype(
     [
         *((name, "<i8") for name in ("type", "itemsize", "layout", "activation", "z_source")),
-        *((name, "<i8") for name in ("through", "residual", "stream", "ahead")),
+        *((name, "<i8") for name in ("through", "residual", "stream", "ahead", "masked")),
         ("shape", "<i8", 3),
         ("tile", "<i8", 6),
         ("slope", "<f8"),
@@ -177,13 +177,14 @@ class Case:
     ahead: int = 0  # how far ahead sums fetch
     special: bool = False  # NaN and similar values: only compared between instruction sets
     hard: bool = False  # data that are hard to sum: only their moments are compared
+    masked: bool = False  # with weights; then also special
 
     def __str__(self):
         p = self.problem
         return (
             f"{p.x.dtype} {p.x.shape} {self.tile} {p.activation} residual={p.residual is not None} "
             f"z_source={self.z_source} through={self.through} stream={self.stream} "
-            f"ahead={self.ahead}"
+            f"ahead={self.ahead} masked={self.masked}"
         )
 
     def parameters(self):
@@ -197,6 +198,16 @@ class Case:
         x_factor, constant = -scale * inv_std * g.gamma / p.m, -scale * g.beta / p.m
         made = [a.astype(float) for a in (s.mean, scale, bias, scale, x_factor, constant)]
         return with_special_parameters(*made) if self.special else made
+
+    def weights(self):
+        """A mask of positions (outer, inner): ranges, single values and weights of all sizes."""
+        outer, _, inner = self.problem.x.shape
+        kind, at = np.ogrid[:outer, :inner]
+        kind = (kind + (at if inner == 1 else 0)) % 5
+        place = at + np.arange(outer)[:, None] * (inner == 1)
+        kinds = (place % 7 < 4, place < (inner + 1) // 2, place % 3 * 0.5, place * 0, 1 + place * 0)
+        weights = np.choose(kind, [k.astype(float) for k in np.broadcast_arrays(*kinds)])
+        return weights.astype(computed_in(self.problem.x.dtype))
 
     def y(self):
         """The exact output, rounded."""
@@ -216,6 +227,7 @@ class Case:
         header["residual"] = p.residual is not None
         header["stream"] = self.stream
         header["ahead"] = self.ahead
+        header["masked"] = self.masked
         header["shape"] = p.x.shape
         header["tile"] = [
             bound for s, n in zip(self.tile, p.x.shape, strict=True) for bound in s.indices(n)[:2]
@@ -226,13 +238,15 @@ class Case:
         arrays += [self.y()] if self.z_source == FROM_Y else []
         if self.special:
             arrays = [with_special_values(a) for a in arrays]
-        return b"".join(a.tobytes() for a in (header, *arrays, *self.parameters()))
+        numbers = [*self.parameters(), *([self.weights()] if self.masked else [])]
+        return b"".join(a.tobytes() for a in (header, *arrays, *numbers))
 
     def answer(self, file):
         """The program's output for this case."""
         p = self.problem
-        rows = ("mean", "m2", "batch mean", "batch m2", "sum", "dot")
-        names = ("mean", "m2", "batch mean", "batch m2", "y", "sum", "dot", "dx")
+        masked = ("masked mean", "masked m2") if self.masked else ()
+        rows = (*masked, "mean", "m2", "batch mean", "batch m2", "sum", "dot")
+        names = (*rows[:-2], "y", "sum", "dot", "dx")
         names += ("dresidual",) if p.residual is not None else ()
         found = {}
         for name in names:
@@ -390,6 +404,13 @@ def make_cases():
             of_loop.append(make_case(whole_of_tile, dtype, *loop, tile=tile))
             of_loop.append(replace(make_case(whole_of_tile, dtype, *loop, seed=1), special=True))
             made += [replace(case, ahead=next(ahead)) for case in of_loop]
+        masks = cycle((*SHAPES[layout][::3], *(shape for _, shape in PARTS[layout])))
+        for loop, special in product(all_loops[::3], (False, True)):
+            case = replace(make_case(next(masks), dtype, *loop, seed=3), masked=True)
+            made.append(replace(case, special=True) if special else replace(case, hard=True))
+        tile, whole_of_tile = PARTS[layout][0]
+        masked = make_case(whole_of_tile, dtype, *all_loops[0], tile=tile, seed=3)
+        made.append(replace(masked, masked=True, hard=True))
         for shape, loop in zip(SHAPES[layout], cycle(all_loops[5::7]), strict=False):
             made.append(replace(make_case(shape, dtype, *loop, seed=2), ahead=next(ahead)))
     for dtype in (dtype for dtype in every if computed_in(dtype) == np.float32):
@@ -450,6 +471,23 @@ def check_moments(case, got):
         assert_within(got_m2, m * of_part.var, m * of_part.var_error, f"{what}m2")
 
 
+def check_masked_moments(case, got):
+    """Sums in float64 around one of the values: n products, sixteen lanes, and the mean's own."""
+    x = case.problem.x[case.tile].astype(np.longdouble)
+    w = np.broadcast_to(case.weights()[case.tile[0], None, case.tile[2]], x.shape)
+    count = w[:, 0].sum()
+    if count == 0:
+        return
+    mean = (w * x).sum((0, 2)) / count
+    m2 = (w * (x - mean[:, None]) ** 2).sum((0, 2))
+    spread = np.ptp(x, (0, 2))
+    roundings = (w[:, 0].size / 8 + 8) * np.finfo(float).eps
+    limit = roundings * spread + np.spacing(np.abs(mean).astype(float))
+    assert_within(got["masked mean"][case.tile[1]], mean, limit, f"{case}: masked mean")
+    limit = roundings * count * spread**2
+    assert_within(got["masked m2"][case.tile[1]], m2, limit, f"{case}: masked m2")
+
+
 def check(case, got):
     """Compare with the paper in float64 and wider, within the limits of tolerance.py."""
     p, tile, what = case.problem, case.tile, str(case)
@@ -458,6 +496,8 @@ def check(case, got):
     if case.special:
         return
     check_moments(case, got)
+    if case.masked:
+        check_masked_moments(case, got)
     if case.hard:
         return
     x, weight, bias, eps, axis, residual, activation = p.exact()

@@ -29,7 +29,7 @@ typedef struct {
     size_t itemsize;
     bnf_shape shape;
     bnf_activation activation;
-    bool residual;
+    bool residual, masked;
 } problem;
 
 static const bnf_shape SHAPES[] = {
@@ -96,6 +96,22 @@ static void *tensor(const problem *p, uint64_t seed)
     return data;
 }
 
+/* 0 or more, some of them 0; whole quarters, so that sums are exact. */
+static void *mask(const problem *p)
+{
+    const size_t n = (size_t)(p->shape.outer * p->shape.inner);
+    const size_t size = p->type == BNF_F64 ? sizeof(double) : sizeof(float);
+    char *weights = malloc(n * size + 1);
+    if (!weights)
+        fail("no memory", p);
+    for (size_t i = 0; i < n; i++) {
+        const double wide = (double)(i * 7 % 5) / 4;
+        const float narrow = (float)wide;
+        memcpy(weights + i * size, size == sizeof wide ? (const void *)&wide : &narrow, size);
+    }
+    return weights;
+}
+
 static void fill(double *numbers, ptrdiff_t n, uint64_t seed)
 {
     const fenv_t found = leave_environment();
@@ -117,7 +133,7 @@ static uint64_t mix(uint64_t hash, const void *data, size_t bytes)
 typedef struct {
     const problem *p;
     size_t bytes, row;
-    void *x, *dy, *residual, *y, *dx, *dresidual;
+    void *x, *dy, *residual, *y, *dx, *dresidual, *weights;
     int threads;
     uint64_t hash;
 } state;
@@ -133,6 +149,7 @@ static bnf_call begin(const state *s, bnf_direction direction)
         .eps = 1e-5,
         .x = s->x,
         .residual = direction == BNF_MOMENTS ? NULL : s->residual,
+        .weights = s->weights,
     };
 }
 
@@ -218,6 +235,35 @@ static void run_training(state *s)
     bnf_call_release(&call);
 }
 
+enum { RUNS = 5 };
+
+/* As virtual batches: runs of rows, in one parallel region.  Masks are left out. */
+static void run_runs(state *s)
+{
+    const bnf_shape shape = s->p->shape;
+    const ptrdiff_t rows = shape.outer / RUNS;
+    const size_t bytes = (size_t)(rows * shape.channels * shape.inner) * s->p->itemsize;
+    bnf_call calls[RUNS];
+    for (size_t i = 0; i < RUNS; i++) {
+        calls[i] = begin(s, BNF_FORWARD);
+        calls[i].shape.outer = rows;
+        calls[i].weights = NULL;
+        calls[i].x = (char *)s->x + i * bytes;
+        calls[i].residual = s->residual ? (char *)s->residual + i * bytes : NULL;
+        calls[i].y = (char *)s->y + i * bytes;
+        bnf_call_plan(&calls[i], 1);
+        if (!bnf_call_reserve(&calls[i]))
+            fail("no memory", s->p);
+        fill(calls[i].weight, shape.channels, 1);
+    }
+    bnf_calls_run(calls, RUNS, s->threads);
+    keep(s, s->y, RUNS * bytes);
+    for (size_t i = 0; i < RUNS; i++) {
+        keep(s, calls[i].inv_std, s->row);
+        bnf_call_release(&calls[i]);
+    }
+}
+
 static uint64_t run_calls(const problem *p, int threads)
 {
     const size_t values = (size_t)(p->shape.outer * p->shape.channels * p->shape.inner);
@@ -226,10 +272,13 @@ static uint64_t run_calls(const problem *p, int threads)
     s.row = (size_t)p->shape.channels * sizeof(double);
     s.x = tensor(p, 11), s.dy = tensor(p, 12), s.residual = p->residual ? tensor(p, 13) : NULL;
     s.y = tensor(p, 0), s.dx = tensor(p, 0), s.dresidual = p->residual ? tensor(p, 0) : NULL;
+    s.weights = p->masked ? mask(p) : NULL;
     run_moments(&s);
     run_inference(&s);
     run_training(&s);
-    void *made[] = {s.x, s.dy, s.residual, s.y, s.dx, s.dresidual};
+    if (p->shape.outer >= 2 * RUNS)
+        run_runs(&s);
+    void *made[] = {s.x, s.dy, s.residual, s.y, s.dx, s.dresidual, s.weights};
     for (size_t i = 0; i < sizeof made / sizeof *made; i++)
         free(made[i]);
     return s.hash;
@@ -331,10 +380,16 @@ static uint64_t check_all(void)
     for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++)
         for (int type = 0; type < BNF_TYPES; type++) {
             /* Another activation each time; all of them with every type. */
-            const problem p = {(bnf_type)type, ITEMSIZE[type], SHAPES[i],
-                               (bnf_activation)((i + (size_t)type) % BNF_ACTIVATIONS), i % 2 == 0};
+            problem p = {(bnf_type)type, ITEMSIZE[type],
+                         SHAPES[i],      (bnf_activation)((i + (size_t)type) % BNF_ACTIVATIONS),
+                         i % 2 == 0,     false};
             const uint64_t found = check(&p, i == 0);
             hash = mix(hash, &found, sizeof found);
+            p.masked = true;
+            const uint64_t masked = run_calls(&p, 1);
+            if (run_calls(&p, THREADS) != masked)
+                fail("several threads, masked", &p);
+            hash = mix(hash, &masked, sizeof masked);
         }
     return hash;
 }

@@ -12,7 +12,7 @@
 #include "pages.h"
 
 typedef struct {
-    int64_t type, itemsize, layout, activation, z_source, through, residual, stream, ahead;
+    int64_t type, itemsize, layout, activation, z_source, through, residual, stream, ahead, masked;
     int64_t outer, channels, inner;
     int64_t tile[6];
     double slope;
@@ -60,6 +60,21 @@ static void write_and_release_rows(FILE *file, row_pair rows, size_t bytes)
     write_and_release(file, rows.b, bytes);
 }
 
+static size_t weight_size(const header *h) { return h->itemsize == 8 ? 8 : 4; }
+
+/* The sum of the tile's weights. */
+static double count_of(const header *h, bnf_tile tile, const void *weights)
+{
+    double count = 0;
+    for (ptrdiff_t o = tile.outer0; o < tile.outer1; o++)
+        for (ptrdiff_t i = tile.inner0; i < tile.inner1; i++) {
+            const ptrdiff_t at = o * h->inner + i;
+            count += h->itemsize == 8 ? ((const double *)weights)[at]
+                                      : (double)((const float *)weights)[at];
+        }
+    return count;
+}
+
 static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE *results)
 {
     const bnf_kernels *kernels = &table->kernels[h->type][h->layout];
@@ -86,6 +101,8 @@ static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE 
     b.dy_factor = read_placed(cases, row);
     b.x_factor = read_placed(cases, row);
     b.constant = read_placed(cases, row);
+    const size_t mask = (size_t)(h->outer * h->inner) * weight_size(h);
+    b.weights = h->masked ? read_placed(cases, mask) : NULL;
     b.dx = place(bytes);
     b.dresidual = h->residual ? place(bytes) : NULL;
     bnf_operands f = b;
@@ -98,6 +115,12 @@ static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE 
     kernels->grad_sums(&b, tile, sums.a, sums.b);
     kernels->grad_input(&b, tile);
 
+    if (b.weights) {
+        const row_pair masked = place_rows(row);
+        kernels->masked_moments(&f, tile, count_of(h, tile, b.weights), masked.a, masked.b);
+        write_and_release_rows(results, masked, row);
+        release(b.weights, mask);
+    }
     write_and_release_rows(results, moments, row);
     write_and_release_rows(results, batch, row);
     write_and_release(results, f.y, bytes);
