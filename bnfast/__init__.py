@@ -4,6 +4,7 @@ from . import _verbose as _verbose
 from . import conventions
 from ._config import show_config
 from ._core import get_num_threads, release_memory
+from ._masks import lengths_mask
 from ._threads import num_threads, set_num_threads
 from .functional import (
     BatchStats,
@@ -17,6 +18,8 @@ from .functional import (
 from .inference import fold, fold_before, recompute_statistics
 from .layers import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
 from .moments import Moments, moments
+from .population import Drift, drift, load_statistics
+from .renorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
 __version__ = "0.1.0"
 
@@ -25,7 +28,12 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "BatchStats",
+    "Drift",
     "FrozenBatchNorm",
     "Gradients",
     "Moments",
@@ -34,9 +42,12 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "conventions",
+    "drift",
     "fold",
     "fold_before",
     "get_num_threads",
+    "lengths_mask",
+    "load_statistics",
     "moments",
     "normalize",
     "num_threads",

@@ -9,7 +9,6 @@ anything is written.
 from __future__ import annotations
 
 import sys
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
@@ -20,7 +19,7 @@ from ._errors import described, is_array, is_from_here, is_its_own, listed, show
 if TYPE_CHECKING:
     from ._types import Array
 
-_DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
+DATA_NAMES = ("float32", "float64", "float16", "bfloat16")
 # The types in which per-channel numbers are kept; those of other types are converted.
 _KEPT = (np.float32, np.float64)
 _DLPACK_CPU = 1
@@ -98,6 +97,15 @@ class Canonical:
     def _target(self, out: Array) -> Array:
         plain = np.asarray(out)
         return plain if _is_alike(plain, self.x) else np.empty_like(self.x)
+
+
+def in_order_of(x: Array, result: Array | None) -> Array | None:
+    """Return a result in the memory order of x."""
+    if result is None:
+        return None
+    copy = np.empty_like(x)
+    copy_into(copy, result)
+    return copy
 
 
 def is_dense(a: Array) -> bool:
@@ -205,15 +213,15 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     return dtype.type is getattr(sys.modules.get("ml_dtypes"), "bfloat16", None)
 
 
-def _is_data_type(dtype: np.dtype[Any]) -> bool:
+def is_data_type(dtype: np.dtype[Any]) -> bool:
     return dtype.type in (np.float32, np.float64, np.float16) or is_bfloat16(dtype)
 
 
 def check_type(name: str, a: Array) -> None:
     """Refuse an array of a type that data cannot have."""
-    if not _is_data_type(a.dtype):
+    if not is_data_type(a.dtype):
         hint = " (convert it: .astype(np.float32))" if a.dtype.kind in "iub" else ""
-        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(_DATA_NAMES)}{hint}")
+        raise TypeError(f"{name} has dtype {a.dtype}; expected {listed(DATA_NAMES)}{hint}")
 
 
 def _check_tensor(name: str, a: Array) -> None:
@@ -303,6 +311,27 @@ def vector(name: str, value: Any, out: Array | None = None) -> Array:
         refuse_overlap(name)
     kept = _native(a.dtype) if a.dtype.type in _KEPT else np.dtype(np.float32)
     return _copy(a, kept)
+
+
+def rows(name: str, value: Any, out: Array | None, runs: int) -> Array:
+    """Return statistics of so many virtual batches, (runs, channels), as one float64 vector."""
+    a = array(name, value)
+    check_type(name, a)
+    if a.ndim != 2 or len(a) != runs:
+        raise ValueError(
+            f"{name} has shape {a.shape}; expected ({runs}, channels), a row for each virtual batch"
+        )
+    if out is not None and _share_memory(a, out):
+        refuse_overlap(name)
+    return _copy(a, np.dtype(np.float64)).reshape(-1)
+
+
+def refuse_rows(name: str, a: Array, runs: int, channels: int) -> NoReturn:
+    """Refuse statistics that do not have one row for each virtual batch."""
+    raise ValueError(
+        f"{name} has {a.size} values; expected shape ({runs}, {channels}), a row for each run of "
+        "virtual_batch_size rows"
+    )
 
 
 def refuse_vector(name: str, a: Array, channels: int) -> NoReturn:
@@ -424,11 +453,11 @@ def check_counter(counter: Any) -> None:
         raise ValueError(f"{name} is read-only; expected a writeable array to count in")
 
 
-def check_room(counter: Array) -> None:
-    """Refuse a counter whose value is not a count, or has no successor in int64."""
+def check_room(counter: Array, batches: int = 1) -> None:
+    """Refuse a counter whose value is not a count, or to which so many cannot be added."""
     number = int(np.asarray(counter))
-    if not 0 <= number < MOST_BATCHES:
-        raise ValueError(f"num_batches_tracked is {number}; expected 0 to {MOST_BATCHES - 1}")
+    if not 0 <= number <= MOST_BATCHES - batches:
+        raise ValueError(f"num_batches_tracked is {number}; expected 0 to {MOST_BATCHES - batches}")
 
 
 def _check_channels(name: str, a: Array, channels: int) -> None:
@@ -449,15 +478,15 @@ def check_channels(shape: tuple[int, ...], axis: int, expected: int) -> None:
         raise ValueError(wrong_channels(shape, axis, expected))
 
 
-def check_enough_values(shape: tuple[int, ...], axis: int) -> None:
-    """Refuse a batch of one value per channel, which has no variance; an empty one is allowed."""
-    if shape[axis] and prod(shape) == shape[axis]:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(shape)}"
-        )
-
-
 # ---- Errors that the core finds
+
+
+def refuse_one_value(shape: tuple[int, ...], rows: int) -> NoReturn:
+    """Refuse a batch of one value per channel, which has no variance."""
+    found = f"got input size {tuple(shape)}"
+    if rows:
+        found += f", of which a virtual batch of {rows} rows or the rest has one value"
+    raise ValueError(f"Expected more than 1 value per channel when training, {found}")
 
 
 def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
@@ -467,11 +496,11 @@ def refuse_batch_size(count: float, m: int, is_part: bool) -> NoReturn:
     """
     if is_part:
         raise ValueError(
-            f"stats.count is {count:.0f}; expected at least the {m} values per channel of x, "
+            f"stats.count is {count:.17g}; expected at least the {m:.17g} values per channel of x, "
             "which is a part of the batch that sums are of"
         )
     raise ValueError(
-        f"stats.count is {count:.0f}; expected the {m} values per channel of x, "
+        f"stats.count is {count:.17g}; expected the {m:.17g} values per channel of x, "
         "or 0 for constant statistics"
     )
 
@@ -488,6 +517,8 @@ def refuse_part(count: float, m: int) -> NoReturn:
     """Refuse moments that cannot be those of a batch that `x` is a part of."""
     if count == 1:
         raise ValueError("Expected more than 1 value per channel when training, got moments of one")
+    if count == 0:
+        raise ValueError("moments.count is 0; expected the weight of a batch")
     raise ValueError(
         f"moments.count is {count:.0f}; expected at least the {m} values per channel of x, which "
         "is a part of that batch"

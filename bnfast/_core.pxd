@@ -12,6 +12,7 @@ cdef extern from "bnfast.h" nogil:
         BNF_LINEAR, BNF_ACTIVATIONS
 
     const char *bnf_type_name(bnf_type type)
+    Py_ssize_t bnf_type_size(bnf_type type)
     const char *bnf_activation_name(bnf_activation activation)
     bint bnf_is_from_output(bnf_activation activation)
     double bnf_default_slope(bnf_activation activation)
@@ -67,6 +68,7 @@ cdef extern from "driver.h" nogil:
         bint has_moments, has_var, has_sums, gathers
         const void *x
         const void *residual
+        const void *weights
         const void *dy
         const void *output
         void *y
@@ -87,6 +89,9 @@ cdef extern from "driver.h" nogil:
     bint bnf_call_reserve(bnf_call *call)
     void bnf_call_run(bnf_call *call)
     void bnf_call_release(bnf_call *call)
+    double bnf_call_weight(const bnf_call *call)
+    void bnf_calls_run(bnf_call *calls, Py_ssize_t count, int threads)
+    void bnf_add_gradients(bnf_call *calls, Py_ssize_t count)
 
     ctypedef struct bnf_running:
         void *mean

@@ -20,7 +20,7 @@ MOMENTS_NAMES: tuple[str, str]
 driver: Any  # a capsule over src/driver.h's bnf_driver_table
 
 Vector = NDArray[np.float64]
-Stats = tuple[int, Vector, Vector, Vector]
+Stats = tuple[float, Vector, Vector, Vector]
 
 def dispatches() -> dict[tuple[str, str, str, str, str], int]: ...
 def reset_dispatches() -> None: ...
@@ -48,7 +48,9 @@ def release_memory() -> int: ...
 def kept_memory() -> tuple[int, int]: ...
 def copy_into(target: NDArray[Any], source: NDArray[Any]) -> None: ...
 def over_memory(address: int, shape: tuple[int, ...], type_number: int) -> NDArray[Any]: ...
-def moments(x: ArrayLike, axis: int) -> tuple[int, Vector, Vector]: ...
+def moments(
+    x: ArrayLike, axis: int, mask: ArrayLike | None = ...
+) -> tuple[float, Vector, Vector]: ...
 def normalize(
     x: ArrayLike,
     mean: ArrayLike | None,
@@ -77,7 +79,9 @@ def forward(
     activation: Any,
     out: NDArray[Any] | None,
     counter: NDArray[np.int64] | None = ...,
-    moments: tuple[int, ArrayLike, ArrayLike] | None = ...,
+    moments: tuple[float, ArrayLike, ArrayLike] | None = ...,
+    mask: ArrayLike | None = ...,
+    virtual_batch_size: int | None = ...,
 ) -> tuple[NDArray[Any], Stats]: ...
 def moved_average(old: ArrayLike, new: ArrayLike, momentum: float) -> Vector: ...
 def inv_std(var: ArrayLike, eps: float) -> Vector: ...
@@ -86,7 +90,7 @@ def backward(
     x: ArrayLike,
     mean: ArrayLike,
     inv_std: ArrayLike,
-    count: int,
+    count: float,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
     axis: int,
@@ -96,6 +100,8 @@ def backward(
     out: NDArray[Any] | None,
     needs: tuple[bool, ...],
     sums: tuple[ArrayLike, ArrayLike] | None = ...,
+    mask: ArrayLike | None = ...,
+    virtual_batch_size: int | None = ...,
 ) -> tuple[NDArray[Any] | None, Vector | None, Vector | None, NDArray[Any] | None]: ...
 
 class FixedMap:

@@ -19,7 +19,7 @@ from cpython.memoryview cimport PyMemoryView_Check
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport isfinite
 from libc.stdint cimport INT64_MAX, SIZE_MAX, int64_t, uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset, strcpy
 
 import os
@@ -28,7 +28,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from . import _arrays, _memory, _options, _threads
+from . import _arrays, _masks, _memory, _options, _threads
 
 cnp.import_array()
 
@@ -403,8 +403,20 @@ cdef double read_ddof(object ddof) except? -1:
     return _options.ddof(ddof)
 
 
+cdef Py_ssize_t read_run(object size) except -1:
+    """How many rows of axis 0 are normalised together; 0 for all."""
+    if size is None:
+        return 0
+    return _options.run_length("virtual_batch_size", size)
+
+
+cdef object as_mask(object mask):
+    """A mask as a plain array of an accepted type; None stays None."""
+    return None if mask is None else _masks.read(mask)
+
+
 cdef double read_count(str name, object count) except? -1:
-    """The values per channel of a batch, exact for any that fits in memory."""
+    """The values per channel of a batch, exact for any that fits in memory; or weights' sum."""
     cdef long long number = -1
     if type(count) is int:
         try:
@@ -708,6 +720,11 @@ cdef inline void copy_numbers(cnp.ndarray vector, const double *values) noexcept
     memcpy(cnp.PyArray_DATA(vector), values, cnp.PyArray_NBYTES(vector))
 
 
+cdef inline void copy_row(cnp.ndarray rows, const double *values, Py_ssize_t row,
+                          Py_ssize_t channels) noexcept:
+    memcpy(<double *>cnp.PyArray_DATA(rows) + row * channels, values, channels * sizeof(double))
+
+
 def over_memory(uintptr_t address, shape, int type_number):
     """A C-contiguous array over memory that is not NumPy's; its owner must keep the memory while
     the array is used.
@@ -757,44 +774,65 @@ cdef tuple tile_of(bnf_shape shape, bnf_blocks blocks, Py_ssize_t block, Py_ssiz
 
 # --- Moments --------------------------------------------------------------------------------
 
-def moments(x, axis):
+def moments(x, axis, mask=None):
     """One pass over x: (count, mean, M2), float64 per channel."""
-    x, axis = as_array("x", x), as_axis(axis)
-    found = sum_up(x, axis)
+    x, axis, mask = as_array("x", x), as_axis(axis), as_mask(mask)
+    found = sum_up(x, axis, mask)
     if found is None:
         canonical = _arrays.Canonical(x, axis)
-        found = sum_up(canonical.x, canonical.axis)
+        found = sum_up(canonical.x, canonical.axis, mask)
         if found is None:
             _arrays.refuse_uncommon()
     return found
 
 
-cdef object sum_up(object x, object axis):
+cdef object sum_up(object x, object axis, object mask):
     """`moments` of an array; None if it is not the common case."""
     cdef bnf_call call
     cdef bnf_shape shape
     cdef int threads
     if not read_shape(x, axis, &shape):
         return None
+    weights = None if mask is None else _masks.arrange(mask, x, axis)
     if cnp.PyArray_SIZE(<cnp.ndarray>x) == 0:
         if not bnf_is_countable(shape.channels, 0):
             raise MemoryError
         return 0, np.zeros(shape.channels), np.zeros(shape.channels)
     threads = most_threads(<cnp.ndarray>x)
     mean, m2 = new_vector(shape.channels), new_vector(shape.channels)
-    found = (shape.outer * shape.inner, mean, m2)
     memset(&call, 0, sizeof(call))
     if not read_shape(x, axis, &call.shape) or not same_shape(call.shape, shape):
         return None
     call.direction, call.type = BNF_MOMENTS, <bnf_type>type_of(<cnp.ndarray>x)
     call.x = data_of(x)
+    if not read_weights(&call, weights):
+        return None
     bnf_call_plan(&call, threads)
     reserve(&call)
+    call.count = bnf_call_weight(&call)
     run(&call)
     copy_numbers(mean, call.mean)
     copy_numbers(m2, call.m2)
     bnf_call_release(&call)
-    return found
+    return count_of(weights, call.count), mean, m2
+
+
+cdef object count_of(object weights, double count):
+    """A count as callers see it: a float of weights that are not bool."""
+    return int(count) if weights is None or weights.is_bool else count
+
+
+cdef bint read_weights(bnf_call *call, object weights) noexcept:
+    """Take the pointer to a mask's weights, if there are any; False if they are not of this x."""
+    cdef object row = None if weights is None else weights.row
+    cdef cnp.ndarray a
+    if row is None:
+        return True
+    a = <cnp.ndarray>row
+    call.weights = cnp.PyArray_DATA(a)
+    return (cnp.PyArray_SIZE(a) == call.shape.outer * call.shape.inner
+            and cnp.PyArray_TYPE(a) == <int>(cnp.NPY_DOUBLE if call.type == BNF_F64
+                                             else cnp.NPY_FLOAT))
 
 
 cdef inline bint same_shape(bnf_shape a, bnf_shape b) noexcept:
@@ -985,12 +1023,104 @@ cdef class FixedMap:
 
 # --- Training -----------------------------------------------------------------------------------
 
+cdef bnf_call *new_calls(bnf_call *one, Py_ssize_t count) except NULL:
+    """So many empty calls, in `one` if there is one, which all rows of a tensor then share."""
+    cdef bnf_call *calls = one
+    memset(one, 0, sizeof(bnf_call))
+    if count > 1:
+        calls = <bnf_call *>calloc(count, sizeof(bnf_call))
+        if calls == NULL:
+            raise MemoryError
+    return calls
+
+
+cdef void release_calls(bnf_call *calls, bnf_call *one, Py_ssize_t count) noexcept:
+    cdef Py_ssize_t i
+    for i in range(count):
+        bnf_call_release(&calls[i])
+    if calls != one:
+        free(calls)
+
+
+cdef Py_ssize_t runs_of(cnp.ndarray x, Py_ssize_t rows) noexcept:
+    """How many runs of so many rows x has; 1 for all rows together."""
+    cdef Py_ssize_t n = cnp.PyArray_DIM(x, 0)
+    return 1 if rows == 0 else n // rows + (n % rows != 0)
+
+
+cdef inline const void *behind(const void *p, Py_ssize_t bytes) noexcept:
+    return p if p == NULL else <const char *>p + bytes
+
+
+cdef void take_rows(bnf_call *call, Py_ssize_t rows, Py_ssize_t first, Py_ssize_t n) noexcept:
+    """Narrow a call on all rows of axis 0 to n of them."""
+    cdef Py_ssize_t size = bnf_type_size(call.type)
+    cdef Py_ssize_t positions = call.shape.outer * call.shape.inner // rows * first
+    cdef Py_ssize_t bytes = positions * call.shape.channels * size
+    call.x, call.dy = behind(call.x, bytes), behind(call.dy, bytes)
+    call.residual, call.output = behind(call.residual, bytes), behind(call.output, bytes)
+    call.y, call.dx = <void *>behind(call.y, bytes), <void *>behind(call.dx, bytes)
+    call.dresidual = <void *>behind(call.dresidual, bytes)
+    call.weights = behind(call.weights, positions * max(size, <Py_ssize_t>sizeof(float)))
+    if call.shape.channels == 1:
+        call.shape.inner = call.shape.inner // rows * n
+    else:
+        call.shape.outer = call.shape.outer // rows * n
+
+
+cdef int split(bnf_call *calls, Py_ssize_t count, cnp.ndarray x, Py_ssize_t rows,
+               int threads) except -1:
+    """Give each call its run of rows, plan it and reserve its memory; the first call has all."""
+    cdef Py_ssize_t i, first, n = cnp.PyArray_DIM(x, 0)
+    cdef bint shared = count > 1 and count >= threads
+    for i in range(1, count):
+        calls[i] = calls[0]
+    for i in range(count):
+        if rows > 0:
+            first = i * rows
+            take_rows(&calls[i], n, first, min(rows, n - first))
+        bnf_call_plan(&calls[i], 1 if shared else threads)
+        reserve(&calls[i])
+    return 0
+
+
+cdef void run_all(bnf_call *calls, Py_ssize_t count, Py_ssize_t bytes, int threads) noexcept:
+    """Run them: in one parallel region if there are enough for the threads."""
+    cdef Py_ssize_t i
+    cdef int useful
+    if count == 1:
+        run(calls)
+        return
+    useful = min(threads, bnf_useful_threads(bytes))
+    if count < useful:
+        for i in range(count):
+            run(&calls[i])
+    else:
+        with nogil:
+            bnf_calls_run(calls, count, useful)
+
+
+cdef bint has_rows_first(object x) noexcept:
+    """Whether the rows of axis 0 lie in memory one after the other."""
+    cdef cnp.ndarray a
+    cdef int[MOST_AXES] order
+    cdef int n
+    if not cnp.PyArray_CheckExact(x):
+        return True   # it will be a C-contiguous copy
+    a = <cnp.ndarray>x
+    if cnp.PyArray_NDIM(a) > MOST_AXES or cnp.PyArray_IS_C_CONTIGUOUS(a):
+        return True
+    n = sort_axes(a, order)   # with gaps, a copy might have another order
+    return n == 0 or (n > 0 and (order[0] == 0 or cnp.PyArray_DIM(a, 0) == 1))
+
+
 cdef struct Training:
     Activation act
     double eps, momentum, ddof
     bint cumulative   # momentum is 1 / the number of batches
     bint is_part      # x is a part of the batch whose moments are given
     double count      # of that batch
+    Py_ssize_t rows   # of a virtual batch; 0: all
 
 
 cdef object copied_to(str name, object value, object running):
@@ -1025,12 +1155,13 @@ MOMENTS_NAMES = ("moments.mean", "moments.m2")
 
 
 def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddof, residual,
-            activation, out, counter=None, moments=None):
+            activation, out, counter=None, moments=None, mask=None, virtual_batch_size=None):
     """Normalise with the batch: (y, (count, mean, var, inv_std)).
 
     The running statistics and the counter of batches, if given, are updated last, when nothing can
     raise any more.  With a counter, momentum may be None: the cumulative average.  moments are
-    (count, mean, m2) of a batch that x is a part of; nothing is then summed here.
+    (count, mean, m2) of a batch that x is a part of; nothing is then summed here.  With virtual
+    batches, the statistics have a row for each.
     """
     cdef Training options
     cdef object means = None, vars = None, given_back = None
@@ -1039,13 +1170,23 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
     options.momentum = 0.0 if options.cumulative else read_momentum(momentum)
     options.ddof, options.is_part = read_ddof(ddof), moments is not None
     options.count = read_count("moments.count", moments[0]) if options.is_part else 0
-    axis, x, residual = as_axis(axis), as_array("x", x), as_array("residual", residual)
+    options.rows = read_run(virtual_batch_size)
+    axis, x, residual, mask = (as_axis(axis), as_array("x", x), as_array("residual", residual),
+                               as_mask(mask))
     target, batches = as_target("out", out), as_counter(counter)
     weights, biases = as_vector("weight", weight, target), as_vector("bias", bias, target)
     batch = (0, None, None) if not options.is_part else (
-        moments[0] if type(moments[0]) is int else int(options.count),
+        moments[0] if type(moments[0]) is int
+        else options.count if isinstance(moments[0], float) else int(options.count),
         as_vector(MOMENTS_NAMES[0], moments[1], target),
         as_vector(MOMENTS_NAMES[1], moments[2], target))
+    given = x
+    if options.rows > 0:
+        _options.check_runs(x, axis, "moments" if options.is_part else None)
+        if not has_rows_first(x):
+            x = np.ascontiguousarray(x)
+        if x is not given:
+            _arrays.check_running_apart(running_mean, running_var, given)
     if running_mean is not None or running_var is not None:
         means = as_running("running_mean", running_mean)
         vars = as_running("running_var", running_var)
@@ -1055,7 +1196,7 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
                 running_mean, running_var, x, residual, target, weight, bias)
         given_back = (copied_to("running_mean", running_mean, means),
                       copied_to("running_var", running_var, vars))
-    found = train(x, axis, residual, target, &options, weights, biases, batch, means, vars,
+    found = train(x, axis, residual, target, &options, weights, biases, batch, mask, means, vars,
                   given_back, batches, None)
     if found is None:
         canonical = _arrays.Canonical(x, axis, residual=residual, out=target)
@@ -1066,82 +1207,125 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
             _arrays.check_running_apart(
                 running_mean, running_var, target, *canonical.given.values())
         found = train(canonical.x, axis, canonical.residual, canonical.out, &options, weights,
-                      biases, batch, means, vars, given_back, batches, canonical)
+                      biases, batch, mask, means, vars, given_back, batches, canonical)
         if found is None:
             _arrays.refuse_uncommon()
-    return found if out is None else (out, found[1])
+    if out is None:
+        return found if x is given else (_arrays.in_order_of(given, found[0]), found[1])
+    return out, found[1]
 
 
 cdef object train(object x, object axis, object residual, object out, Training *options,
-                  object weight, object bias, tuple batch, object means, object vars,
+                  object weight, object bias, tuple batch, object mask, object means, object vars,
                   tuple given_back, object counter, object canonical):
     """`forward` of arrays; None if they are not the common case.  canonical, if given, writes the
     result back before any statistic changes.  means and vars are copied to the two arrays of
     given_back, which are None for statistics that are not copies."""
-    cdef bnf_call call
+    cdef bnf_call one
+    cdef bnf_call *calls
+    cdef bnf_call *call
     cdef bnf_shape shape
     cdef int threads
+    cdef Py_ssize_t i, runs, channels
+    cdef double count = 0
     if not read_shape(x, axis, &shape):
         return None
+    channels = shape.channels
+    weights = None if mask is None else _masks.arrange(mask, x, axis)
     if options.is_part:
-        check_part(options.count, shape.outer * shape.inner)
-    elif shape.outer * shape.inner == 1:
-        _arrays.check_enough_values(x.shape, axis)
+        check_part(batch[0], shape.outer * shape.inner, weights)
+    else:
+        check_runs(x, options.rows, shape.outer * shape.inner, weights)
     threads = most_threads(<cnp.ndarray>x)
     y = new_like(<cnp.ndarray>x) if out is None else out
-    stats = new_stats(<cnp.ndarray>x, &shape, batch[0])
-    memset(&call, 0, sizeof(call))
-    if not look_forward(&call, x, axis, residual, y) or not same_shape(call.shape, shape):
-        return None
-    if means is not None:
-        check_updated(means, vars, given_back, <cnp.ndarray>x, shape.channels)
-        if (overlap(means, vars) or touches(means, x, residual, out, weight, bias)
-                or touches(vars, x, residual, out, weight, bias)):
-            _arrays.check_running_apart(means, vars, x, residual, out, weight, bias)
-            _arrays.refuse_uncommon()
-    if counter is not None:
-        read_counter(counter)
-    call.direction, call.eps = BNF_FORWARD, options.eps
-    call.has_moments, call.count = options.is_part, options.count
-    call.activation, call.slope = options.act.code, options.act.slope
-    bnf_call_plan(&call, threads)
-    reserve(&call)
+    runs = runs_of(<cnp.ndarray>x, options.rows)
+    mean, var, inv_std = new_stats(<cnp.ndarray>x, channels, runs, options)
+    calls = call = new_calls(&one, runs)
     try:
-        read_parameter("weight", weight, shape.channels, 1.0, call.weight, out)
-        read_parameter("bias", bias, shape.channels, 0.0, call.shift, out)
-        if options.is_part:
-            read_parameter(MOMENTS_NAMES[0], batch[1], shape.channels, 0.0, call.mean, out)
-            read_parameter(MOMENTS_NAMES[1], batch[2], shape.channels, 0.0, call.m2, out)
-        run(&call)
-        if call.count > 0:
-            copy_numbers(stats[1], call.mean)
-            copy_numbers(stats[2], call.var)
-            copy_numbers(stats[3], call.inv_std)
+        if not (look_forward(call, x, axis, residual, y) and same_shape(call.shape, shape)
+                and read_weights(call, weights)):
+            return None
+        if means is not None:
+            check_updated(means, vars, given_back, <cnp.ndarray>x, channels)
+            if (overlap(means, vars) or touches(means, x, residual, out, weight, bias)
+                    or touches(vars, x, residual, out, weight, bias)):
+                _arrays.check_running_apart(means, vars, x, residual, out, weight, bias)
+                _arrays.refuse_uncommon()
+        if counter is not None and read_counter(counter) > INT64_MAX - runs:
+            _arrays.check_room(counter, runs)
+        call.direction, call.eps = BNF_FORWARD, options.eps
+        call.has_moments, call.count = options.is_part, options.count
+        call.activation, call.slope = options.act.code, options.act.slope
+        split(calls, runs, <cnp.ndarray>x, options.rows, threads)
+        for i in range(runs):
+            call = &calls[i]
+            if means is not None and weights is not None and 0 < call.count <= options.ddof:
+                _masks.refuse_light(call.count, options.ddof)
+            read_parameter("weight", weight, channels, 1.0, call.weight, out)
+            read_parameter("bias", bias, channels, 0.0, call.shift, out)
+            if options.is_part:
+                read_parameter(MOMENTS_NAMES[0], batch[1], channels, 0.0, call.mean, out)
+                read_parameter(MOMENTS_NAMES[1], batch[2], channels, 0.0, call.m2, out)
+            count += call.count
+        stats = (batch[0] if options.is_part else count_of(weights, count), mean, var, inv_std)
+        run_all(calls, runs, 2 * cnp.PyArray_NBYTES(<cnp.ndarray>x), threads)
+        for i in range(runs):
+            call = &calls[i]
+            if call.count > 0:
+                copy_row(mean, call.mean, i, channels)
+                copy_row(var, call.var, i, channels)
+                copy_row(inv_std, call.inv_std, i, channels)
         found = (y if canonical is None else canonical.write_back(y), stats)
-        move_running(&call, <cnp.ndarray>x, means, vars, given_back, counter, options)
+        for i in range(runs):
+            move_running(&calls[i], <cnp.ndarray>x, means, vars, given_back, counter, options)
         return found
     finally:
-        bnf_call_release(&call)
+        release_calls(calls, &one, runs)
 
 
-cdef int check_part(double count, Py_ssize_t values) except -1:
-    """Refuse moments of a batch that is smaller than x, or has one value per channel."""
-    if count < values or count == 1:
-        _arrays.refuse_part(count, values)
+cdef int check_part(object count, Py_ssize_t values, object weights) except -1:
+    """Refuse moments of a batch that is smaller than x, or has one value per channel.  A count that
+    is a float is a sum of weights."""
+    cdef double number = count
+    if (type(count) is int and number == 1) or (weights is None and number < values):
+        _arrays.refuse_part(number, values)
+    if weights is not None and number <= 0 and values > 0:
+        _arrays.refuse_part(number, 0)
     return 0
 
 
-cdef tuple new_stats(cnp.ndarray x, bnf_shape *shape, object batch_count):
-    """(count, mean, var, inv_std) to be filled; 0 and NaN for an empty batch.  The count is x's if
-    batch_count is 0."""
-    count = batch_count or shape.outer * shape.inner
-    if cnp.PyArray_SIZE(x) == 0 and not batch_count:
-        if not bnf_is_countable(shape.channels, 0):
-            raise MemoryError
-        missing = np.full(shape.channels, np.nan)
-        return 0, missing, missing.copy(), missing.copy()
-    return (count, new_vector(shape.channels), new_vector(shape.channels),
-            new_vector(shape.channels))
+cdef int check_runs(object x, Py_ssize_t rows, Py_ssize_t values, object weights) except -1:
+    """Refuse a batch, or a virtual one, that has one value per channel, or a mask of as few."""
+    cdef Py_ssize_t i, n, each, counted, runs = runs_of(<cnp.ndarray>x, rows)
+    if values == 0 or (weights is None and rows == 0 and values > 1):
+        return 0
+    n = cnp.PyArray_DIM(<cnp.ndarray>x, 0)
+    if weights is None:   # the last run may be shorter
+        if values // n * (n if rows == 0 else n - (runs - 1) * rows) == 1:
+            _arrays.refuse_one_value(x.shape, rows)
+        return 0
+    each = values if rows == 0 else values // n * min(rows, n)
+    for i in range(runs):
+        counted = weights.counted(i * each, min(i * each + each, values))
+        if counted < 2:
+            _masks.refuse_few(counted, x.shape)
+    return 0
+
+
+cdef tuple new_stats(cnp.ndarray x, Py_ssize_t channels, Py_ssize_t runs, Training *options):
+    """Mean, var and inv_std, to be filled; NaN for an empty batch."""
+    cdef cnp.npy_intp[2] sizes
+    cdef bint is_empty = cnp.PyArray_SIZE(x) == 0 and not options.is_part
+    cdef int axes = 1 if options.rows == 0 else 2
+    if is_empty and not bnf_is_countable(channels, 0):
+        raise MemoryError
+    sizes[0], sizes[1] = runs, channels
+    mean = cnp.PyArray_EMPTY(axes, sizes + (2 - axes), cnp.NPY_DOUBLE, 0)
+    var = cnp.PyArray_EMPTY(axes, sizes + (2 - axes), cnp.NPY_DOUBLE, 0)
+    inv_std = cnp.PyArray_EMPTY(axes, sizes + (2 - axes), cnp.NPY_DOUBLE, 0)
+    if is_empty:
+        mean.fill(np.nan), var.fill(np.nan), inv_std.fill(np.nan)
+    return mean, var, inv_std
 
 
 def moved_average(old, new, double momentum):
@@ -1199,10 +1383,11 @@ cdef struct Backward:
     double count
     bint needs_x, needs_weight, needs_bias, needs_residual
     bint is_part   # x is a part of the batch whose sums are given
+    Py_ssize_t rows   # of a virtual batch; 0: all
 
 
 def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activation, y, out,
-             needs, sums=None):
+             needs, sums=None, mask=None, virtual_batch_size=None):
     """(dx, dweight, dbias, dresidual); None for those that needs, four bools, does not ask for.
 
     With count 0 the statistics are constants: no gradient flows through them.  sums are (dweight,
@@ -1215,14 +1400,23 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
     if y is not None and residual is None and not bnf_is_from_output(options.act.code):
         _arrays.refuse_output(bnf_activation_name(options.act.code).decode())
     options.count = read_count("stats.count", count)
+    options.rows = read_run(virtual_batch_size)
     options.needs_x, options.needs_weight, options.needs_bias, options.needs_residual = needs
-    axis, dy, x = as_axis(axis), as_array("dy", dy), as_array("x", x)
+    axis, dy, x, mask = as_axis(axis), as_array("dy", dy), as_array("x", x), as_mask(mask)
     residual, y, target = as_array("residual", residual), as_array("y", y), as_target("out", out)
+    given = x
+    if options.rows > 0:
+        _options.check_runs(x, axis, "sums" if options.is_part else None)
+        if not has_rows_first(x):
+            x = np.ascontiguousarray(x)
+        runs = runs_of(<cnp.ndarray>x, options.rows) if np.ndim(x) > 0 else 0
+        mean = _arrays.rows("stats.mean", mean, target, runs)
+        inv_std = _arrays.rows("stats.inv_std", inv_std, target, runs)
     vectors = (as_vector("stats.mean", mean, target), as_vector("stats.inv_std", inv_std, target),
                as_vector("weight", weight, target), as_vector("bias", bias, target),
                None if sums is None else as_vector(SUMS_NAMES[0], sums[0], target),
                None if sums is None else as_vector(SUMS_NAMES[1], sums[1], target))
-    found = differentiate(dy, x, axis, residual, y, target, &options, vectors)
+    found = differentiate(dy, x, axis, residual, y, target, &options, vectors, mask)
     if found is None:
         canonical = _arrays.Canonical(x, axis, residual=residual, dy=dy, y=y, out=target,
                                       out_may_be=("x", "dy"))
@@ -1231,11 +1425,14 @@ def backward(dy, x, mean, inv_std, count, weight, bias, axis, residual, activati
         if sums is not None:
             _arrays.check_parameters_apart(target, **dict(zip(SUMS_NAMES, sums, strict=True)))
         found = differentiate(canonical.dy, canonical.x, axis, canonical.residual, canonical.y,
-                              canonical.out, &options, vectors)
+                              canonical.out, &options, vectors, mask)
         if found is None:
             _arrays.refuse_uncommon()
         if options.needs_x:
             found = (canonical.write_back(found[0]), *found[1:])
+    if x is not given:
+        found = (_arrays.in_order_of(given, found[0]), found[1], found[2],
+                 _arrays.in_order_of(given, found[3]))
     return found if out is None or not options.needs_x else (out, *found[1:])
 
 
@@ -1258,51 +1455,97 @@ cdef bint look_backward(bnf_call *call, object dy, object x, object axis, object
 
 
 cdef object differentiate(object dy, object x, object axis, object residual, object y, object out,
-                          Backward *options, tuple vectors):
+                          Backward *options, tuple vectors, object mask):
     """`backward` of arrays; None if they are not the common case."""
-    cdef bnf_call call
+    cdef bnf_call one
+    cdef bnf_call *calls
+    cdef bnf_call *call
     cdef bnf_shape shape
     cdef int threads
-    cdef Py_ssize_t values
+    cdef Py_ssize_t i, runs, channels
     if not read_shape(x, axis, &shape):
         return None
+    channels = shape.channels
+    weights = None if mask is None else _masks.arrange(mask, x, axis)
     threads = most_threads(<cnp.ndarray>x)
     dx = None if not options.needs_x else new_like(<cnp.ndarray>x) if out is None else out
     dresidual = new_like(<cnp.ndarray>x) if options.needs_residual else None
-    dweight = new_vector(shape.channels) if options.needs_weight else None
-    dbias = new_vector(shape.channels) if options.needs_bias else None
+    dweight = new_vector(channels) if options.needs_weight else None
+    dbias = new_vector(channels) if options.needs_bias else None
     found = (dx, dweight, dbias, dresidual)
-    memset(&call, 0, sizeof(call))
-    if (not look_backward(&call, dy, x, axis, residual, y, out)
-            or not same_shape(call.shape, shape)
-            or not (dx is None or is_like(dx, <cnp.ndarray>x))
-            or not (dresidual is None or is_like(dresidual, <cnp.ndarray>x))):
-        return None
-    values = shape.outer * shape.inner
-    if not (options.count >= values if options.is_part
-            else options.count == 0 or options.count == values):
-        _arrays.refuse_batch_size(options.count, values, options.is_part)
-    call.direction, call.count = BNF_BACKWARD, options.count
-    call.activation, call.slope = options.act.code, options.act.slope
-    call.dx, call.dresidual = data_of(dx), data_of(dresidual)
-    call.has_sums = options.is_part
-    call.gathers = not options.is_part and (options.needs_weight or options.needs_bias
-                                            or (options.needs_x and options.count != 0))
-    bnf_call_plan(&call, threads)
-    reserve(&call)
+    runs = runs_of(<cnp.ndarray>x, options.rows)
+    calls = call = new_calls(&one, runs)
     try:
-        read_parameter("stats.mean", vectors[0], shape.channels, 0.0, call.mean, out)
-        read_parameter("stats.inv_std", vectors[1], shape.channels, 1.0, call.inv_std, out)
-        read_parameter("weight", vectors[2], shape.channels, 1.0, call.weight, out)
-        read_parameter("bias", vectors[3], shape.channels, 0.0, call.shift, out)
-        if options.is_part:
-            read_parameter(SUMS_NAMES[0], vectors[4], shape.channels, 0.0, call.dweight, out)
-            read_parameter(SUMS_NAMES[1], vectors[5], shape.channels, 0.0, call.dbias, out)
-        run(&call)
+        if (not look_backward(call, dy, x, axis, residual, y, out)
+                or not same_shape(call.shape, shape) or not read_weights(call, weights)
+                or not (dx is None or is_like(dx, <cnp.ndarray>x))
+                or not (dresidual is None or is_like(dresidual, <cnp.ndarray>x))):
+            return None
+        call.direction, call.count = BNF_BACKWARD, options.count
+        call.activation, call.slope = options.act.code, options.act.slope
+        call.dx, call.dresidual = data_of(dx), data_of(dresidual)
+        call.has_sums = options.is_part
+        call.gathers = not options.is_part and (options.needs_weight or options.needs_bias
+                                                or (options.needs_x and options.count != 0))
+        split(calls, runs, <cnp.ndarray>x, options.rows, threads)
+        check_counts(calls, runs, options)
+        for i in range(runs):
+            call = &calls[i]
+            read_row("stats.mean", vectors[0], i, runs, channels, 0.0, call.mean, out)
+            read_row("stats.inv_std", vectors[1], i, runs, channels, 1.0, call.inv_std, out)
+            read_parameter("weight", vectors[2], channels, 1.0, call.weight, out)
+            read_parameter("bias", vectors[3], channels, 0.0, call.shift, out)
+            if options.is_part:
+                read_parameter(SUMS_NAMES[0], vectors[4], channels, 0.0, call.dweight, out)
+                read_parameter(SUMS_NAMES[1], vectors[5], channels, 0.0, call.dbias, out)
+        run_all(calls, runs, 3 * cnp.PyArray_NBYTES(<cnp.ndarray>x), threads)
+        bnf_add_gradients(calls, runs)
         if dweight is not None:
-            copy_numbers(dweight, call.dweight)
+            copy_sums(dweight, calls.dweight, runs)
         if dbias is not None:
-            copy_numbers(dbias, call.dbias)
+            copy_sums(dbias, calls.dbias, runs)
+        return found
     finally:
-        bnf_call_release(&call)
-    return found
+        release_calls(calls, &one, runs)
+
+
+cdef inline bint is_near(double a, double b) noexcept:
+    """Whether sums of the same weights, perhaps in another order, may differ so."""
+    return abs(a - b) <= 1e-9 * b
+
+
+cdef int check_counts(bnf_call *calls, Py_ssize_t runs, Backward *options) except -1:
+    """Refuse statistics of a batch of another size, and give each run its own size."""
+    cdef Py_ssize_t i
+    cdef bnf_call *call
+    cdef double count = 0
+    for i in range(runs):
+        call = &calls[i]
+        if options.count != 0 and not options.is_part:
+            call.count = bnf_call_weight(call)
+        count += bnf_call_weight(call)
+    if not (options.count >= count or calls.weights != NULL if options.is_part
+            else options.count == 0 or options.count == count
+            or (calls.weights != NULL and is_near(options.count, count))):
+        _arrays.refuse_batch_size(options.count, count, options.is_part)
+    return 0
+
+
+cdef void copy_sums(cnp.ndarray vector, const double *values, Py_ssize_t runs) noexcept:
+    if runs > 0:
+        copy_numbers(vector, values)
+    else:
+        memset(cnp.PyArray_DATA(vector), 0, cnp.PyArray_NBYTES(vector))
+
+
+cdef int read_row(str name, object vector, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t channels,
+                  double missing, double *to, object out) except -1:
+    """`read_parameter` of one of several rows, which are in one vector."""
+    cdef cnp.ndarray a
+    if rows == 1 or vector is None:
+        return read_parameter(name, vector, channels, missing, to, out)
+    a = <cnp.ndarray>vector
+    if not (is_vector_of(a, rows * channels) and cnp.PyArray_TYPE(a) == cnp.NPY_DOUBLE):
+        _arrays.refuse_rows(name, a, rows, channels)
+    memcpy(to, <const double *>cnp.PyArray_DATA(a) + row * channels, channels * sizeof(double))
+    return 0

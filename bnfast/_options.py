@@ -159,9 +159,35 @@ def ddof(value: Any) -> int:
     return number
 
 
+def run_length(name: str, value: Any) -> int:
+    """Return how many rows are normalised together."""
+    number = integer(name, value)
+    if not 0 < number < 2**63:
+        raise ValueError(f"{name} is {shown(number)}; expected 1 to {2**63 - 1}")
+    return number
+
+
+def check_runs(x: Any, axis: int, beside: str | None) -> None:
+    """Refuse virtual batches of x if its axis 0 has channels, or beside another batch's numbers."""
+    if beside is not None:
+        raise ValueError(f"virtual_batch_size is given beside {beside}; expected one of them")
+    if axis == 0 or axis == -np.ndim(x):
+        raise ValueError(
+            "axis is 0, which is the batch's for virtual_batch_size; expected another one"
+        )
+
+
 def batch_size(name: str, count: Any) -> float:
     """Return the values per channel of a batch, exact for any that fits in memory."""
-    number = integer(name, count)
-    if not 0 <= number < 2**63:
+    number = weight(name, count)
+    if isinstance(number, int) and number >= 2**63:
         raise ValueError(f"{name} is {shown(number)}; expected 0 to {2**63 - 1}")
     return float(number)
+
+
+def weight(name: str, count: Any) -> float:
+    """Return a number of values as an int, or the sum of their weights as a float."""
+    number = real(name, float(count)) if isinstance(count, float) else integer(name, count)
+    if number < 0:
+        raise ValueError(f"{name} is {shown(number)}; expected 0 or more")
+    return number

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import _arrays, _core, _errors, _options
+import numpy as np
+
+from . import _arrays, _core, _errors, _masks, _options
 from .moments import Moments
 
 if TYPE_CHECKING:
@@ -45,8 +47,13 @@ class BatchStats(NamedTuple):
         Its biased variance, the sum of squared deviations divided by `count`.
     inv_std : ndarray of float64, shape (channels,)
         ``1 / sqrt(var + eps)``.
-    count : int
-        Values per channel. 0 means that the statistics are constants, not those of a batch.
+    count : int or float
+        Values per channel, or the sum of their weights. 0 means that the statistics are constants,
+        not those of a batch.
+
+    Notes
+    -----
+    With virtual batches the arrays have the shape (runs, channels).
 
     Examples
     --------
@@ -68,7 +75,7 @@ class BatchStats(NamedTuple):
     mean: Vector
     var: Vector
     inv_std: Vector
-    count: int  # type: ignore[assignment]  # replaces the method tuple.count
+    count: float  # type: ignore[assignment]  # replaces the method tuple.count
 
     @classmethod
     def from_population(cls, mean: ArrayLike, var: ArrayLike, eps: float = 1e-5) -> BatchStats:
@@ -134,6 +141,8 @@ def batch_norm(
     residual: ArrayLike | None = None,
     activation: Activation = None,
     out: Tensor | None = None,
+    mask: ArrayLike | None = None,
+    virtual_batch_size: int | None = None,
 ) -> Tensor:
     """Normalise each channel, with the batch's statistics or with running ones.
 
@@ -166,6 +175,14 @@ def batch_norm(
         "gelu". The number is the slope, above 0 and at most 1; without it, 0.01.
     out : ndarray, shape and dtype of `x`, optional
         Where to write: `x` or `residual` itself, or memory apart from both.
+    mask : array_like of bool, or of any of the types of `x`, optional
+        Which values count in training, or their weights, 0 or more: the shape of `x` with 1 on the
+        channel axis, or without that axis; any other axis may have length 1, too. What has weight
+        0 is normalised like the rest, and changes no statistic, whatever it holds. m is then the
+        sum of the weights.
+    virtual_batch_size : int, optional
+        In training, rows of axis 0 are normalised in runs of so many, the last of which may be
+        shorter, each with its own statistics. The running ones move once for each run, in order.
 
     Returns
     -------
@@ -178,7 +195,8 @@ def batch_norm(
     TypeError
         If an argument has a dtype or type that is not accepted.
     ValueError
-        If an argument has a wrong shape or value, or there is one value per channel in training.
+        If an argument has a wrong shape or value, or if in training a batch (or a virtual one) has
+        one value per channel, or a mask counts fewer than two.
 
     See Also
     --------
@@ -234,6 +252,8 @@ def batch_norm(
             residual,
             activation,
             out,
+            mask=mask,
+            virtual_batch_size=virtual_batch_size,
         )[0]
         return y
     if running_mean is None:
@@ -244,6 +264,10 @@ def batch_norm(
     # Inference does not use momentum, but a wrong value is an error all the same.
     if type(momentum) is not float or momentum != 0.1:
         _options.real("momentum", momentum)
+    if mask is not None:
+        _masks.check_fits(_masks.read(mask), np.shape(x), axis)
+    if virtual_batch_size is not None:
+        _options.run_length("virtual_batch_size", virtual_batch_size)
     return _core.normalize(
         x,
         running_mean,
@@ -271,6 +295,8 @@ def batch_norm_forward(
     activation: Activation = None,
     out: Tensor | None = None,
     moments: Moments | None = None,
+    mask: ArrayLike | None = None,
+    virtual_batch_size: int | None = None,
 ) -> tuple[Tensor, BatchStats]:
     """Normalise with the batch's statistics, and return what the backward needs.
 
@@ -293,6 +319,12 @@ def batch_norm_forward(
     moments : Moments, optional
         The moments of a whole batch that `x` is a part of. `x` is then normalised with them,
         `stats` are those of the whole batch, and no statistics are computed here.
+    mask : array_like of bool, or of any of the types of `x`, optional
+        Which values count, or their weights: see `batch_norm`. The count is their sum, a float
+        unless the mask is of bool.
+    virtual_batch_size : int, optional
+        Rows of axis 0 are normalised in runs of so many, the last of which may be shorter. `stats`
+        then have arrays of shape (runs, channels), and the count of all runs together.
 
     Returns
     -------
@@ -307,8 +339,9 @@ def batch_norm_forward(
     TypeError
         If an argument has a dtype or type that is not accepted.
     ValueError
-        If an argument has a wrong shape or value, if there is one value per channel, or if
-        `moments` are of fewer values per channel than `x` has.
+        If an argument has a wrong shape or value, if a batch (or a virtual one) has one value per
+        channel or a mask counts fewer than two, if `moments` are of fewer values per channel than
+        `x` has, or if `virtual_batch_size` is given beside them.
 
     See Also
     --------
@@ -333,15 +366,37 @@ def batch_norm_forward(
     >>> parts = [bnfast.batch_norm_forward(part, moments=total)[0] for part in (x[:4], x[4:])]
     >>> bool(np.allclose(np.concatenate(parts), y))
     True
+
+    Of two sequences of three steps, the second is padded by one:
+
+    >>> x = np.array([[[1.0, 2.0, 3.0]], [[5.0, 9.0, np.nan]]])
+    >>> _, stats = bnfast.batch_norm_forward(x, mask=bnfast.lengths_mask([3, 2]))
+    >>> stats.mean, stats.count
+    (array([4.]), 5)
     """
     given = None if moments is None else _parts_of(moments)
     y, (count, mean, var, inv_std) = _core.forward(
-        x, None, None, weight, bias, 0.0, eps, axis, 1, residual, activation, out, None, given
+        x,
+        None,
+        None,
+        weight,
+        bias,
+        0.0,
+        eps,
+        axis,
+        1,
+        residual,
+        activation,
+        out,
+        None,
+        given,
+        mask,
+        virtual_batch_size,
     )
     return y, BatchStats(mean, var, inv_std, count)
 
 
-def _parts_of(moments: Any) -> tuple[int, Vector, Vector]:
+def _parts_of(moments: Any) -> tuple[float, Vector, Vector]:
     if not isinstance(moments, Moments):
         raise TypeError(f"moments is {_errors.described(moments)}; expected Moments")
     if any(part is None for part in (moments.mean, moments.m2)):
@@ -363,6 +418,8 @@ def batch_norm_backward(
     out: Tensor | None = None,
     needs: Iterable[str] | None = None,
     sums: tuple[ArrayLike, ArrayLike] | None = None,
+    mask: ArrayLike | None = None,
+    virtual_batch_size: int | None = None,
 ) -> Gradients:
     """Return the gradients of a batch norm, through its mean and variance.
 
@@ -394,6 +451,12 @@ def batch_norm_backward(
         The gradients of weight and bias over a whole batch that `x` is a part of. `stats` must
         then be those of the whole batch. The gradient of `x` flows through these sums, and they
         are not computed here.
+    mask : array_like of bool, or of any of the types of `x`, optional
+        The forward's. A gradient that arrives where the weight is 0 goes on like any other: to
+        weight and bias, and through the statistics to the values that count. Where it is 0, it
+        adds nothing, whatever `x` holds.
+    virtual_batch_size : int, optional
+        The forward's. The gradients of weight and bias are the sums over the runs.
 
     Returns
     -------
@@ -462,6 +525,8 @@ def batch_norm_backward(
             out,
             wanted,
             sums,
+            mask,
+            virtual_batch_size,
         )
     )
 

@@ -208,7 +208,9 @@ def recompute_statistics(
         During the call the `layers` normalize by the batch, as in training, and do not change their
         running statistics and counters. It must not change parameters.
     batches : iterable
-        The arguments for `forward`. Each must give a layer more than one value per channel.
+        The arguments for `forward`. Each must give a layer more than one value per channel. If
+        `forward` is a layer, a batch may be a pair of data and mask, (x, mask); any other `forward`
+        takes a pair as it is, and gives the mask to its layers.
     layers : iterable of BatchNorm
         The layers to update. A layer that `forward` calls several times gets the moments of all its
         inputs merged. Without layers nothing is run.
@@ -251,12 +253,20 @@ def recompute_statistics(
     done = 0
     with _reporting(progress, batches) as report, _observing(targets) as totals:
         for batch in iterator:
-            forward(batch)
+            _run(forward, batch)
             done += 1
             report(done)
     if done == 0:
         raise ValueError("batches is empty; expected at least one batch")
     _write_statistics(targets, totals)
+
+
+def _run(forward: Callable[[Any], object], batch: Any) -> None:
+    is_pair = isinstance(batch, tuple) and len(batch) == 2 and np.ndim(batch[0]) > 1
+    if is_pair and isinstance(forward, BatchNorm):
+        forward(batch[0], mask=batch[1])
+    else:
+        forward(batch)
 
 
 def _iterator_of(batches: Iterable[Any]) -> Iterator[Any]:
@@ -472,9 +482,9 @@ def _write_statistics(layers: Sequence[BatchNorm], totals: Sequence[Moments]) ->
     for i, moments in enumerate(totals):
         if moments.count == 0:
             raise RuntimeError(f"layers[{i}] saw no values; expected forward to call every layer")
-        if moments.count == 1:
+        if moments.count <= 1:
             raise ValueError(
-                f"layers[{i}] saw one value per channel in all batches; "
+                f"layers[{i}] saw {_seen(moments.count)} in all batches; "
                 "expected at least two, for a variance"
             )
     exact = [values for moments in totals for values in (moments.mean, moments.var(ddof=1))]
@@ -483,6 +493,11 @@ def _write_statistics(layers: Sequence[BatchNorm], totals: Sequence[Moments]) ->
         for target, values in zip(running, exact, strict=True):
             if target is not None:
                 target[...] = values
+
+
+def _seen(count: float) -> str:
+    """Return, for a message, what a layer saw that has no variance over ``count - 1``."""
+    return "one value per channel" if count == 1 else f"values whose weights sum to {count:g}"
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import _arrays, _core, _errors, _options
+from . import _arrays, _core, _errors, _masks, _options
 from .functional import BatchStats, Gradients, batch_norm_backward
-from .moments import Moments
+from .moments import Moments, moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,6 +120,9 @@ class BatchNorm:
     dtype : dtype
         The type of parameters and running statistics: float32 (for float16 and bfloat16 data too)
         or float64 (for float64 data).
+    virtual_batch_size : int or None
+        In training, rows of axis 0 are normalised in runs of so many, each with its own statistics
+        ("ghost batches"); None for all together.
 
     Attributes
     ----------
@@ -166,6 +169,7 @@ class BatchNorm:
     _ranks: tuple[int, ...] | None = None  # any
     # What the last training forward saved for its backward.
     _saved: Saved | None = None
+    virtual_batch_size: int | None = None  # of layers that were pickled without it
 
     def __init__(
         self,
@@ -179,6 +183,7 @@ class BatchNorm:
         ddof: int = 1,
         activation: Activation = None,
         dtype: DTypeLike = np.float32,
+        virtual_batch_size: int | None = None,
     ) -> None:
         kind = _dtype(dtype)
         if activation is not None:
@@ -192,6 +197,9 @@ class BatchNorm:
         self.ddof = _options.ddof(ddof)
         self.activation = activation
         self.dtype = kind
+        if virtual_batch_size is not None:
+            _options.run_length("virtual_batch_size", virtual_batch_size)
+        self.virtual_batch_size = virtual_batch_size
         self.training = True
         self._observer: Callable[[Moments], None] | None = None
 
@@ -320,6 +328,7 @@ class BatchNorm:
         residual: ArrayLike | None = None,
         out: Tensor | None = None,
         *,
+        mask: ArrayLike | None = None,
         update_stats: bool = True,
     ) -> Tensor:
         """Normalise `x` with its own statistics in training, with the running ones in evaluation.
@@ -332,6 +341,9 @@ class BatchNorm:
             Added before the activation.
         out : ndarray, shape and dtype of `x`, optional
             Where to write: `x` or `residual` itself, or memory apart from both.
+        mask : array_like of bool, or of any of the types of `x`, optional
+            Which values count in training, or their weights: see `batch_norm`. `backward` reads it
+            again.
         update_stats : bool
             Whether a training forward updates the running statistics. False is for the repeated
             forward of checkpointing.
@@ -346,10 +358,13 @@ class BatchNorm:
         TypeError
             If an argument has a dtype or type that is not accepted.
         ValueError
-            If an argument has a wrong shape or value, or there is one value per channel in
-            training. Statistics and counters are then unchanged.
+            If an argument has a wrong shape or value, or if in training there is one value per
+            channel, or a mask counts fewer than two. Statistics and counters are then unchanged.
         """
         x = self._checked(x)
+        if mask is not None:
+            mask = _masks.read(mask)
+            _masks.check_fits(mask, x.shape, self.axis)
         if not self.training and self._has_running_stats():
             return _core.normalize(
                 x,
@@ -392,16 +407,23 @@ class BatchNorm:
             self.activation,
             out,
             self.num_batches_tracked if updates else None,
+            mask=mask,
+            virtual_batch_size=self.virtual_batch_size,
         )
         if not self.training:
             return y
         if self._observer is not None:
-            with np.errstate(all="ignore"):
-                m2 = var * count
-            self._observer(Moments(count, mean, m2))
+            self._observer(self._moments_of(x, BatchStats(mean, var, inv_std, count), mask))
             return y
-        self._keep(x, BatchStats(mean, var, inv_std, count), residual, y, out)
+        self._keep(x, BatchStats(mean, var, inv_std, count), residual, y, out, mask)
         return y
+
+    def _moments_of(self, x: Tensor, stats: BatchStats, mask: Tensor | None) -> Moments:
+        """Return the moments of a batch from its statistics, which virtual ones have by runs."""
+        if self.virtual_batch_size is not None:
+            return moments(x, axis=self.axis, mask=mask)
+        with np.errstate(all="ignore"):
+            return Moments(stats.count, stats.mean, stats.var * stats.count)
 
     def backward(self, dy: ArrayLike) -> Any:
         """Return the gradient of the last training forward's input.
@@ -489,7 +511,13 @@ class BatchNorm:
         return FrozenBatchNorm(stats.mean, scale, shift, self.axis, self.activation)
 
     def _keep(
-        self, x: Tensor, stats: BatchStats, residual: Tensor | None, y: Tensor, out: Tensor | None
+        self,
+        x: Tensor,
+        stats: BatchStats,
+        residual: Tensor | None,
+        y: Tensor,
+        out: Tensor | None,
+        mask: Tensor | None = None,
     ) -> None:
         """Save what a backward needs.
 
@@ -507,20 +535,34 @@ class BatchNorm:
             needs_residual
             and covered
             and not _options.is_from_output(self.activation, _core.ACTIVATIONS),
+            mask,
+            self.virtual_batch_size,
         )
 
     def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
+        return self._plain_gradients(dy, saved, needs, self.weight, self.bias)
+
+    def _plain_gradients(
+        self,
+        dy: ArrayLike,
+        saved: Saved,
+        needs: Sequence[str],
+        weight: ArrayLike | None,
+        bias: ArrayLike | None,
+    ) -> Gradients:
         return batch_norm_backward(
             dy,
             saved.x,
             saved.stats,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             axis=self.axis,
             residual=saved.residual,
             activation=self.activation,
             y=saved.y,
             needs=needs,
+            mask=saved.mask,
+            virtual_batch_size=saved.virtual_batch_size,
         )
 
     def _forget(self) -> None:
@@ -569,11 +611,13 @@ class BatchNorm:
         return array
 
     def __repr__(self) -> str:
+        runs = self.virtual_batch_size
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, "
             f"momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, "
-            f"ddof={self.ddof}, activation={self.activation!r}, dtype={self.dtype})"
+            f"ddof={self.ddof}, activation={self.activation!r}, dtype={self.dtype}"
+            + (")" if runs is None else f", virtual_batch_size={runs})")
         )
 
 
@@ -604,6 +648,8 @@ class Saved(NamedTuple):
     residual: Tensor | None
     y: Tensor | None
     lacks_residual: bool = False  # it is needed and was overwritten, and y cannot replace it
+    mask: Tensor | None = None
+    virtual_batch_size: int | None = None
 
 
 def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:

@@ -7,6 +7,7 @@ result by rounding only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,8 +27,8 @@ class Moments:
 
     Parameters
     ----------
-    count : int
-        Values per channel; 0 or more.
+    count : int or float
+        Values per channel, or the sum of their weights; 0 or more.
     mean : array_like of numbers, shape (channels,)
         Their mean.
     m2 : array_like of numbers, shape (channels,)
@@ -35,7 +36,7 @@ class Moments:
 
     Attributes
     ----------
-    count : int
+    count : int or float
     mean, m2 : ndarray of float64, shape (channels,)
 
     Raises
@@ -56,10 +57,8 @@ class Moments:
     __slots__ = ("count", "m2", "mean")
     __hash__ = None  # type: ignore[assignment]  # update() changes it
 
-    def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
-        self.count: int = _options.integer("count", count)
-        if self.count < 0:
-            raise ValueError(f"count is {_errors.shown(count)}; expected 0 or more")
+    def __init__(self, count: float, mean: ArrayLike, m2: ArrayLike) -> None:
+        self.count: float = _options.weight("count", count)
         self.mean: Vector = _vector("mean", mean)
         self.m2: Vector = _vector("m2", m2)
         if self.mean.shape != self.m2.shape:
@@ -90,6 +89,98 @@ class Moments:
         return cls._made(0, np.zeros(number), np.zeros(number))
 
     @classmethod
+    def from_statistics(
+        cls, count: float, mean: ArrayLike, var: ArrayLike, ddof: float = 0
+    ) -> Moments:
+        """Return the moments that others computed as a mean and a variance.
+
+        Parameters
+        ----------
+        count : int or float
+            Values per channel, or the sum of their weights; above `ddof`.
+        mean : array_like of numbers, shape (channels,)
+            Their mean: a layer's running mean, say.
+        var : array_like of numbers, shape (channels,)
+            Their variance; 0 or more.
+        ddof : float
+            What was subtracted from `count` to divide by: 0 for the biased variance, 1 for the
+            unbiased one, as PyTorch's running variance is.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an argument has a type, shape or value that is not accepted.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> bnfast.Moments.from_statistics(5, [2.0], [1.5], ddof=1)
+        Moments(count=5, mean=array([2.]), m2=array([6.]))
+        """
+        number, less = _options.weight("count", count), _options.real("ddof", ddof)
+        if not number > less:
+            raise ValueError(f"count is {_errors.shown(count)}; expected more than ddof, {less:g}")
+        variance = _vector("var", var)
+        if (variance < 0).any():
+            raise ValueError(f"var is {variance.min()} in a channel; expected 0 or more")
+        with np.errstate(all="ignore"):
+            return cls(number, mean, variance * (number - less))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain arrays for any file format: ``numpy.savez(file, **moments.to_dict())``.
+
+        Returns
+        -------
+        dict of str to ndarray
+            Copies of ``count`` (int64, or float64 if it is a float, shape ()), ``mean`` and ``m2``.
+        """
+        kind = np.int64 if isinstance(self.count, int) else np.float64
+        return {
+            "count": np.array(self.count, kind),
+            "mean": self.mean.copy(),
+            "m2": self.m2.copy(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Moments:
+        """Return the moments of what `to_dict` returned.
+
+        Parameters
+        ----------
+        values : mapping of str to array_like
+            With ``count``, ``mean`` and ``m2``; what ``numpy.load`` returns is one.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `values` is no mapping, an entry is missing, or one is not what `Moments` accepts.
+
+        Examples
+        --------
+        >>> import bnfast
+        >>> part = bnfast.Moments(3, [1.0], [2.0])
+        >>> bnfast.Moments.from_dict(part.to_dict()) == part
+        True
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values is {_errors.described(values)}; expected a mapping")
+        missing = [name for name in ("count", "mean", "m2") if name not in values]
+        if missing:
+            raise ValueError(f"values has no {' and no '.join(missing)}; expected count, mean, m2")
+        count = np.asarray(values["count"])
+        if count.shape != ():
+            raise ValueError(f"count has shape {count.shape}; expected one number")
+        return cls(count.item(), values["mean"], values["m2"])
+
+    @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
         """Merge moments in pairs, so that rounding grows only with the logarithm of their number.
 
@@ -108,7 +199,7 @@ class Moments:
         ValueError
             If there are none: the number of channels is then unknown.
         """
-        row = [_moments_of(f"parts[{i}]", part) for i, part in enumerate(_listed(parts))]
+        row = [moments_of(f"parts[{i}]", part) for i, part in enumerate(_listed(parts))]
         if not row:
             raise ValueError("parts is empty; expected at least one Moments")
         while len(row) > 1:
@@ -128,7 +219,7 @@ class Moments:
         -------
         Moments
         """
-        other = _moments_of("other", other)
+        other = moments_of("other", other)
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f"the other moments have {len(other.mean)} channels; expected {len(self.mean)}"
@@ -145,13 +236,13 @@ class Moments:
         return self._made(count, mean, m2)
 
     @classmethod
-    def _made(cls, count: int, mean: Vector, m2: Vector) -> Moments:
+    def _made(cls, count: float, mean: Vector, m2: Vector) -> Moments:
         """Return moments of arrays that have no other user, without checks."""
         made = cls.__new__(cls)
         made.count, made.mean, made.m2 = count, mean, m2
         return made
 
-    def update(self, x: ArrayLike, axis: int = 1) -> Moments:
+    def update(self, x: ArrayLike, axis: int = 1, *, mask: ArrayLike | None = None) -> Moments:
         """Add the values of `x` to these moments, in place, and return self.
 
         Parameters
@@ -160,13 +251,15 @@ class Moments:
             Rank 2 or more; every axis except `axis` is reduced.
         axis : int
             The channel axis.
+        mask : array_like of bool, or of any of the types of `x`, optional
+            Which values count, or their weights: see `batch_norm`.
 
         Returns
         -------
         Moments
             These moments.
         """
-        merged = self.merge(moments(x, axis=axis))
+        merged = self.merge(moments(x, axis=axis, mask=mask))
         self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
         return self
 
@@ -221,7 +314,7 @@ class Moments:
         return f"Moments(count={self.count}, mean={self.mean!r}, m2={self.m2!r})"
 
 
-def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
+def moments(x: ArrayLike, *, axis: int = 1, mask: ArrayLike | None = None) -> Moments:
     """Return the moments of each channel of `x`, in one pass over memory.
 
     Parameters
@@ -230,19 +323,26 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
         Rank 2 or more.
     axis : int
         The channel axis; all others are reduced.
+    mask : array_like of bool, or of any of the types of `x`, optional
+        Which values count, or their weights, 0 or more: the shape of `x` with 1 on the channel
+        axis, or without that axis; any other axis may have length 1, too. What has weight 0 is not
+        a part of the moments, whatever it holds. Weights are rounded to float32 unless `x` is
+        float64.
 
     Returns
     -------
     Moments
         ``count`` values per channel, their mean and M2 in float64. The variance of float32
-        data is accurate to 1e-7 relative for any mean and any order of the data.
+        data is accurate to 1e-7 relative for any mean and any order of the data. With a mask,
+        ``count`` is the sum of its weights: a float unless the mask is of bool.
 
     Raises
     ------
     TypeError
-        If `x` has another dtype.
+        If `x` or `mask` has another dtype.
     ValueError
-        If `x` has fewer than two dimensions, or no such axis.
+        If `x` has fewer than two dimensions, or no such axis; if `mask` does not fit `x`, or has a
+        weight that is negative or not finite.
 
     Notes
     -----
@@ -257,11 +357,14 @@ def moments(x: ArrayLike, *, axis: int = 1) -> Moments:
     >>> x = np.array([[1.0, 2.0], [3.0, 2.0]])
     >>> bnfast.moments(x)
     Moments(count=2, mean=array([2., 2.]), m2=array([2., 0.]))
+    >>> bnfast.moments(x, mask=np.array([1.0, 3.0]))
+    Moments(count=4.0, mean=array([2.5, 2. ]), m2=array([3., 0.]))
     """
-    return Moments._made(*_core.moments(x, axis))
+    return Moments._made(*_core.moments(x, axis, mask))
 
 
-def _moments_of(name: str, value: Any) -> Moments:
+def moments_of(name: str, value: Any) -> Moments:
+    """Return an argument that must be `Moments`, or raise."""
     if not isinstance(value, Moments):
         raise TypeError(f"{name} is {_errors.described(value)}; expected Moments")
     return value

@@ -251,3 +251,54 @@ def by_direction(counts):
     for (direction, *_), times in counts.items():
         found[direction] = found.get(direction, 0) + times
     return found
+
+
+# --- Masks: arrays of shape `positions`, which is that of x without the channel axis. Each counts
+# --- two values or more.
+
+
+def first_of_each(positions, rng):
+    """Padded sequences."""
+    lengths = np.asarray(rng.integers(0, positions[-1] + 1, positions[:-1]))
+    mask = np.arange(positions[-1]) < lengths[..., None]
+    mask.reshape(-1)[:2] = True
+    return mask
+
+
+def scattered(positions, rng):
+    mask = rng.random(positions) < 0.6
+    mask.reshape(-1)[:2] = True
+    return mask
+
+
+def long_gaps(positions, rng):
+    """A stretch in the middle, one value before it and one at the end: blocks are left out."""
+    mask = np.zeros(positions, bool)
+    flat = mask.reshape(-1)
+    flat[flat.size // 2 : flat.size // 2 + flat.size // 8 + 1] = True
+    flat[[flat.size // 3, -1]] = True
+    return mask
+
+
+def weights(positions, rng):
+    return rng.uniform(0.25, 3, positions)
+
+
+def weights_and_zeros(positions, rng):
+    return weights(positions, rng) * scattered(positions, rng)
+
+
+def weights_of_all_sizes(positions, rng):
+    return 10.0 ** rng.uniform(-6, 6, positions) * scattered(positions, rng)
+
+
+MASKS = (
+    *(first_of_each, scattered, long_gaps),
+    *(weights, weights_and_zeros, weights_of_all_sizes),
+)
+
+
+def mask_of(p, make, seed=0):
+    """A mask for a problem's x."""
+    positions = np.delete(p.x.shape, p.axis).tolist()
+    return make(positions, np.random.default_rng([seed, *positions]))

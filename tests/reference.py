@@ -175,6 +175,121 @@ def inference_backward(
     )
 
 
+# --- Batches with a mask: a value counts as often as its weight says -------------
+
+
+def weights_of(mask, x, axis=1):
+    """One weight per value of x, from a mask with 1 on the channel axis or without that axis."""
+    mask = real(mask)
+    if mask.ndim < x.ndim:
+        mask = np.expand_dims(mask, axis % x.ndim)
+    return np.broadcast_to(mask, x.shape)
+
+
+def counted(x, weights):
+    """x, and 0 in place of what does not count, which may be NaN."""
+    return np.where(weights > 0, real(x), 0)
+
+
+def weighted_mean(x, weights, axis=1):
+    """sum_i w_i x_i / W, where W = sum_i w_i takes the place of m"""
+    total = over_channel(np.sum, weights, axis)
+    return over_channel(np.sum, weights * counted(x, weights), axis) / total
+
+
+def weighted_variance(x, weights, axis=1):
+    """sum_i w_i (x_i - mu)^2 / W"""
+    x = counted(x, weights)
+    mu = to_shape(weighted_mean(x, weights, axis), x, axis)
+    return weighted_mean((x - mu) ** 2, weights, axis)
+
+
+def weighted_forward(x, weights, gamma, beta, eps, axis=1, residual=None, activation=None):
+    """Algorithm 1. What does not count is transformed, too."""
+    mu, sigma2 = weighted_mean(x, weights, axis), weighted_variance(x, weights, axis)
+    return inference(x, mu, sigma2, gamma, beta, eps, axis, residual, activation)
+
+
+def weighted_backward(dy, x, weights, gamma, beta, eps, axis=1, residual=None, activation=None):
+    """As `backward`. Every output depends on mu and sigma^2, and these on x_i by w_i / W:
+    dl/dx_i = gamma / sqrt(sigma^2 + eps) (g_i - w_i/W sum_j g_j - w_i/W x^_i sum_j g_j x^_j).
+    """
+    x = real(x)
+    share = weights / to_shape(over_channel(np.sum, weights, axis), x, axis)
+    mu, sigma2 = weighted_mean(x, weights, axis), weighted_variance(x, weights, axis)
+    constant = inference_backward(dy, x, mu, sigma2, gamma, beta, eps, axis, residual, activation)
+    x_hat = normalized(x, mu, sigma2, eps, axis)
+    root = np.sqrt(to_shape(sigma2, x, axis) + eps)
+    through_mu = to_shape(constant.beta, x, axis)
+    through_sigma2 = x_hat * to_shape(constant.gamma, x, axis)
+    scale = to_shape(gamma, x, axis) / root
+    return constant._replace(x=constant.x - scale * share * (through_mu + through_sigma2))
+
+
+# --- Virtual batches ---------------------------------------------------------------
+
+
+def runs(n, size):
+    """The rows of each virtual batch: `size` of them, the last one what is left."""
+    return [slice(first, min(first + size, n)) for first in range(0, n, size)]
+
+
+# --- Batch renormalization ----------------------------------------------------------
+#
+# S. Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in
+# Batch-Normalized Models", arXiv:1702.03275 (2017). Its sigma is sqrt(sigma^2 + eps).
+
+
+def correction(mean, variance, running_mean, running_variance, eps, r_max, d_max):
+    """Algorithm 1:  r = clip(sigma_B / sigma),  d = clip((mu_B - mu) / sigma)"""
+    sigma_b, sigma = np.sqrt(real(variance) + eps), np.sqrt(real(running_variance) + eps)
+    r = np.clip(sigma_b / sigma, 1 / real(r_max), r_max)
+    d = np.clip((real(mean) - real(running_mean)) / sigma, -d_max, d_max)
+    return r, d
+
+
+def renormalized(x, mean, variance, r, d, gamma, beta, eps, axis=1, residual=None):
+    """x^_i = (x_i - mu_B) / sigma_B r + d,  y_i = gamma x^_i + beta"""
+    x_hat = normalized(x, mean, variance, eps, axis)
+    x_hat = x_hat * to_shape(r, x_hat, axis) + to_shape(d, x_hat, axis)
+    y = to_shape(gamma, x_hat, axis) * x_hat + to_shape(beta, x_hat, axis)
+    return y if residual is None else y + real(residual)
+
+
+def renorm_forward(
+    x, weights, r, d, gamma, beta, eps, axis=1, residual=None, activation=None
+):  # fmt: skip
+    mu, sigma2 = weighted_mean(x, weights, axis), weighted_variance(x, weights, axis)
+    return activate(renormalized(x, mu, sigma2, r, d, gamma, beta, eps, axis, residual), activation)
+
+
+def renorm_backward(
+    dy, x, weights, r, d, gamma, beta, eps, axis=1, residual=None, activation=None
+):  # fmt: skip
+    """The five equations of its section 3, in their order; r and d are constants, and w_i / W is
+    the paper's 1 / m.
+    """
+    x = real(x)
+    share = weights / to_shape(over_channel(np.sum, weights, axis), x, axis)
+    mu, sigma2 = weighted_mean(x, weights, axis), weighted_variance(x, weights, axis)
+    z = renormalized(x, mu, sigma2, r, d, gamma, beta, eps, axis, residual)
+    dl_dy = real(dy) * activation_slope(z, activation)
+    centered, sigma = x - to_shape(mu, x, axis), np.sqrt(to_shape(sigma2, x, axis) + eps)
+    wide_r, wide_d = to_shape(r, x, axis), to_shape(d, x, axis)
+
+    dl_dx_hat = dl_dy * to_shape(gamma, x, axis)
+    dl_dsigma = over_channel(np.sum, dl_dx_hat * centered * -wide_r / sigma**2, axis)
+    dl_dmu = over_channel(np.sum, dl_dx_hat * -wide_r / sigma, axis)
+    dl_dx = (
+        dl_dx_hat * wide_r / sigma
+        + to_shape(dl_dsigma, x, axis) * centered * share / sigma
+        + to_shape(dl_dmu, x, axis) * share
+    )
+    dl_dgamma = over_channel(np.sum, dl_dy * (centered / sigma * wide_r + wide_d), axis)
+    dl_dbeta = over_channel(np.sum, dl_dy, axis)
+    return Gradients(dl_dx, dl_dgamma, dl_dbeta, dl_dy)
+
+
 # --- Nonlinearities: section 3.2's g in  z = g(BN(Wu)) -------------------------
 
 

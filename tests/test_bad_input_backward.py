@@ -63,14 +63,14 @@ class TestGradients:
         """The core would take 0 and 1 for None."""
         backward.refuses(TypeError, (f"stats.{name}", "None"), stats=STATS._replace(**{name: None}))
 
-    @pytest.mark.parametrize(
-        "count", [30.0, None, "30", np.float64(30), np.array([30]), True], ids=repr
-    )
+    @pytest.mark.parametrize("count", [None, "30", np.array([30]), np.float32(30), True], ids=repr)
     def test_count_of_another_type(self, count):
         backward.refuses(TypeError, ("stats.count", "integer"), stats=STATS._replace(count=count))
 
-    @pytest.mark.parametrize("count", [np.int64(30), np.int64(0), np.array(30)], ids=repr)
-    def test_count_of_numpys(self, count):
+    @pytest.mark.parametrize(
+        "count", [np.int64(30), np.int64(0), np.array(30), 30.0, np.float64(30)], ids=repr
+    )
+    def test_count_of_other_numbers(self, count):
         arguments = {k: copied(v) for k, v in backward.named.items()}
         arguments["stats"] = STATS._replace(count=count)
         want = arguments | {"stats": STATS._replace(count=int(count)), "out": poisoned_like(X)}

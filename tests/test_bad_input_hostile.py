@@ -119,7 +119,7 @@ NO_TARGET = {
 }
 
 NUMBERS = {"eps", "momentum", "ddof", "axis", "out_axis", "in_axis", "groups", "n", "count",
-           "num_features", "channels"}  # fmt: skip
+           "num_features", "channels", "virtual_batch_size", "size", "rmax", "dmax"}  # fmt: skip
 TRUTHS = {"training", "affine", "track_running_stats", "update_stats", "mode", "strict", "padded"}
 CHOICES = {"activation", "stats", "sums", "moments", "bn", "dtype", "prefix", "state", "forward",
            "progress", "other"}  # fmt: skip
@@ -145,11 +145,12 @@ def calls():
     good = {
         "x": X.copy(), "dy": X + 1, "residual": X * 2, "y": None, "out": np.full_like(X, 7),
         "training": True, "momentum": 0.1, "eps": 1e-5, "axis": 1, "ddof": 1, "activation": "relu",
-        "stats": STATS, "needs": None, "sums": None, "moments": None,
+        "stats": STATS, "needs": None, "sums": None, "moments": None, "mask": None,
+        "virtual_batch_size": None,
         **{name: w.copy() for name in ("weight", "bias", "scale", "shift", "mean", "var",
                                        "running_mean", "running_var", "m2")},
     }  # fmt: skip
-    layer, moments = trained(), bnfast.Moments(3, w, w)
+    layer, renorm, moments = trained(), bnfast.BatchRenorm(4), bnfast.Moments(3, w, w)
     kernel = np.ones((4, 4, 3), np.float32)
     functions = (
         bnfast.batch_norm, bnfast.batch_norm_forward, bnfast.batch_norm_backward, bnfast.normalize,
@@ -160,17 +161,24 @@ def calls():
         (bnfast.Moments, {"count": 3, "mean": w.copy(), "m2": w.copy()}),
         (bnfast.Moments.empty, {"channels": 4}),
         (moments.merge, {"other": moments}),
-        (moments.update, {"x": X.copy(), "axis": 1}),
+        (moments.update, {"x": X.copy(), "axis": 1, "mask": None}),
         (moments.var, {"ddof": 0}),
         (layer.freeze(), {"x": X.copy(), "residual": X * 2, "out": np.full_like(X, 7)}),
-        (layer, {"x": X.copy(), "residual": X * 2, "out": np.full_like(X, 7),
+        (layer, {"x": X.copy(), "residual": X * 2, "out": np.full_like(X, 7), "mask": None,
                  "update_stats": True}),
+        (renorm, {"x": X.copy(), "residual": X * 2, "out": np.full_like(X, 7), "mask": None,
+                  "update_stats": True}),
         (trained().backward, {"dy": X + 1}),
         (trained().train, {"mode": True}),
         (layer.load_state_dict, {"state": layer.state_dict(), "strict": True, "prefix": ""}),
         (bnfast.BatchNorm, {"num_features": 4, "eps": 1e-5, "momentum": 0.1, "affine": True,
                             "track_running_stats": True, "axis": 1, "ddof": 1,
-                            "activation": "relu", "dtype": np.float32}),
+                            "activation": "relu", "dtype": np.float32,
+                            "virtual_batch_size": 2}),
+        (bnfast.BatchRenorm, {"num_features": 4, "eps": 1e-5, "momentum": 0.1, "affine": True,
+                              "rmax": 3.0, "dmax": 5.0, "axis": 1, "ddof": 1,
+                              "activation": "relu", "dtype": np.float32}),
+        (bnfast.lengths_mask, {"lengths": [1, 2], "size": 3}),
         (bnfast.fold, {"weight": kernel, "bias": w.copy(), "bn": trained(), "out_axis": 0,
                        "groups": 1}),
         (bnfast.fold_before, {"weight": kernel, "bias": w.copy(), "bn": trained(), "in_axis": 1,
@@ -182,10 +190,14 @@ def calls():
     ]  # fmt: skip
     plain = [(f, {n: good[n] for n in inspect.signature(f).parameters}) for f in functions]
     both = plain + special
-    return {getattr(f, "__qualname__", type(f).__name__): (f, given) for f, given in both}
+    return {
+        getattr(f, "__qualname__", f"a call of {type(f).__name__}"): (f, given) for f, given in both
+    }
 
 
 def nonsense_for(name):
+    if name == "lengths":  # integers of any kind are lengths
+        return {k: make for k, make in NOBODY.items() if k != "an array without truth"} | NO_ARRAY
     if name in TRUTHS:
         # Python converts any object to a truth value, unless it raises.
         return {k: make for k, make in NOBODY.items() if k.startswith("raises")} | {

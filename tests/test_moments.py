@@ -253,7 +253,9 @@ class TestConstructor:
         ("changes", "error", "message"),
         [
             ({"count": -1}, ValueError, "count is -1; expected 0 or more"),
-            ({"count": 2.0}, TypeError, "count is 2.0.*expected an integer"),
+            ({"count": -0.5}, ValueError, "count is -0.5; expected 0 or more"),
+            ({"count": np.nan}, ValueError, "count is nan; expected a finite number"),
+            ({"count": float("inf")}, ValueError, "count is inf; expected a finite number"),
             ({"count": True}, TypeError, "count is True.*expected an integer"),
             ({"count": "3"}, TypeError, "count is '3'.*expected an integer"),
             ({"count": np.array([1, 2])}, TypeError, "count is an array of int64; expected an int"),

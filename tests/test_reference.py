@@ -51,6 +51,59 @@ def test_gradients_are_derivatives(activation, wrt, given, rng):
     assert_derivative(loss, arguments[wrt], direction, want)
 
 
+def weights_for(p, rng):
+    """Weights of which some are 0, shaped like x."""
+    mask = rng.uniform(0.25, 2, (4, 5)) * (rng.random((4, 5)) < 0.7)
+    return reference.weights_of(mask, p.x).astype(np.longdouble)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("wrt", range(4), ids=reference.Gradients._fields)
+@pytest.mark.parametrize("renorm", [False, True], ids=["batch", "renorm"])
+def test_weighted_gradients_are_derivatives(activation, wrt, renorm, rng):
+    """r and d of a renormalization are constants."""
+    p = make_problem((4, 3, 5), np.float64, activation=activation, residual=True, seed=4)
+    x, gamma_, beta, eps, axis, residual, _ = p.exact()
+    weights = weights_for(p, rng)
+    given = (rng.uniform(0.5, 2, 3), rng.standard_normal(3)) if renorm else ()
+    forward, backward = (
+        (reference.renorm_forward, reference.renorm_backward)
+        if renorm
+        else (reference.weighted_forward, reference.weighted_backward)
+    )
+    arguments = [x, gamma_, beta, residual]
+
+    def loss(argument):
+        x, g, b, r = (*arguments[:wrt], argument, *arguments[wrt + 1 :])
+        return np.sum(p.dy * forward(x, weights, *given, g, b, eps, axis, r, activation))
+
+    gradients = backward(p.dy, x, weights, *given, gamma_, beta, eps, axis, residual, activation)
+    direction = rng.standard_normal(arguments[wrt].shape).astype(np.longdouble)
+    want = np.sum(gradients[wrt] * direction)
+    assert_derivative(loss, arguments[wrt], direction, want)
+
+
+def test_whole_weights_are_copies_of_a_value(rng):
+    """Weights 0, 1 and 3 are the value left out, once and three times."""
+    x, times = rng.standard_normal((3, 2)), [0, 1, 3]
+    weights = reference.weights_of(times, x)
+    copies = np.repeat(x, times, axis=0)
+    got = reference.weighted_mean(x, weights), reference.weighted_variance(x, weights)
+    want = reference.batch_mean(copies), reference.batch_variance(copies)
+    np.testing.assert_allclose(got, want, rtol=1e-14)
+
+
+def test_renormalization_without_limits_is_that_by_the_running_statistics(rng):
+    """Section 3: with r and d as they are, the output is the one of inference."""
+    x, mean, variance = rng.standard_normal((9, 3)), rng.standard_normal(3), rng.uniform(1, 2, 3)
+    weights = np.ones_like(x)
+    batch = reference.batch_mean(x), reference.batch_variance(x)
+    r, d = reference.correction(*batch, mean, variance, 1e-5, np.inf, np.inf)
+    got = reference.renorm_forward(x, weights, r, d, np.ones(3), np.zeros(3), 1e-5)
+    want = reference.inference(x, mean, variance, np.ones(3), np.zeros(3), 1e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
 def test_welford_agrees_with_the_definition(rng):
     values = rng.standard_normal(1000) + 10
     count, mean, m2 = reference.welford(values.tolist())

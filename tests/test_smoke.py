@@ -20,6 +20,12 @@ AREAS = {
     "layers": (r"test_layers.py::", BAD_INPUT + "BatchNorm"),
     "fold": (r"test_inference.py::test_fold_linear", BAD_INPUT + "fold"),
     "threads": (r"test_reproducible.py::TestThreads", BAD_INPUT + "set_num_threads"),
+    "masks": (r"test_masked.py::test_every_mask", BAD_INPUT + r"batch_norm_forward\(x, mask="),
+    "virtual batches": (
+        r"test_virtual_batches.py::test_sizes",
+        BAD_INPUT + r"batch_norm_forward\(x, virtual_batch_size=",
+    ),
+    "renormalization": (r"test_batch_renorm.py::", BAD_INPUT + "BatchRenorm"),
 }
 
 

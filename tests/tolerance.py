@@ -146,6 +146,36 @@ def batch_statistics(x, axis, sum_of=None):
     return Statistics(s.mean, s.var, mean_error, s.var_error + BATCH_VARIANCE * u * s.var)
 
 
+def weighted_moments_of(x, axis, weights):
+    """Of what a mask counts, by weights shaped like x; all calls sum these in float64.
+
+    Terms are w (x - p), where the pivot p is a value that counts or, for float64 data, their mean:
+    two roundings each, and w (x - p)^2 has three. The sum of weights W is a sum of m terms, too.
+    So the mean is off by e = gamma(2 m + 8) sum w |x - p| / W, with |x - p| <= |x| + |p|. The sum
+    of squares S is off by gamma(m + 4) S. From it s^2 / W is subtracted, which is at most S, and
+    whose s is off by gamma(m + 3) sum w |x - p|: twice as much, and gamma(m) for W. The division by
+    W adds another gamma(m): gamma(5 m + 20) S / W in all. S / W is var + (p - mean)^2. Merging is
+    as above.
+    """
+    if (weights == 1).all():  # as without a mask
+        return batch_statistics(x, axis)
+    single = computed_in(x.dtype) == np.float32
+    x = reference.counted(x.astype(np.longdouble), weights)
+    m = reference.values_per_channel(x, axis)
+    mean = reference.weighted_mean(x, weights, axis)
+    var = reference.weighted_variance(x, weights, axis)
+    magnitude = reference.weighted_mean(np.abs(x), weights, axis)
+    farthest, squares = magnitude, var
+    if single:
+        d = np.where(weights > 0, np.abs(x - reference.to_shape(mean, x, axis)), 0)
+        farthest = reference.over_channel(np.max, np.abs(x), axis)
+        squares = var + reference.over_channel(np.max, d, axis) ** 2
+    e = gamma(2 * m + 8) * (magnitude + farthest)
+    levels = np.log2(m) + 1
+    var_error = gamma(5 * m + 20) * squares + 4 * e * np.sqrt(levels * var) + 4 * e**2 * levels
+    return Statistics(mean, var, SECOND_ORDER * e, SECOND_ORDER * var_error)
+
+
 def inv_std_relative(s, eps):
     """1 / sqrt(var + eps): half the relative error of var + eps, and of three
     operations and the product with the weight one rounding each, in float64."""
@@ -252,12 +282,13 @@ def off_the_kinks(p, s):
     p.dy.flags.writeable = writeable
 
 
-def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
+def backward_bounds(p, s, exact, through_statistics=True, sum_of=None, weights=None):
     """Return a reference.Gradients of limits; `exact` is the reference's answer.
 
     g is dy times the activation's slope (its gradient is the residual's), which
     changes with the pre-activation's error where it is curved. Both sums are formed in trees of
-    the data's type, and sum g (x - mean_hi) is corrected by mean_lo sum g.
+    the data's type, and sum g (x - mean_hi) is corrected by mean_lo sum g. A mask's weights, shaped
+    like x, multiply what comes through the statistics, and their sum takes the place of m.
     """
     t = Terms(p, s)
     u = t.u
@@ -281,15 +312,23 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None):
     x = a_g * (t.relative + u) + t.scale * g_error + u * a_g
     if through_statistics:
         # b = -scale inv_std^2 sum(g d) / m,  c = -scale sum(g) / m
-        b = t.scale * t.inv_std * np.abs(t.wide(exact.gamma)) / p.m
-        b_error = t.scale * t.inv_std**2 * t.wide(sum_gd_error) / p.m
-        b_error = b_error + b * (3 * t.relative + u + 6 * U)
-        c = t.scale * np.abs(t.wide(exact.beta)) / p.m
-        c_error = t.scale * t.wide(sum_g_error) / p.m + c * (t.relative + u + 3 * U)
-        x = x + b_error * t.d + b * t.d_error + c_error
-        # b rounded, and b * d without FMA; the constant rounded; the sums
-        x = x + 2 * u * b * size + u * (c + b * t.mean_lo)
-        x = x + u * (a_g + c) + u * (a_g + c + b * size)
+        m = p.m if weights is None else t.wide(t.total(weights))
+        m_error = 0 if weights is None else gamma(p.m)
+        b = t.scale * t.inv_std * np.abs(t.wide(exact.gamma)) / m
+        b_error = t.scale * t.inv_std**2 * t.wide(sum_gd_error) / m
+        b_error = b_error + b * (3 * t.relative + u + 6 * U + m_error)
+        c = t.scale * np.abs(t.wide(exact.beta)) / m
+        c_error = t.scale * t.wide(sum_g_error) / m + c * (t.relative + u + 3 * U + m_error)
+        through = b_error * t.d + b * t.d_error + c_error
+        # b rounded, and b * d without FMA; the constant rounded
+        through = through + 2 * u * b * size + u * (c + b * t.mean_lo)
+        if weights is None:
+            # the sums
+            x = x + through + u * (a_g + c) + u * (a_g + c + b * size)
+        else:
+            # the sum, its product with the weight, and the sum with a g
+            rest = weights * (c + b * size)
+            x = x + weights * through + 2 * u * rest + u * (a_g + rest)
     least = tiny(computed_in(p.x.dtype))
     x, weight, bias, g_error = (SECOND_ORDER * e + least for e in (x, weight, bias, g_error))
     x, g_error = (written(e, a, p.x.dtype) for e, a in ((x, np.abs(exact.x)), (g_error, g)))
