@@ -184,3 +184,12 @@ def test_quick_run(tmp_path):
 def test_other_examples(example, capsys, name, arguments):
     assert example(name).main(*arguments) == 0
     assert "gradient" in capsys.readouterr().out
+
+
+def test_merged_statistics_of_clients_are_right(example):
+    ways = example("federated").compare(rounds=4, steps=10)
+    averaged, momentum, merged = (ways[name] for name in ("averaged", "momentum", "merged"))
+    assert merged[0] < 1e-13  # sums of a thousand values in float64
+    assert averaged[0] > 0.3
+    assert momentum[1] < 0 < averaged[1]
+    assert momentum[2] < 0.2 < 0.6 < merged[2]
