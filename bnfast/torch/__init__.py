@@ -17,6 +17,7 @@ from .modules import (
 )
 from .population import recompute_statistics
 from .process import Activity, disable, enable, enable_if_asked, enabled, is_enabled
+from .renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
@@ -24,6 +25,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "FrozenReport",
     "Report",
     "SyncBatchNorm",

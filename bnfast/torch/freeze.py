@@ -16,6 +16,7 @@ from .convert import OURS, _check_model, revert
 from .flow import Flow
 from .following import copied
 from .reach import kept_aside
+from .renorm import PLAIN
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _REPORT = "_bnfast_frozen"  # plain dicts, which unpickle without bnfast
@@ -305,6 +306,8 @@ class _Pairs:
         known = id(norm) not in self._flow.lost and all(map(_is_simple, calls))
         if type(norm) in OURS.values() and known:
             revert(norm)
+        elif type(norm) in PLAIN and known:
+            norm.__class__ = PLAIN[type(norm)]
 
 
 def _module(node: Any) -> nn.Module | None:

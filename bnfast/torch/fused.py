@@ -18,6 +18,7 @@ from bnfast import _core, _options
 from . import process
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import TypeAlias
 
     from bnfast._types import Activation
@@ -43,7 +44,8 @@ _library.define(
 )
 
 
-def _like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
+    """Return an uninitialised tensor with the strides of PyTorch's batch norm of x."""
     return torch.empty_like(x, memory_format=suggest_memory_format(x))
 
 
@@ -64,7 +66,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     vector = _vector_like(x, weight, bias, running_mean, running_var)
     save_mean, save_invstd = (vector.new_empty(x.shape[1] if training else 0) for _ in range(2))
-    return _like(x), save_mean, save_invstd
+    return empty_like(x), save_mean, save_invstd
 
 
 @torch.library.register_fake("bnfast::batch_norm_act_backward", lib=_library)
@@ -80,10 +82,10 @@ def _(
 ) -> Gradients:
     vectors = (weight, running_mean, running_var, save_mean)
     made = (
-        lambda: _like(x),
+        lambda: empty_like(x),
         lambda: _vector_like(x, *vectors),
         lambda: _vector_like(x, *vectors),
-        lambda: _like(x),
+        lambda: empty_like(x),
     )
     return tuple(make() if n else None for make, n in zip(made, others[-1], strict=True))  # type: ignore[return-value]
 
@@ -97,7 +99,7 @@ DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _CLASSES = (Tensor, torch.nn.Parameter)
 
 
-def is_plain(x: Any) -> bool:
+def is_plain(x: Any, dtypes: Collection[torch.dtype] = DTYPES) -> bool:
     """Whether x is an ordinary dense tensor whose values the kernels can read now.
 
     A tensor without memory (a symbolic zero, a parameter whose storage was freed) is not.
@@ -106,7 +108,7 @@ def is_plain(x: Any) -> bool:
         type(x) in _CLASSES
         and x.is_cpu
         and x.layout is torch.strided
-        and x.dtype in DTYPES
+        and x.dtype in dtypes
         and not x.is_neg()
         and (x.data_ptr() != 0 or x.numel() == 0)
     )

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfast import _core, _options
 
-from . import _aten, fused, process
+from . import _aten, batches, checks, fused, process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,10 +63,22 @@ class BatchNormOnCPU(_BatchNorm):
 
     It is PyTorch's forward with PyTorch's operator, which runs on bnfast during the call. A
     recorded graph contains nothing of bnfast.
+
+    Attributes
+    ----------
+    virtual_batch_size : int or None
+        In training, rows are normalised in runs of so many, each with its own statistics. It is
+        also an option of the constructor.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    virtual_batch_size: int | None = None
+
+    def __init__(self, *args: Any, virtual_batch_size: int | None = None, **options: Any) -> None:
+        if virtual_batch_size is not None:
+            _options.run_length("virtual_batch_size", virtual_batch_size)
         super().__init__(*args, **options)
+        if virtual_batch_size is not None:
+            self.virtual_batch_size = virtual_batch_size
         process.replace_kernels()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,6 +90,8 @@ class BatchNormOnCPU(_BatchNorm):
         input: Tensor,  # noqa: A002, PyTorch's name for it
         residual: Tensor | None = None,
         activation: Activation = None,
+        *,
+        mask: Any = None,
     ) -> Tensor:
         """Normalise: by the batch in training, by the running statistics in evaluation.
 
@@ -90,14 +104,26 @@ class BatchNormOnCPU(_BatchNorm):
             Added to the result, in the same pass; shape and dtype of `input`.
         activation : str, ("leaky_relu", float) or None
             Applied last, in the same pass: one of the names that `bnfast.batch_norm` takes.
+        mask : Tensor or array_like of bool or floats, optional
+            Which values count in training, or their weights, 0 or more: the shape of `input` with 1
+            channel, or without channels, as in `bnfast.batch_norm`. It gets no gradient.
 
         Returns
         -------
         Tensor
             With the strides that PyTorch's layer gives.
+
+        Notes
+        -----
+        With a mask or virtual batches, a training forward has first derivatives only, takes plain
+        tensors on the CPU, and is left out of graphs that `torch.compile` makes.
         """
         if isinstance(input, torch.fx.Proxy):
-            return self._as_leaf(input, residual, activation)
+            return self._as_leaf(input, residual, activation, mask)
+        if mask is not None or self.virtual_batch_size is not None:
+            if self.training or (self.running_mean is None and self.running_var is None):
+                return self._by_batches(input, residual, activation, mask)
+            self._check_unused(mask)
         recorded = torch.compiler.is_compiling()
         if residual is not None or activation is not None:
             activation = _options.plain_activation(activation, _core.ACTIVATIONS)
@@ -113,6 +139,31 @@ class BatchNormOnCPU(_BatchNorm):
         else:
             y = self._counted(input)
         return fused.rest(y, residual, activation)
+
+    def _check_unused(self, mask: Any) -> None:
+        """Refuse a mask of a wrong type in evaluation, which does not read it."""
+        check = checks.check_mask
+        if torch.compiler.is_compiling() and not isinstance(mask, Tensor):
+            check = torch.compiler.disable(check)
+        if mask is not None:
+            check(mask)
+
+    def _by_batches(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: Activation,
+        mask: Any,
+    ) -> Tensor:
+        """Run a training forward that PyTorch's operator does not know."""
+        run = batches.forward
+        if torch.compiler.is_compiling():  # a decorator would import Dynamo at import time
+            run = torch.compiler.disable(run)
+        return run(self, x, residual, activation, mask)
+
+    def _limits(self) -> batches.Limits | None:
+        """Return those of a renormalisation; None for a plain batch norm."""
+        return None
 
     def _counted(self, x: Tensor) -> Tensor:
         """Run PyTorch's forward here; undo its batch count on error: it counts before it checks."""
@@ -171,9 +222,9 @@ class BatchNormOnCPU(_BatchNorm):
             self.num_batches_tracked.add_(1)
         return y
 
-    def _as_leaf(self, x: Any, residual: Any, activation: Activation) -> Any:
+    def _as_leaf(self, x: Any, residual: Any, activation: Activation, mask: Any = None) -> Any:
         """Emit the leaf node ourselves: `torch.fx` treats only torch.nn classes as leaf modules."""
-        options = {"residual": residual, "activation": activation}
+        options = {"residual": residual, "activation": activation, "mask": mask}
         given = {name: value for name, value in options.items() if value is not None}
         path = x.tracer.path_of_module(self)
         return x.tracer.create_proxy("call_module", path, (x,), given)
@@ -187,6 +238,12 @@ class BatchNormOnCPU(_BatchNorm):
 
     def _moves_statistics(self) -> bool:
         return self.training and self.track_running_stats and not _paused.get()
+
+    def extra_repr(self) -> str:
+        """Return the options for `repr`."""
+        runs = self.virtual_batch_size
+        added = "" if runs is None else f", virtual_batch_size={runs}"
+        return super().extra_repr() + added
 
 
 def _check_residual(x: Any, residual: Any) -> None:

@@ -15,13 +15,15 @@ from bnfast.distributed import Merging, ranks_of
 from bnfast.inference import _iterator_of, _reporting
 from bnfast.moments import Moments
 
-from . import fused, tensors
+from . import checks, fused, tensors
 from .convert import _check_model
+from .modules import BatchNormOnCPU
 from .observing import observing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from bnfast._types import Array
     from bnfast.distributed import Ranks
 
 
@@ -56,8 +58,9 @@ def recompute_statistics(
         ``model.train()`` for those of training, as in `update_bn`.
     batches : iterable
         Iterated over once. A tensor is the model's only argument. Of a tuple or list, as from a
-        data loader, only the first element is used, as in `update_bn`. A dict has the arguments by
-        name.
+        data loader, only the first element is used, as in `update_bn`; but if `model` is itself one
+        of bnfast's layers, a pair is its input and mask. A dict has the arguments by
+        name: the input and its mask, say. What a layer's mask leaves out is not counted.
     layers : iterable of torch.nn.Module or str, optional
         The layers to update, or their names in the model. If None, all batch norms that have
         running statistics: PyTorch's, bnfast's, and classes derived from them.
@@ -195,7 +198,10 @@ def _run(model: nn.Module, batch: Any) -> None:
     elif isinstance(batch, (tuple, list)):
         if not batch:
             raise ValueError("a batch is empty; expected its first element to be the model's input")
-        model(batch[0])
+        if isinstance(model, BatchNormOnCPU) and len(batch) == 2:
+            model(batch[0], mask=batch[1])
+        else:
+            model(batch[0])
     else:
         model(batch)
 
@@ -214,7 +220,9 @@ class _Watched:
         x = args[0] if args else options.get("input")
         if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[1] == len(self.total.mean):
             # the layer itself reports what is wrong with other inputs
-            self.total = self.total.merge(_moments(x))
+            # a mask of another class's forward may mean anything
+            mask = options.get("mask") if isinstance(module, BatchNormOnCPU) else None
+            self.total = self.total.merge(_moments(x, checks.mask_array(mask)))
 
     def end_batch(self) -> None:
         if self._calls > 1:
@@ -226,7 +234,7 @@ class _Watched:
         self._calls = 0
 
 
-def _moments(x: Tensor) -> Moments:
+def _moments(x: Tensor, mask: Array | None) -> Moments:
     """Return the moments of each channel of a tensor, in float64."""
     if x.numel() == 0:
         return Moments.empty(x.shape[1])
@@ -237,7 +245,7 @@ def _moments(x: Tensor) -> Moments:
             x = x.to_dense()
         if x.dtype not in fused.DTYPES and x.is_floating_point():
             x = x.float()  # exact for the half types
-    return tensors.moments(x)
+    return tensors.moments(x, mask)
 
 
 # ---- Their new statistics
@@ -247,10 +255,15 @@ def _check_totals(targets: Sequence[_Layer], totals: Sequence[Moments]) -> None:
     for (name, _), total in zip(targets, totals, strict=True):
         if total.count == 0:
             raise RuntimeError(f"{name} saw no values; expected the model to call every layer")
-        if total.count == 1:
+        if total.count == 1 and isinstance(total.count, int):
             raise ValueError(
                 f"{name} saw one value per channel in all batches; expected at least two, for a "
                 "variance"
+            )
+        if total.count <= 1:
+            raise ValueError(
+                f"{name} saw values whose weights sum to {total.count:g} in all batches; expected "
+                "more than 1, for a variance over count - 1"
             )
 
 
@@ -290,7 +303,8 @@ class _MergingAll(Merging):
         if not layers:
             return Moments.empty(0)
         means, m2 = self._numbers[:, 0], self._numbers[:, 1, 2 * layers :]
-        counts, channels = np.split(means[:, m2.shape[1] :].astype(np.int64), 2, axis=1)
+        counts, channels = np.split(means[:, m2.shape[1] :], 2, axis=1)
+        channels = channels.astype(np.int64)
         if (channels != channels[0]).any():
             raise ValueError(
                 f"the layers have {channels.tolist()} channels, by rank; expected the same on all"
@@ -299,7 +313,7 @@ class _MergingAll(Merging):
         parts = zip(np.split(means[:, : m2.shape[1]], ends, 1), np.split(m2, ends, 1), strict=True)
         self._totals = [
             Moments.merge_all(
-                Moments(int(count), mean, squares)
+                Moments(int(count) if count.is_integer() else float(count), mean, squares)
                 for count, mean, squares in zip(counts[:, i], *part, strict=True)
             )
             for i, part in enumerate(parts)

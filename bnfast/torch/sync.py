@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bnfast import _core, _errors, _options
-from bnfast.distributed import Merging, Move, Ranks, Summing, ranks_of
+from bnfast.distributed import Counted, Merging, Move, Ranks, Summing, ranks_of
 
-from . import fused, tensors
+from . import checks, fused, tensors
 from .convert import OURS
 from .modules import BatchNormOnCPU
 
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bnfast._types import Activation
+    from bnfast._types import Activation, Array
     from bnfast.moments import Moments
 
     from .fused import Gradients, Vector
 
     State = tuple[Vector, ...]
 
-_STATE = ("weight", "bias", "running_mean", "running_var")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -119,6 +118,8 @@ class SyncBatchNorm(BatchNormOnCPU):
         input: Tensor,  # noqa: A002, PyTorch's name for it
         residual: Tensor | None = None,
         activation: Activation = None,
+        *,
+        mask: Any = None,
     ) -> Tensor:
         """Normalise: by the batch of all ranks in training, else by the running statistics.
 
@@ -130,6 +131,9 @@ class SyncBatchNorm(BatchNormOnCPU):
             Added to the result, in the same pass; shape and dtype of `input`.
         activation : str, ("leaky_relu", float) or None
             Applied last, in the same pass: one of the names that `bnfast.batch_norm` takes.
+        mask : Tensor or array_like of bool or floats, optional
+            Which values of this rank's part count in training, or their weights: see
+            `bnfast.batch_norm`. It may count none of them; a rank without a mask counts all.
 
         Returns
         -------
@@ -137,16 +141,18 @@ class SyncBatchNorm(BatchNormOnCPU):
             In the memory format of `input`.
         """
         if isinstance(input, torch.fx.Proxy):
-            return self._as_leaf(input, residual, activation)
+            return self._as_leaf(input, residual, activation, mask)
         if not self._synchronises():
-            return super().forward(input, residual, activation)
+            return super().forward(input, residual, activation, mask=mask)
         if not isinstance(input, Tensor) or input.device.type in ("cpu", "meta"):
             over_ranks = self._over_ranks
             if torch.compiler.is_compiling():  # a decorator would import Dynamo at import time
                 over_ranks = torch.compiler.disable(over_ranks)
-            return over_ranks(input, residual, activation)
+            return over_ranks(input, residual, activation, mask)
+        if mask is not None:
+            raise ValueError(f"mask is given for input on {input.device}; expected it on the CPU")
         y = nn.SyncBatchNorm.forward(self, input)
-        return fused.rest(y, residual, _plain(activation))
+        return fused.rest(y, residual, checks.plain(activation))
 
     def _synchronises(self) -> bool:
         return (
@@ -156,12 +162,16 @@ class SyncBatchNorm(BatchNormOnCPU):
             and dist.get_world_size(self.process_group) != 1
         )
 
-    def _over_ranks(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    def _over_ranks(
+        self, x: Tensor, residual: Tensor | None, activation: Activation, mask: Any
+    ) -> Tensor:
         ranks = ranks_of(self.process_group)
         exchange = Merging(ranks, training=True)
         with exchange:
-            call = self._forward_call(x, residual, activation)
-            batch = exchange.merged(tensors.moments(call.x), call.move)
+            call = self._forward_call(x, residual, activation, mask)
+            mine = tensors.moments(call.x, call.mask)
+            counted = Counted.of(call.mask, tensors.array(call.x), 1)
+            batch = exchange.merged(mine, call.move, counted)
         mean, inv_std = call.normalize(batch)
         if not call.wants_gradient:
             return call.y
@@ -170,7 +180,7 @@ class SyncBatchNorm(BatchNormOnCPU):
         return y
 
     def _forward_call(
-        self, x: Tensor, residual: Tensor | None, activation: Activation
+        self, x: Tensor, residual: Tensor | None, activation: Activation, mask: Any
     ) -> _ForwardCall:
         """Read the arguments of a training forward, and refuse those that do not fit.
 
@@ -181,6 +191,10 @@ class SyncBatchNorm(BatchNormOnCPU):
             raise RuntimeError(
                 "SyncBatchNorm in training exchanges numbers with other processes, which is not "
                 "possible under transforms, tracing or fake tensors; call eval(), or use BatchNorm"
+            )
+        if self.virtual_batch_size is not None:
+            raise RuntimeError(
+                "virtual_batch_size is set; SyncBatchNorm takes the batch of all processes"
             )
         if not isinstance(x, Tensor):
             raise TypeError(f"input is {_errors.described(x)}; expected a tensor")
@@ -193,44 +207,19 @@ class SyncBatchNorm(BatchNormOnCPU):
         x = x.resolve_neg()
         self._check_input_dim(x)
         self._check_non_zero_input_channels(x)
-        self._check_tensors(x, residual, state)
+        checks.check_tensors(self.num_features, x, residual, state)
         weight, bias, *running = state
         move = self._move(running) if self._moves_statistics() else None
-        wants_gradient = _needs_gradient(x, weight, bias, residual)
-        kept = (x, weight, None if activation is None else bias)
-        if wants_gradient and any(t is not None and t.is_inference() for t in kept):
-            raise RuntimeError(
-                "Inference tensors cannot be saved for backward; expected clones of those made in "
-                "inference mode"
-            )
+        wants_gradient = checks.needs_gradient(x, weight, bias, residual)
+        if wants_gradient:
+            checks.check_savable(x, weight, None if activation is None else bias)
         with torch.no_grad():
             y = torch.empty_like(x)
-        activation = _plain(activation)
-        return _ForwardCall(x, weight, bias, residual, eps, activation, move, wants_gradient, y)
-
-    def _check_tensors(self, x: Tensor, residual: Tensor | None, state: State) -> None:
-        """Refuse tensors that the kernels cannot read, or that do not fit x."""
-        if x.shape[1] != self.num_features:
-            raise ValueError(f"expected {self.num_features} channels, got input {tuple(x.shape)}")
-        own = {name: t for name, t in zip(_STATE, state, strict=True) if t is not None}
-        for name, tensor in {"input": x, "residual": residual, **own}.items():
-            if tensor is not None:
-                _check_readable(name, tensor)
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-        for name, tensor in own.items():
-            if tensor.dtype is not wide:
-                raise TypeError(
-                    f"{name} has dtype {tensor.dtype}; expected {wide} beside input of {x.dtype}"
-                )
-            if tensor.shape != (self.num_features,):
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; expected ({self.num_features},)"
-                )
-        if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
-            raise ValueError(
-                f"residual is of {residual.dtype} and shape {tuple(residual.shape)}; expected "
-                f"those of input, {x.dtype} and {tuple(x.shape)}"
-            )
+        activation = checks.plain(activation)
+        masked = checks.mask_array(mask)
+        return _ForwardCall(
+            x, weight, bias, residual, eps, activation, move, wants_gradient, y, masked
+        )
 
     @torch.no_grad()
     def _move(self, running: Sequence[Tensor | None]) -> Move:
@@ -305,31 +294,6 @@ def convert_sync_batchnorm(model: _Model, process_group: Any = None) -> _Model:
     return model
 
 
-def _plain(activation: Any) -> Activation:
-    return _options.plain_activation(activation, _core.ACTIVATIONS)
-
-
-def _check_readable(name: str, tensor: Any) -> None:
-    if fused.is_plain(tensor):
-        return
-    if isinstance(tensor, Tensor):  # PyTorch's repr crashes for a tensor whose memory was freed
-        found = f"a {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
-    else:
-        found = _errors.described(tensor)
-    accepted = ", ".join(sorted(str(dtype) for dtype in fused.DTYPES))
-    raise TypeError(
-        f"{name} is {found}; expected a dense tensor in the CPU's memory, of {accepted}"
-    )
-
-
-def _needs_gradient(*inputs: Tensor | None) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    given = [t for t in inputs if t is not None]
-    # As in PyTorch, there is no gradient if all tensors were made in inference mode.
-    return any(t.requires_grad for t in given) and not all(t.is_inference() for t in given)
-
-
 @torch.no_grad()
 def _copy(target: Tensor, values: Tensor) -> None:
     target.copy_(values)
@@ -351,6 +315,7 @@ class _ForwardCall(NamedTuple):
     move: Move | None
     wants_gradient: bool
     y: Tensor
+    mask: Array | None
 
     def normalize(self, batch: Moments) -> tuple[Tensor, Tensor]:
         """Fill y; return the mean and 1 / sqrt(var + eps) that it was normalised with."""
@@ -369,6 +334,7 @@ class _ForwardCall(NamedTuple):
                 self.activation,
                 tensors.array(self.y),
                 moments=(batch.count, batch.mean, batch.m2),
+                mask=self.mask,
             )
         return torch.from_numpy(mean), torch.from_numpy(inv_std)
 
@@ -386,7 +352,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         call: _ForwardCall,
         mean: Tensor,
         inv_std: Tensor,
-        count: int,
+        count: float,
         ranks: Ranks,
     ) -> Tensor:
         y, activation = call.y, call.activation
@@ -396,6 +362,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         ctx.activation = activation
         ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
         ctx.count, ctx.ranks, ctx.channels = count, ranks, len(mean)
+        ctx.mask = call.mask
         return y
 
     @staticmethod
@@ -409,14 +376,14 @@ class _SyncBatchNorm(torch.autograd.Function):
             with exchange:
                 call = _backward_call(ctx, dy)
                 parts = call.over_part((False, True, True, False))[1:3]
-                gradients = _typed(parts, ctx.dtypes, needs)
+                gradients = checks.typed(parts, ctx.dtypes, needs)
                 dx = torch.empty_like(call.x)
                 sums = exchange.summed(*map(np.asarray, parts))
             dresidual = call.through_batch(dx, ctx.count, activated, sums)
         else:  # this needs no other rank
             call = _backward_call(ctx, dy)
             _, *others, dresidual = call.over_part((False, *needs[1:3], activated))
-            gradients = _typed(others, ctx.dtypes, needs)
+            gradients = checks.typed(others, ctx.dtypes, needs)
         if needs[3] and not activated:  # the gradient of a sum is the gradient of each term
             dresidual = call.dy
         return dx, *gradients, dresidual, None, None, None, None, None
@@ -425,13 +392,13 @@ class _SyncBatchNorm(torch.autograd.Function):
 def _backward_call(ctx: Any, dy: Tensor) -> _BackwardCall:
     """Read the arguments of a backward, and refuse those that the kernels cannot read."""
     x, weight, bias, beside, mean, inv_std = ctx.saved_tensors
-    call = _BackwardCall(dy.resolve_neg(), x, mean, inv_std, weight, bias, beside, ctx.activation)
-    _check_readable("the output's gradient", call.dy)
-    saved = {"input": x, "weight": weight, "bias": bias, "mean": mean, "std": inv_std}
-    saved["output or residual"] = beside
-    for name, tensor in saved.items():
-        if tensor is not None and not fused.is_plain(tensor):
-            raise RuntimeError(f"the {name}'s memory was freed; expected it for the backward")
+    call = _BackwardCall(
+        dy.resolve_neg(), x, mean, inv_std, weight, bias, beside, ctx.activation, ctx.mask
+    )
+    checks.check_readable("the output's gradient", call.dy)
+    checks.check_saved(
+        input=x, weight=weight, bias=bias, mean=mean, std=inv_std, output_or_residual=beside
+    )
     return call
 
 
@@ -446,6 +413,7 @@ class _BackwardCall(NamedTuple):
     bias: Tensor | None
     beside: Tensor | None  # see fused.beside
     activation: Activation
+    mask: Array | None
 
     def over_part(self, needs: tuple[bool, ...]) -> Gradients:
         """Return gradients for mean and variance taken as constants."""
@@ -458,13 +426,13 @@ class _BackwardCall(NamedTuple):
         )
 
     def through_batch(
-        self, dx: Tensor, count: int, activated: bool, sums: tuple[Any, Any]
+        self, dx: Tensor, count: float, activated: bool, sums: tuple[Any, Any]
     ) -> Tensor | None:
         """Fill x's gradient, of a batch that x is a part of; return the residual's if activated."""
         *_, dresidual = self._run(count, dx, (True, False, False, activated), sums)
         return None if dresidual is None else tensors.tensor(dresidual, self.x)
 
-    def _run(self, count: int, dx: Tensor | None, needs: tuple[bool, ...], sums: Any) -> Any:
+    def _run(self, count: float, dx: Tensor | None, needs: tuple[bool, ...], sums: Any) -> Any:
         beside = tensors.array(self.beside)
         residual, y = fused.residual_and_output(beside, self.activation)
         with tensors.torch_threads():
@@ -483,14 +451,5 @@ class _BackwardCall(NamedTuple):
                 tensors.array(dx),
                 needs,
                 sums,
+                self.mask,
             )
-
-
-def _typed(
-    parts: Sequence[Tensor | None], dtypes: Sequence[Any], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Return the gradients of weight and bias in these types, None where not needed."""
-    return [
-        part.to(dtype) if needed and part is not None else None
-        for part, dtype, needed in zip(parts, dtypes, needs[1:3], strict=True)
-    ]

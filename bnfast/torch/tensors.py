@@ -58,10 +58,10 @@ def tensor(values: Array, like: Tensor) -> Tensor:
     return made if made.stride() == strides else torch.empty_like(like).copy_(made)
 
 
-def moments(x: Tensor) -> Moments:
+def moments(x: Tensor, mask: Array | None = None) -> Moments:
     """Return the moments of each channel of a dense CPU tensor, axis 1."""
     with torch_threads():
-        return Moments(*_core.moments(array(x), 1))
+        return Moments(*_core.moments(array(x), 1, mask))
 
 
 def torch_threads() -> AbstractContextManager[None]:

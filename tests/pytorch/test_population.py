@@ -267,3 +267,109 @@ def test_compiled_models():
     recompute_statistics(compiled, [x])
     for ours, theirs in zip(model.buffers(), compiled.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# ---- Masks
+
+
+class Masked(nn.Module):
+    """Two layers, the second of which gets a mask, too, if asked for."""
+
+    def __init__(self, kind=bnfast.torch.BatchNorm1d, second=True, **options):
+        super().__init__()
+        self.first, self.last = kind(3, **options).double(), kind(3, **options).double()
+        self.second = second
+
+    def forward(self, x, mask=None):
+        y = torch.relu(self.first(x, mask=mask))
+        return self.last(y, mask=mask if self.second else None)
+
+
+def weighted(x, weights):
+    """Mean and unbiased variance of weighted values, in NumPy's long doubles."""
+    w = weights.numpy().astype(np.longdouble)[:, None]
+    wide = np.where(w > 0, x.detach().numpy(), 0).astype(np.longdouble)
+    mean = (w * wide).sum((0, 2)) / w.sum()
+    d = np.where(w > 0, wide - mean[:, None], 0)
+    return mean, (w * d * d).sum((0, 2)) / (w.sum() - 1)
+
+
+def check_weighted(layer, x, weights, rtol=1e-12):
+    for got, want in zip(
+        (layer.running_mean, layer.running_var), weighted(x, weights), strict=True
+    ):
+        np.testing.assert_allclose(got.numpy(), want.astype(float), rtol=rtol)
+
+
+def padded(weights=False):
+    """Data with garbage where nothing is counted, and its mask; each row counts two at least."""
+    x = torch.randn(12, 3, 7, dtype=torch.float64) * 3 + torch.arange(12).view(12, 1, 1)
+    mask = (torch.randint(0, 9, (12, 7)) / 4).double() if weights else torch.rand(12, 7) < 0.5
+    mask[:, :2] = 1
+    return x.masked_fill((mask == 0).unsqueeze(1), torch.nan), mask
+
+
+KINDS_WITH_MASKS = {
+    "BatchNorm1d": (bnfast.torch.BatchNorm1d, {}),
+    "virtual batches": (bnfast.torch.BatchNorm1d, {"virtual_batch_size": 2}),
+    "BatchRenorm1d": (bnfast.torch.BatchRenorm1d, {}),
+    "SyncBatchNorm": (bnfast.torch.SyncBatchNorm, {}),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("weights", [False, True], ids=["bool", "weights"])
+@pytest.mark.parametrize("kind", KINDS_WITH_MASKS)
+def test_population_is_what_masks_count(kind, weights, training):
+    kind, options = KINDS_WITH_MASKS[kind]
+    x, mask = padded(weights)
+    model = Masked(kind, **options).train(training)
+    batches = [{"x": x[i:j], "mask": mask[i:j]} for i, j in ((0, 5), (5, 6), (6, 12))]
+    seen = []
+    model.last.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    before = snapshot(model)
+    recompute_statistics(model, batches)
+    assert snapshot(model) == before
+    check_weighted(model.first, x, mask)
+    check_weighted(model.last, torch.cat(seen), mask)
+    assert model.first.num_batches_tracked == 0
+
+
+def test_batches_with_and_without_masks():
+    x, mask = padded()
+    whole = torch.nan_to_num(x, nan=1.5)
+    model = Masked(second=False)
+    recompute_statistics(model, [{"x": x[:6], "mask": mask[:6]}, whole[6:]], layers=["first"])
+    given, kept = torch.cat([x[:6], whole[6:]]), torch.cat([mask[:6], torch.ones(6, 7)])
+    check_weighted(model.first, given, kept)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "said"),
+    [
+        (torch.ones(4, 8), ValueError, "mask has shape (4, 8)"),
+        (torch.ones(4, 7).long(), TypeError, "mask has dtype torch.int64"),
+        (torch.full((4, 7), 0.01), ValueError, "first saw values whose weights sum to 0.28"),
+        (torch.zeros(4, 7), ValueError, "Expected more than 1 value per channel"),
+    ],
+)
+def test_refused_masks_change_nothing(mask, kind, said):
+    model = Masked()
+    before, modes = copy.deepcopy(model.state_dict()), snapshot(model)
+    x = torch.randn(4, 3, 7).double()
+    with pytest.raises(kind, match=re.escape(said)):
+        recompute_statistics(model, [{"x": x, "mask": mask}])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert snapshot(model) == modes
+
+
+def test_a_mask_of_another_class_is_its_own():
+    """What a user's forward calls a mask may be anything."""
+
+    class Own(nn.BatchNorm1d):
+        def forward(self, input, mask=None):  # noqa: A002
+            return super().forward(input) * mask
+
+    model, x = Own(3), torch.randn(8, 3, 7)
+    recompute_statistics(model, [{"input": x, "mask": torch.zeros(3, 1)}])
+    check(model, x.double(), 1e-6)
