@@ -13,6 +13,7 @@ Imported only by name, and nothing here imports PyTorch, mpi4py or Dask before i
 from .dask_arrays import dask_moments, dask_normalize
 from .forward import Move as Move
 from .layer import SyncBatchNorm
+from .merging import Counted as Counted
 from .merging import Merging as Merging
 from .merging import all_reduce
 from .ranks import Ranks as Ranks

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnfast import _arrays, _core, _options
+from bnfast import _arrays, _core, _masks, _options
 from bnfast._threads import num_threads
 from bnfast.functional import normalize
 from bnfast.moments import Moments, moments
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from bnfast._types import Activation, Tensor, Vector
 
 _RECORD = np.dtype([("count", np.int64), ("mean", np.float64), ("m2", np.float64)])
+_WEIGHTED = np.dtype([("count", np.float64), ("mean", np.float64), ("m2", np.float64)])
 
 
-def dask_moments(x: Any, axis: int = 1) -> Any:
+def dask_moments(x: Any, axis: int = 1, mask: Any = None) -> Any:
     """Return the moments of each channel of a Dask array, lazily: exact, in one pass over it.
 
     The moments of each block are computed where the block is, and merged in a tree: a few numbers
@@ -37,6 +39,8 @@ def dask_moments(x: Any, axis: int = 1) -> Any:
         Rank 2 or more; chunked in any way, along the channels too.
     axis : int
         The channel axis; all others are reduced.
+    mask : dask.array.Array or array_like of bool, or of any of the types of `x`, optional
+        Which values count, or their weights: see `bnfast.moments`. It gets the chunks of `x`.
 
     Returns
     -------
@@ -48,11 +52,12 @@ def dask_moments(x: Any, axis: int = 1) -> Any:
     Raises
     ------
     TypeError
-        If `x` is no Dask array, or has another dtype.
+        If `x` is no Dask array, or `x` or `mask` has another dtype.
     ValueError
-        If `x` has fewer than two dimensions, no such axis, or an unknown number of channels; from
-        ``compute()``, if its blocks are not what its chunks say, or have different numbers of rows
-        in different channels.
+        If `x` has fewer than two dimensions, no such axis, or an unknown number of channels; if
+        `mask` does not fit `x`, or `x` has an unknown shape beside a mask; from ``compute()``, if
+        blocks of `x` are not what its chunks say, or have different numbers of rows in different
+        channels, or if a weight is negative or not finite.
 
     See Also
     --------
@@ -70,15 +75,18 @@ def dask_moments(x: Any, axis: int = 1) -> Any:
     import dask.array as da
 
     axis = _checked_axis(x, axis, da)
+    weights = None if mask is None else _full_mask(mask, x, axis, da)
+    record = _RECORD if weights is None or weights.dtype == np.bool_ else _WEIGHTED
     records = da.reduction(
         x,
         chunk=_block_moments,
         combine=_merge_blocks,
-        aggregate=_merge_to_records,
+        aggregate=partial(_merge_to_records, record=record),
         axis=tuple(i for i in range(x.ndim) if i != axis),
         concatenate=False,
-        dtype=_RECORD,
-        meta=np.empty((0,), _RECORD),
+        dtype=record,
+        meta=np.empty((0,), record),
+        weights=weights,
     )
     # Fuses reading a block and summing it into one task; older versions of Dask do not optimise
     # the graph below a delayed call.
@@ -176,27 +184,63 @@ def _checked_axis(x: Any, axis: Any, da: Any) -> int:
     return int(axis) % int(x.ndim)
 
 
+def _full_mask(mask: Any, x: Any, axis: int, da: Any) -> Any:
+    """Return a mask with the shape and chunks of x, or raise."""
+    if any(np.isnan(n) for n in x.shape):
+        raise ValueError(
+            f"x has shape {x.shape} beside a mask; expected a known one (compute_chunk_sizes finds "
+            "out)"
+        )
+    given = mask if isinstance(mask, da.Array) else da.asarray(_masks.read(mask))
+    # Checks the type as for any block.
+    _masks.read(np.empty(0, given.dtype))
+    full = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    if given.ndim == x.ndim - 1:
+        given = da.expand_dims(given, axis)
+    fits = given.ndim == x.ndim and all(
+        n in (1, size) for n, size in zip(given.shape, full, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask has shape {np.shape(mask)}; expected {full}, or without its axis {axis}, for x "
+            f"of shape {x.shape}"
+        )
+    # First the chunks of x, then its channels: blocks then repeat one value without copies.
+    chunks = [c if n == sum(c) else (1,) for c, n in zip(x.chunks, given.shape, strict=True)]
+    return da.broadcast_to(given.rechunk(tuple(chunks)), x.shape, chunks=x.chunks)
+
+
 # Tasks. Each runs on one thread, since Dask runs as many tasks at a time as there are cores.
 
 
 def _block_moments(
-    x: Tensor, axis: Sequence[int], keepdims: bool, computing_meta: bool = False
+    x: Tensor,
+    weights: Tensor | None = None,
+    *,
+    axis: Sequence[int],
+    keepdims: bool,
+    computing_meta: bool = False,
 ) -> Any:
     if computing_meta:  # Dask asks for an empty result, not for a reduction
         return np.empty((0,) * x.ndim, _RECORD)
     (channel_axis,) = set(range(x.ndim)).difference(axis)
+    mask = None
+    if weights is not None and x.shape[channel_axis]:
+        mask = np.take(weights, [0], channel_axis)
     with num_threads(1):
-        return moments(x, axis=channel_axis)
+        return moments(x, axis=channel_axis, mask=mask)
 
 
 def _merge_blocks(parts: Any, axis: Sequence[int], keepdims: bool) -> Moments:
     return Moments.merge_all(_leaves(parts))
 
 
-def _merge_to_records(parts: Any, axis: Sequence[int], keepdims: bool) -> Tensor:
+def _merge_to_records(
+    parts: Any, axis: Sequence[int], keepdims: bool, record: np.dtype[Any] = _RECORD
+) -> Tensor:
     total = _merge_blocks(parts, axis, keepdims)
     check_count(total.count)
-    records = np.empty(len(total.mean), _RECORD)
+    records = np.empty(len(total.mean), record)
     records["count"], records["mean"], records["m2"] = total.count, total.mean, total.m2
     return records
 
@@ -216,13 +260,15 @@ def _from_records(records: Tensor, channels: int) -> Moments:
             f"the blocks of x have {len(records)} channels; expected the {channels} of its shape"
         )
     counts = sorted(set(records["count"].tolist()))
-    if len(counts) > 1:
+    weighted = records.dtype == _WEIGHTED
+    # Sums of the same weights differ by rounding if blocks have other numbers of channels.
+    if len(counts) > 1 and counts[-1] - counts[0] > (1e-9 * counts[-1] if weighted else 0):
         found = ", ".join(map(str, counts))
         raise ValueError(
             f"the blocks of x have {found} values in channels of different blocks; "
             "expected as many in each"
         )
-    return Moments(sum(counts), records["mean"].copy(), records["m2"].copy())
+    return Moments(counts[0] if counts else 0, records["mean"].copy(), records["m2"].copy())
 
 
 def _normalize_block(

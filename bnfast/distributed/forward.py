@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bnfast import _arrays
-    from bnfast._types import Activation, Tensor, Vector
+    from bnfast._types import Activation, Array, Tensor, Vector
     from bnfast.moments import Moments
+
+    from .merging import Counted
 
 
 class Move(NamedTuple):
@@ -52,6 +54,8 @@ class ForwardCall(NamedTuple):
     observer: Callable[[Moments], None] | None
     move: Move | None
     mine: Moments
+    mask: Array | None
+    counted: Counted | None
 
     def finish(self, batch: Moments) -> tuple[Tensor, BatchStats]:
         """Return the output, and the statistics that it was normalised with."""
@@ -72,5 +76,6 @@ class ForwardCall(NamedTuple):
             self.activation,
             self.target,
             moments=(batch.count, batch.mean, batch.m2),
+            mask=self.mask,
         )
         return self.canonical.write_back(y), BatchStats(mean, var, inv_std, count)

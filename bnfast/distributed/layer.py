@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from bnfast import _arrays, _core, _options
+from bnfast import _arrays, _core, _masks, _options
 from bnfast.functional import _wanted
 from bnfast.layers import _RUNNING, BatchNorm, Saved, _sum
 from bnfast.moments import moments
 
 from .forward import ForwardCall, Move
-from .merging import Merging
+from .merging import Counted, Merging
 from .ranks import ranks_of
 from .summing import Summing
 
@@ -141,6 +141,7 @@ class SyncBatchNorm(BatchNorm):
         residual: ArrayLike | None = None,
         out: Tensor | None = None,
         *,
+        mask: ArrayLike | None = None,
         update_stats: bool = True,
     ) -> Tensor:
         """Normalise `x`: in training with the batch of all processes, else with running statistics.
@@ -153,6 +154,9 @@ class SyncBatchNorm(BatchNorm):
             Added before the activation.
         out : ndarray, shape and dtype of `x`, optional
             Where to write: `x` or `residual` itself, or memory apart from both.
+        mask : array_like of bool, or of any of the types of `x`, optional
+            Which values of this process' part count in training, or their weights: see
+            `bnfast.batch_norm`. It may count none of them; a process without a mask counts all.
         update_stats : bool
             Whether a training forward updates the running statistics. False is for the repeated
             forward of checkpointing.
@@ -168,24 +172,25 @@ class SyncBatchNorm(BatchNorm):
             If an argument has a dtype or type that is not accepted.
         ValueError
             If an argument has a wrong shape or value. On every process, if all of them together
-            have one value per channel, or have different numbers of channels.
+            have one value per channel, or masks that count fewer than two or weigh too little, or
+            if they have different numbers of channels.
         RuntimeError
             If another process could not take part (its own exception says why); if `group` is None
             and there is no default one. Statistics and counters are then as they were.
         """
         if not self.training:
-            return super().__call__(x, residual, out, update_stats=update_stats)
+            return super().__call__(x, residual, out, mask=mask, update_stats=update_stats)
         exchange = Merging(ranks_of(self.group), training=True)
         with exchange:
-            call = self._forward_call(x, residual, out, update_stats)
-            batch = exchange.merged(call.mine, call.move)
+            call = self._forward_call(x, residual, out, mask, update_stats)
+            batch = exchange.merged(call.mine, call.move, call.counted)
         y, stats = call.finish(batch)
         if call.observer is None:
-            self._keep(call.x, stats, call.residual, y, out)
+            self._keep(call.x, stats, call.residual, y, out, call.mask)
         return y
 
     def _forward_call(
-        self, x: Any, residual: Any, out: Tensor | None, update_stats: bool
+        self, x: Any, residual: Any, out: Tensor | None, mask: Any, update_stats: bool
     ) -> ForwardCall:
         """Read and check all arguments of a training forward, and allocate its results.
 
@@ -193,6 +198,10 @@ class SyncBatchNorm(BatchNorm):
         allocated then. Reading options and parameters may run Python code of the caller, so arrays
         are looked at last.
         """
+        if self.virtual_batch_size is not None:
+            raise RuntimeError(
+                "virtual_batch_size is set; SyncBatchNorm takes the batch of all processes"
+            )
         observer = self._observer
         updates = (
             observer is None
@@ -206,6 +215,7 @@ class SyncBatchNorm(BatchNorm):
         axis = _options.integer("axis", self.axis)
         x = self._checked(x)
         residual = _maybe_array("residual", residual)
+        mask = None if mask is None else _masks.read(mask).copy()
         given = [_maybe_array(name, getattr(self, name)) for name in _PARAMETERS]
         canonical = _arrays.Canonical(x, axis, residual=residual, out=out)
         _arrays.check_channels(canonical.shape, axis, channels)
@@ -216,9 +226,22 @@ class SyncBatchNorm(BatchNorm):
         others = (x, residual, out, *given)
         move = None if rates is None else self._move(*rates, channels, canonical.x.dtype, others)
         target = _core.new_output(canonical.x) if canonical.out is None else canonical.out
-        mine = moments(canonical.x, axis=canonical.axis)
+        mine = moments(canonical.x, axis=canonical.axis, mask=mask)
+        counted = Counted.of(mask, canonical.x, canonical.axis)
         return ForwardCall(
-            x, residual, canonical, target, weight, bias, eps, activation, observer, move, mine
+            x,
+            residual,
+            canonical,
+            target,
+            weight,
+            bias,
+            eps,
+            activation,
+            observer,
+            move,
+            mine,
+            mask,
+            counted,
         )
 
     def _rates(self) -> tuple[float, int]:
@@ -311,6 +334,7 @@ class SyncBatchNorm(BatchNorm):
             "residual": canonical.residual,
             "activation": activation,
             "y": canonical.y,
+            "mask": saved.mask,
         }
         only_sums = (False, True, True, False)
         _, *sums, _ = _core.backward(**arguments, count=0, out=None, needs=only_sums)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bnfast import _errors
+from bnfast import _errors, _masks
 from bnfast.moments import Moments
 
 from .counts import MOST_VALUES, check_count
@@ -14,6 +14,8 @@ from .exchange import REFUSED, UNSENT, Exchange, in_words, refusal_of
 from .ranks import ranks_of
 
 if TYPE_CHECKING:
+    from bnfast._types import Array, Tensor
+
     from .forward import Move
     from .ranks import Ranks
 
@@ -33,20 +35,23 @@ class Merging(Exchange):
 
     def __init__(self, ranks: Ranks, training: bool = False) -> None:
         self._ranks, self._training = ranks, training
-        self._sizes = np.full((ranks.size, 2), UNSENT, np.int64)
+        self._sizes = np.full((ranks.size, len(_Size._fields)), UNSENT, np.int64)
         self._numbers = np.empty((ranks.size, 2, 0))
         self._move: Move | None = None
 
-    def merged(self, mine: Moments, move: Move | None = None) -> Moments:
+    def merged(
+        self, mine: Moments, move: Move | None = None, counted: Counted | None = None
+    ) -> Moments:
         """Return the moments of all ranks, after `move` has updated the running statistics.
+
+        `counted` is what a mask counts of this rank's part; None without a mask.
 
         These change on every rank or on none, also if an exception is raised meanwhile.
         """
         numbers = np.stack([mine.mean, mine.m2])
         self._numbers = np.full((self._ranks.size, *numbers.shape), float(UNSENT))
         self._move = move
-        size = np.array([numbers.shape[1], mine.count], np.int64)
-        self._ranks.gather(size, self._sizes)
+        self._ranks.gather(np.array(_Size.of(mine, move, counted), np.int64), self._sizes)
         if disagreement := self._disagreement():
             raise disagreement
         if numbers.size:
@@ -57,7 +62,8 @@ class Merging(Exchange):
 
     def _disagreement(self) -> Exception | None:
         """Return the error that all ranks raise for the sizes, None if they agree."""
-        channels, counts = self._sizes.T.tolist()
+        sizes = [_Size(*row) for row in self._sizes.tolist()]
+        channels, counts = [size.channels for size in sizes], [size.weight for size in sizes]
         on_all = f"ranks 0 to {self._ranks.size - 1}"
         if REFUSED in channels:
             return refusal_of(channels)
@@ -71,10 +77,22 @@ class Merging(Exchange):
                 f"the moments have {in_words(counts)} values per channel on {on_all}, "
                 f"{sum(counts)} together; expected at most {MOST_VALUES}"
             )
-        if self._training and sum(counts) == 1:
+        return self._too_few(sizes) if self._training else None
+
+    def _too_few(self, sizes: list[_Size]) -> Exception | None:
+        """Return the error for a batch without a variance."""
+        together = f"on all {len(sizes)} ranks together"
+        positions, counted = sum(s.positions for s in sizes), sum(s.counted for s in sizes)
+        if positions and counted < 2:
+            found = "one" if counted == positions else f"masks that count {counted}"
             return ValueError(
-                "Expected more than 1 value per channel when training, got one on all "
-                f"{self._ranks.size} ranks together"
+                f"Expected more than 1 value per channel when training, got {found} {together}"
+            )
+        weight, least = sum(s.weight for s in sizes), max(s.least for s in sizes)
+        if 0 < weight <= least:
+            return ValueError(
+                f"the masks' weights sum to {weight:g} {together}; expected more than {least}, the "
+                "ddof of running_var"
             )
         return None
 
@@ -85,8 +103,8 @@ class Merging(Exchange):
     def _finish(self) -> Moments:
         with np.errstate(all="ignore"):  # a caller's setting must not make one rank alone raise
             batch = Moments.merge_all(
-                Moments(count, mean, m2)
-                for count, (mean, m2) in zip(self._sizes[:, 1].tolist(), self._numbers, strict=True)
+                Moments(_Size(*row).weight, mean, m2)
+                for row, (mean, m2) in zip(self._sizes.tolist(), self._numbers, strict=True)
             )
             if self._move is not None:
                 self._move(batch)
@@ -94,13 +112,55 @@ class Merging(Exchange):
 
     def _complete(self) -> None:
         if self._sizes[0, 0] == UNSENT:
-            self._ranks.gather(np.array([REFUSED, 0], np.int64), self._sizes)
+            self._ranks.gather(np.array(_Size(REFUSED), np.int64), self._sizes)
         elif self._disagreement() is None:
             if UNSENT in self._numbers[0, 1, :1]:
                 refused = np.full(self._numbers.shape[1:], float(REFUSED))
                 self._ranks.gather(refused, self._numbers)
             elif self._refusal() is None:
                 self._finish()
+
+
+class Counted(NamedTuple):
+    """What a mask counts of a part of a batch: how many of its positions have a weight above 0."""
+
+    positions: int
+    counted: int
+
+    @classmethod
+    def of(cls, mask: Array | None, x: Tensor, axis: int) -> Counted | None:
+        """Return it for a mask of x; None without a mask."""
+        if mask is None:
+            return None
+        weights = _masks.arrange(mask, x, axis)
+        return cls(weights.positions, weights.counted(0, weights.positions))
+
+
+class _Size(NamedTuple):
+    """What ranks must agree on before they gather moments, in integers."""
+
+    channels: int
+    values: int = 0
+    weight_bits: int = 0  # of a count that is a float, then in place of values
+    positions: int = 0
+    counted: int = 0
+    least: int = -1  # the ddof of the running variance, above which the count must be
+
+    @classmethod
+    def of(cls, mine: Moments, move: Move | None, counted: Counted | None) -> _Size:
+        """Return this rank's."""
+        whole = isinstance(mine.count, int)
+        values = int(mine.count) if whole else 0
+        bits = 0 if whole else int(np.float64(mine.count).view(np.int64))
+        found = counted or Counted(values, values)
+        least = move.ddof if move is not None and move.running else -1
+        return cls(len(mine.mean), values, bits, *found, least)
+
+    @property
+    def weight(self) -> float:
+        """The number of values, or the sum of their weights."""
+        bits = self.weight_bits
+        return float(np.int64(bits).view(np.float64)) if bits else self.values
 
 
 def all_reduce(moments: Moments, group: Any = None) -> Moments:
@@ -137,8 +197,9 @@ def all_reduce(moments: Moments, group: Any = None) -> Moments:
 
     Notes
     -----
-    Two gathers: of ``(channels, count)``, 16 bytes per process, and of mean and M2, 16 bytes per
-    channel and process. If a process does not call, the others wait until the group's own timeout.
+    Two gathers: of the numbers of channels and values, 48 bytes per process, and of mean and M2, 16
+    bytes per channel and process. If a process does not call, the others wait until the group's own
+    timeout.
 
     Examples
     --------

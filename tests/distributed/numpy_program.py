@@ -3,16 +3,15 @@
 import copy
 import pickle
 
+import masked_batches
 import numpy as np
 from cases import make_problem
 from launch import attempt
+from splits import SHAPES, SPLITS, rows_of
 
 import bnfast
 from bnfast.distributed import SyncBatchNorm, all_reduce
 
-# Rows of the batch on each of three ranks (with two ranks, the first also has the third's).
-SPLITS = {"uneven": (5, 1, 3), "an empty rank": (4, 0, 5), "one rank only": (0, 9, 0)}
-SHAPES = {"planar": (9, 5, 4, 3), "interleaved": (9, 5)}
 PROBLEMS = {
     f"{layout}, {split}, {np.dtype(dtype).name}, {activation}{', residual' * residual}": (
         split,
@@ -24,15 +23,6 @@ PROBLEMS = {
     for activation, residual in ((None, False), (None, True), ("relu", False), ("relu6", True))
 }
 MOMENTUM = 0.3
-
-
-def rows_of(split, rank, size):
-    """The slice of the batch on a rank."""
-    counts = list(SPLITS[split])
-    if size == 2:
-        counts = [counts[0] + counts[2], counts[1]]
-    start = sum(counts[:rank])
-    return slice(start, start + counts[rank])
 
 
 def problem(name):
@@ -51,10 +41,10 @@ def layer_for(p, kind, **options):
     return layer
 
 
-def step(layer, p, cut):
+def step(layer, p, cut, mask=None):
     """One training step on some rows; return all results."""
     residual = None if p.residual is None else p.residual[cut]
-    y = layer(p.x[cut], residual)
+    y = layer(p.x[cut], residual, mask=mask)
     back = layer.backward(p.dy[cut])
     dx, dresidual = back if residual is not None else (back, None)
     return {
@@ -251,6 +241,72 @@ def copies(this):
     }
 
 
+def masked_steps(this):
+    found = {}
+    for name in masked_batches.PROBLEMS:
+        p, cuts, masks, _ = masked_batches.problem(name, this.size)
+        layer = layer_for(p, SyncBatchNorm, group=this.group)
+        found[name] = step(layer, p, cuts[this.rank], masks[this.rank])
+    return found
+
+
+def masks_that_count_too_little(this):
+    """Refused on all ranks; the next call works."""
+    found = {}
+    x = np.arange(12, dtype=np.float32).reshape(4, 3) + this.rank
+    for mask in masked_batches.TOO_LITTLE:
+        layer = SyncBatchNorm(3, group=this.group)
+        before = layer.state_dict()
+        raised = attempt(layer, x, mask=mask(this.rank))
+        same = all(np.array_equal(before[key], value) for key, value in layer.state_dict().items())
+        layer(x, mask=np.arange(4) != 2)
+        found[mask.__name__] = raised, same, layer.state_dict()
+    return found
+
+
+def little_weight_without_statistics(this):
+    """Enough, where no running variance is divided by it less one."""
+    layer = SyncBatchNorm(3, group=this.group, track_running_stats=False)
+    x = np.arange(12, dtype=np.float64).reshape(4, 3) + this.rank
+    paused = SyncBatchNorm(3, group=this.group, dtype=np.float64)
+    mask = np.full(4, 0.25 / this.size)  # 1 together
+    return layer(x.astype(np.float32), mask=mask), paused(x, mask=mask, update_stats=False)
+
+
+def little_weight_beside_an_empty_rank(this):
+    layer = SyncBatchNorm(3, group=this.group, track_running_stats=False)
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    if this.rank == 1:
+        return attempt(layer, x[:0])
+    return attempt(layer, x, mask=np.full(4, 0.25 / (this.size - 1)))
+
+
+def empty_masks(this):
+    layer = SyncBatchNorm(3, group=this.group)
+    x = np.ones((0, 3, 2), np.float32)
+    y = layer(x, mask=np.ones((0, 2), bool))
+    return y, layer.backward(x), layer.state_dict()
+
+
+def moments_of_weights(this):
+    """Counts that are floats on some ranks, ints on others, and 0 on one."""
+    x = make_problem(SHAPES["planar"]).x[rows_of("uneven", this.rank, this.size)]
+    weights = np.random.default_rng(this.rank).uniform(0, 1, (len(x), 1, 1))
+    mine = bnfast.moments(x, mask=weights if this.rank == 0 else weights > 0.2)
+    nothing = bnfast.moments(x, mask=weights if this.rank == 0 else np.zeros((1, 1, 1)))
+    return mine, all_reduce(mine, this.group), nothing, all_reduce(nothing, this.group)
+
+
+def population_of_masks(this):
+    (name,) = (n for n in masked_batches.PROBLEMS if "weights, planar, uneven, float64" in n)
+    p, cuts, masks, _ = masked_batches.problem(name, this.size)
+    x, mask = p.x[cuts[this.rank]], masks[this.rank]
+    layer = SyncBatchNorm(p.channels, group=this.group, dtype=np.float64)
+    batches = [(x, mask), (x, mask > 0)]
+    bnfast.recompute_statistics(lambda pair: layer(pair[0], mask=pair[1]), batches, [layer])
+    return layer.state_dict()
+
+
 SCENARIOS = [
     moments_of_all,
     moments_of_nothing,
@@ -273,4 +329,11 @@ SCENARIOS = [
     untouched_statistics,
     population_statistics,
     copies,
+    masked_steps,
+    masks_that_count_too_little,
+    little_weight_without_statistics,
+    little_weight_beside_an_empty_rank,
+    empty_masks,
+    moments_of_weights,
+    population_of_masks,
 ]

@@ -175,6 +175,12 @@ FORWARD = {
         "TypeError: residual is a masked",
     ),
     "out's kind": (argument("out", [0.0]), "TypeError: out is [0.0]"),
+    "mask's shape": (argument("mask", np.ones((4, 3))), "ValueError: mask has shape (4, 3)"),
+    "mask's dtype": (argument("mask", np.ones(4, int)), "TypeError: mask has dtype int64"),
+    "masked mask": (argument("mask", np.ma.ones(4)), "TypeError: mask is a masked array"),
+    "negative weight": (argument("mask", -np.ones(4)), "ValueError: mask has a weight of -1"),
+    "mask interrupts": (argument("mask", Odd(KeyboardInterrupt())), "KeyboardInterrupt: "),
+    "virtual batches": (attribute("virtual_batch_size", 2), "RuntimeError: virtual_batch_size is"),
     "read-only out": (
         argument("out", read_only(np.ones((4, 3), np.float32))),
         "ValueError: out of shape (4, 3) is read-only",

@@ -7,6 +7,7 @@ import torch
 from launch import attempt
 from torch import nn
 
+import bnfast.torch
 from bnfast.torch import recompute_statistics
 
 ROWS = 30
@@ -115,6 +116,45 @@ def a_part_of_the_ranks(this):
     return state_of(model)
 
 
+class Masked(nn.Module):
+    """A model that passes its masks on, to a layer over ranks or not."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.norm = kind(3).double()
+
+    def forward(self, x, mask=None):
+        return self.norm(x, mask=mask)
+
+
+def weights():
+    """One weight of each position, of which one in nine is 0."""
+    return np.random.default_rng(1).integers(0, 9, (ROWS, 4, 5)) / 4
+
+
+def masks(this):
+    """Weights on the first rank, bool on the second, none on a third."""
+    mine = slice(this.rank, None, this.size)
+    x, mask = data()[mine], torch.from_numpy(weights()[mine])
+    mask = (mask, mask > 0, None)[this.rank]
+    cuts = (slice(0, 4), slice(4, None))
+    batches = [{"x": x[cut], "mask": None if mask is None else mask[cut]} for cut in cuts]
+    found = []
+    for kind in (bnfast.torch.BatchNorm2d, bnfast.torch.SyncBatchNorm):
+        model = Masked(kind)
+        recompute_statistics(model, batches, group=torch.distributed.group.WORLD)
+        found.append(state_of(model))
+    return found
+
+
+def masks_of_little_weight(this):
+    model = Masked(bnfast.torch.BatchNorm2d)
+    before = state_of(model)
+    batch = {"x": data()[:4], "mask": torch.full((4, 4, 5), 0.25 / 80)}
+    error = attempt(recompute_statistics, model, [batch], group=torch.distributed.group.WORLD)
+    return error, all((before[name] == value).all() for name, value in state_of(model).items())
+
+
 SCENARIOS = [
     statistics,
     a_rank_without_batches,
@@ -122,4 +162,6 @@ SCENARIOS = [
     nobody_has_values,
     other_layers,
     a_part_of_the_ranks,
+    masks,
+    masks_of_little_weight,
 ]

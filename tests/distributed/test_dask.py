@@ -113,6 +113,110 @@ class TestNormalize:
         assert bits(y) == bits(want)
 
 
+def full_mask(kind, rng):
+    """A mask of (60, 1, 14), or its like with other axes."""
+    rows, columns = SHAPE[0], SHAPE[2]
+    drawn = rng.integers(0, 9, (rows, columns)) / 4
+    return {
+        "bool": drawn > 0.5,
+        "weights": drawn,
+        "any weights": rng.uniform(0, 1, (rows, columns)) ** 8,
+        "one channel": drawn[:, None] > 0.5,
+        "rows": drawn[:, :1],
+        "columns": drawn[None, :1].reshape(1, 1, columns),
+        "nothing": np.zeros((rows, columns), bool),
+        "halves": drawn.astype(np.float16),
+    }[kind]
+
+
+MASK_CHUNKS = {
+    "NumPy": None,
+    "the same rows": (7, 14),
+    "others": (11, 4),
+    "many": (9, 5),
+    "one": (-1, -1),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "kind",
+    ["bool", "weights", "any weights", "one channel", "rows", "columns", "nothing", "halves"],
+)
+@CHUNKED
+class TestMasks:
+    @pytest.mark.parametrize("mask_chunks", MASK_CHUNKS.values(), ids=MASK_CHUNKS)
+    def test_moments_are_those_of_the_whole(self, values, chunks, kind, dtype, mask_chunks, rng):
+        x, mask = values.astype(dtype), full_mask(kind, rng)
+        given = mask
+        if mask_chunks is not None:
+            size = (mask_chunks[0], mask_chunks[1]) if mask.ndim == 2 else (mask_chunks[0], 1, -1)
+            given = da.from_array(mask, size)
+        got = dask_moments(da.from_array(x, chunks), mask=given).compute(scheduler="synchronous")
+        want = bnfast.moments(x, mask=mask)
+        assert type(got.count) is type(want.count)
+        np.testing.assert_allclose(got.count, want.count, rtol=1e-14)
+        # Both are within `moments_of`'s limits of the exact values, whose largest is 1000.
+        np.testing.assert_allclose(got.mean, want.mean, rtol=1e-13, atol=1e-14)
+        np.testing.assert_allclose(got.m2, want.m2, rtol=1e-11)
+
+    def test_garbage_is_not_read(self, values, chunks, kind, dtype, rng):
+        x, mask = values.astype(dtype), full_mask(kind, rng)
+        full = mask if mask.ndim == 3 else mask[:, None]
+        clean = dask_moments(da.from_array(x, chunks), mask=mask).compute(scheduler="synchronous")
+        x[np.broadcast_to(full == 0, x.shape)] = np.nan
+        got = dask_moments(da.from_array(x, chunks), mask=mask).compute(scheduler="synchronous")
+        assert got == clean
+        assert np.isfinite(got.m2).all()
+
+
+def test_masks_on_any_axis(values, rng):
+    for axis in (0, 2, -1):
+        mask = rng.uniform(0, 1, np.delete(SHAPE, axis)) > 0.4
+        got = dask_moments(da.from_array(values, (13, 5, 3)), axis, mask).compute()
+        want = bnfast.moments(values, axis=axis, mask=mask)
+        assert got.count == want.count
+        np.testing.assert_allclose(got.mean, want.mean, rtol=1e-12)
+        np.testing.assert_allclose(got.var(), want.var(), rtol=1e-11)
+
+
+def test_masked_moments_have_the_same_bits_under_any_scheduler(values, rng):
+    x = da.from_array(values, (13, 5, 3))
+    mask = rng.uniform(0, 1, (60, 14))
+    one_by_one = dask_moments(x, mask=mask).compute(scheduler="synchronous")
+    for workers in (1, 2, 5):
+        again = dask_moments(x, mask=da.from_array(mask, 9))
+        assert again.compute(scheduler="threads", num_workers=workers) == one_by_one
+
+
+def test_masks_of_no_channels():
+    got = dask_moments(da.zeros((4, 0)), mask=np.ones(4)).compute()
+    assert got == bnfast.Moments.empty(0)
+
+
+def test_masks_of_dense_layers(values):
+    x = values[:, :, 0]
+    mask = np.arange(60) % 3 > 0
+    got = dask_moments(da.from_array(x, (7, 4)), mask=mask).compute()
+    want = bnfast.moments(x[mask])
+    assert got.count == want.count
+    np.testing.assert_allclose(got.mean, want.mean, rtol=1e-13)
+    np.testing.assert_allclose(got.m2, want.m2, rtol=1e-11)
+
+
+def test_a_mask_is_never_as_large_as_the_array():
+    """Its blocks repeat one value for all channels."""
+    x = da.zeros((64, 1000, 10), chunks=(64, 1000, 5))
+    mask = da.ones((64, 10), chunks=(2, 1))
+    from bnfast.distributed import dask_arrays
+
+    full = dask_arrays._full_mask(mask, x, 1, da)
+    for block in full.to_delayed().ravel():
+        made = block.compute(scheduler="synchronous")
+        assert made.shape == (64, 1000, 5)
+        assert made.strides[1] == 0
+
+
 class TestRefusals:
     @pytest.fixture
     def x(self, values):
@@ -142,6 +246,34 @@ class TestRefusals:
     def test_of_unknown_channels(self, x):
         with pytest.raises(ValueError, match="unknown number of channels on axis 0"):
             dask_moments(x[x[:, 0, 0] > 3], axis=0)
+
+    @pytest.mark.parametrize(
+        ("mask", "kind", "words"),
+        [
+            (np.ones((60, 15)), ValueError, r"mask has shape \(60, 15\); expected \(60, 1, 14\)"),
+            (np.ones((60, 6, 14)), ValueError, "mask has shape"),
+            (np.ones(60), ValueError, "mask has shape"),
+            (np.ones((60, 14), int), TypeError, "mask has dtype int64"),
+            (da.ones((60, 14), dtype=int), TypeError, "mask has dtype int64"),
+            (da.ones((60, 15)), ValueError, r"mask has shape \(60, 15\)"),
+            (np.ma.ones((60, 14)), TypeError, "mask is a masked array"),
+        ],
+    )
+    def test_masks_that_do_not_fit(self, x, mask, kind, words):
+        with pytest.raises(kind, match=words):
+            dask_moments(x, mask=mask)
+
+    @pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
+    def test_weights_of_wrong_values(self, x, weight):
+        mask = np.ones((60, 14))
+        mask[50, 3] = weight
+        with pytest.raises(ValueError, match=f"mask has a weight of {weight}"):
+            dask_moments(x, mask=mask).compute(scheduler="synchronous")
+
+    def test_masks_beside_unknown_shapes(self, x):
+        chosen = x[x[:, 0, 0] > 3]
+        with pytest.raises(ValueError, match="beside a mask; expected a known one"):
+            dask_moments(chosen, mask=np.ones((1, 14)))
 
     @pytest.mark.parametrize("name", ["mean", "var", "weight", "bias"])
     def test_vectors_of_wrong_shape(self, x, name):

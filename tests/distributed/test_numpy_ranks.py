@@ -1,5 +1,6 @@
 """`all_reduce` and the NumPy `SyncBatchNorm` on real processes, over torch.distributed and MPI."""
 
+import masked_batches
 import numpy as np
 import numpy_program as program
 import pytest
@@ -237,6 +238,69 @@ def test_copies(results):
         assert result["apart"]
         assert bits(result["results"][0]) == bits(result["results"][1])
         assert result["pickled"] == (None, 0.25)
+
+
+@pytest.mark.parametrize("name", masked_batches.PROBLEMS)
+def test_masked_steps(ranks, name):
+    """The ranks together equal one process on the whole batch and its masks, to rounding."""
+    p, _, _, weights = masked_batches.problem(name, len(ranks))
+    of = [rank["masked_steps"][name] for rank in ranks]
+    masked_batches.check_step(p, weights, of, program.MOMENTUM)
+
+
+@pytest.mark.parametrize("mask", masked_batches.TOO_LITTLE, ids=lambda mask: mask.__name__)
+def test_masks_that_count_too_little(results, mask):
+    found = [rank[mask.__name__] for rank in results]
+    for raised, same, state in found:
+        assert raised.kind == "ValueError"
+        assert raised == found[0][0]
+        assert raised.text.startswith(masked_batches.TOO_LITTLE[mask])
+        assert same
+        assert state["num_batches_tracked"] == 1
+    same_on_all([state for *_, state in found])
+
+
+def test_little_weight_without_statistics(results):
+    x = np.concatenate([np.arange(12.0).reshape(4, 3) + rank for rank in range(len(results))])
+    mask = np.full(len(x), 0.25 / len(results))
+    want, _ = bnfast.batch_norm_forward(x, mask=mask)
+    for i, dtype in enumerate((np.float32, np.float64)):
+        got = np.concatenate([rank[i] for rank in results])
+        assert_within(got, want, 16 * unit(dtype) * np.abs(want).max(), dtype)
+
+
+def test_little_weight_beside_an_empty_rank(results):
+    """Weights of 1 together are not one value."""
+    assert not [found for found in results if isinstance(found, Raised)]
+    assert results[1].shape == (0, 3)
+
+
+def test_empty_masks(results):
+    """Nothing to count is no mask that counts nothing."""
+    for y, dx, state in results:
+        assert y.shape == dx.shape == (0, 3, 2)
+        assert state["num_batches_tracked"] == 1
+        assert not state["running_mean"].any()
+
+
+def test_moments_of_weights(results):
+    mine, found, nothing, rest = zip(*results, strict=True)
+    assert all(one == bnfast.Moments.merge_all(mine) for one in found)
+    assert all(one == bnfast.Moments.merge_all(nothing) for one in rest)
+    assert [type(one.count) for one in mine] == [float] + [int] * (len(mine) - 1)
+    assert rest[0].count == nothing[0].count == mine[0].count
+    assert type(found[0].count) is float
+
+
+def test_population_of_masks(results):
+    """Each batch of all ranks counts twice: by weights, then by which of these are not 0."""
+    state = same_on_all(results)
+    (name,) = (n for n in masked_batches.PROBLEMS if "weights, planar, uneven, float64" in n)
+    p, _, _, weights = masked_batches.problem(name, len(results))
+    whole = masked_batches.Whole(p, weights + (weights > 0))
+    for key, want in (("running_mean", whole.mean), ("running_var", whole.var)):
+        assert_within(state[key], want, 1e-13 * np.abs(want).max(), key)
+    assert state["num_batches_tracked"] == 0
 
 
 class TestGroups:

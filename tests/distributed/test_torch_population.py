@@ -77,3 +77,31 @@ def test_a_part_of_the_ranks(ranks):
     states = [rank["a_part_of_the_ranks"] for rank in ranks[:2]]
     check_states(states, [program.data()[0::2], program.data()[1::2]])
     assert all(rank["a_part_of_the_ranks"] is None for rank in ranks[2:])
+
+
+def test_masks(ranks):
+    """What all ranks count, each by its own mask."""
+    size = len(ranks)
+    weights = program.weights()
+    for rank in range(1, size):
+        weights[rank::size] = weights[rank::size] > 0 if rank == 1 else 1
+    x = np.moveaxis(program.data().numpy().astype(np.longdouble), 1, -1)
+    w = weights[..., None]
+    mean = (w * x).sum((0, 1, 2)) / w.sum()
+    var = (w * (x - mean) ** 2).sum((0, 1, 2)) / (w.sum() - 1)
+    for i in range(2):
+        states = [rank["masks"][i] for rank in ranks]
+        for name, value in states[0].items():
+            assert all(bits(state[name]) == bits(value) for state in states)
+        for name, want in (("running_mean", mean), ("running_var", var)):
+            got = states[0][f"norm.{name}"]
+            np.testing.assert_allclose(got, want.astype(float), rtol=1e-12)
+
+
+def test_masks_of_little_weight(ranks):
+    """0.25 on each rank: no variance over count - 1 is left, on any rank."""
+    for rank in ranks:
+        error, same = rank["masks_of_little_weight"]
+        assert error.kind == "ValueError"
+        assert error.text.startswith("norm saw values whose weights sum to 0.")
+        assert same

@@ -2,6 +2,7 @@
 
 import inspect
 
+import masked_batches
 import numpy as np
 import pytest
 from cases import bits
@@ -98,6 +99,48 @@ class TestTrainingSteps:
                 ("backward", *key, sums): 1,
                 ("backward", *key, dx): 1 + (sums == dx),
             }
+
+
+class TestMaskedSteps:
+    """The ranks together equal one process on the whole batch and its masks, to rounding."""
+
+    @pytest.fixture
+    def steps(self, ranks):
+        return [rank["masked_steps"] for rank in ranks]
+
+    @pytest.mark.parametrize("name", masked_batches.PROBLEMS)
+    def test_values_and_gradients(self, steps, name):
+        p, _, _, weights = masked_batches.problem(name, len(steps))
+        for layout in ("contiguous", "channels_last")[: p.x.ndim // 2]:
+            of = [found[name, layout] for found, _ in steps]
+            masked_batches.check_step(p, weights, of, MOMENTUM)
+            assert all(rank["same format"] for rank in of)
+
+    def test_ran_on_bnfast(self, steps):
+        for found, ran in steps:
+            full = sum(bool(step["y"].size) for step in found.values())
+            assert ran == {"moments": full, "forward": full, "backward": 2 * full}
+
+
+@pytest.mark.parametrize("mask", masked_batches.TOO_LITTLE, ids=lambda mask: mask.__name__)
+def test_masks_that_count_too_little(results, mask):
+    found = [rank[mask.__name__] for rank in results]
+    for raised, same, state in found:
+        assert raised.kind == "ValueError"
+        assert raised == found[0][0]
+        assert raised.text.startswith(masked_batches.TOO_LITTLE[mask])
+        assert same
+        assert state["num_batches_tracked"] == 1
+        for name, value in state.items():
+            assert bits(value) == bits(found[0][2][name])
+
+
+def test_empty_masks(results):
+    assert results == [((0, 3, 2), 1, [0.0] * 3)] * len(results)
+
+
+def test_masks_in_evaluation(results):
+    assert [len(result) for result in results] == [rank + 1 for rank in range(len(results))]
 
 
 def test_bfloat16_steps(results):

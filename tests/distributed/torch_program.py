@@ -4,12 +4,14 @@ import copy
 import functools
 from itertools import pairwise
 
+import masked_batches
 import numpy as np
 import torch
 import torch.distributed as dist
 from cases import by_direction, make_problem
 from launch import attempt
-from numpy_program import MOMENTUM, SHAPES, SPLITS, rows_of
+from numpy_program import MOMENTUM
+from splits import SHAPES, SPLITS, rows_of
 from torch import nn
 
 import bnfast.torch
@@ -57,12 +59,12 @@ def layer_for(p, kind, **options):
     return layer
 
 
-def step(layer, p, cut, memory_format):
+def step(layer, p, cut, memory_format, mask=None):
     x = tensor_of(p.x[cut], memory_format).requires_grad_()
     residual = None
     if p.residual is not None:
         residual = tensor_of(p.residual[cut], memory_format).requires_grad_()
-    y = layer(x, residual, p.activation)
+    y = layer(x, residual, p.activation, mask=mask)
     y.backward(tensor_of(p.dy[cut], memory_format))
     return {
         "y": y.detach().numpy(),
@@ -292,6 +294,48 @@ def copies(this):
     )
 
 
+@counted
+def masked_steps(this):
+    found = {}
+    for name in masked_batches.PROBLEMS:
+        p, cuts, masks, _ = masked_batches.problem(name, this.size)
+        mask, cut = masks[this.rank], cuts[this.rank]
+        given = mask if mask is None or this.rank == 0 else torch.from_numpy(mask)
+        for layout in ("contiguous", "channels_last")[: p.x.ndim // 2]:
+            layer = layer_for(p, SyncBatchNorm)
+            found[name, layout] = step(layer, p, cut, FORMATS[layout], given)
+    return found
+
+
+def masks_that_count_too_little(this):
+    """Refused on all ranks; the next call works."""
+    found = {}
+    x = torch.arange(12.0).reshape(4, 3) + this.rank
+    for mask in masked_batches.TOO_LITTLE:
+        layer = SyncBatchNorm(3)
+        before = copy.deepcopy(layer.state_dict())
+        raised = attempt(layer, x, mask=mask(this.rank))
+        same = all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+        layer(x, mask=torch.arange(4) != 2)
+        state = {key: value.numpy() for key, value in layer.state_dict().items()}
+        found[mask.__name__] = raised, same, state
+    return found
+
+
+def empty_masks(this):
+    layer = SyncBatchNorm(3)
+    x = torch.ones(0, 3, 2).requires_grad_()
+    layer(x, mask=torch.ones(0, 2)).sum().backward()
+    return tuple(x.grad.shape), layer.num_batches_tracked.item(), layer.running_mean.tolist()
+
+
+def masks_in_evaluation(this):
+    """Not read, and nothing is exchanged."""
+    layer = SyncBatchNorm(3).eval()
+    mask = torch.zeros(2)
+    return [layer(torch.ones(2, 3), mask=mask).tolist() for _ in range(this.rank + 1)]
+
+
 SCENARIOS = [
     training_steps,
     bfloat16_steps,
@@ -308,4 +352,8 @@ SCENARIOS = [
     compiled,
     cumulative_average,
     copies,
+    masked_steps,
+    masks_that_count_too_little,
+    empty_masks,
+    masks_in_evaluation,
 ]

@@ -38,6 +38,11 @@ def freed(layer, call):
     layer.weight.untyped_storage().resize_(0)
 
 
+def freed_mask(layer, call):
+    call["mask"] = torch.ones(4) > 0
+    call["mask"].untyped_storage().resize_(0)
+
+
 with torch.inference_mode():
     INFERRED, INFERRED_COUNT = torch.ones(3), torch.zeros((), dtype=torch.int64)
     INFERRED_INPUT = torch.ones(4, 3)
@@ -97,6 +102,22 @@ FORWARD = {
         "RuntimeError: Inference tensors cannot be saved for backward",
     ),
     "residual's shape": (argument("residual", torch.ones(4, 2)), "ValueError: residual is of"),
+    "mask's shape": (argument("mask", torch.ones(4, 3)), "ValueError: mask has shape (4, 3)"),
+    "mask's dtype": (
+        argument("mask", torch.ones(4).int()),
+        "TypeError: mask has dtype torch.int32",
+    ),
+    "mask with a gradient": (
+        argument("mask", torch.ones(4, requires_grad=True)),
+        "ValueError: mask requires a gradient",
+    ),
+    "mask on another device": (
+        argument("mask", torch.ones(4, device="meta")),
+        "TypeError: mask is a Tensor of torch.float32 on meta",
+    ),
+    "freed mask": (freed_mask, "TypeError: mask is a Tensor"),
+    "negative weight": (argument("mask", -torch.ones(4)), "ValueError: mask has a weight of -1"),
+    "virtual batches": (attribute("virtual_batch_size", 2), "RuntimeError: virtual_batch_size is"),
     "no residual": (argument("residual", [1.0]), "TypeError: residual is [1.0] of type list"),
 }
 
@@ -151,6 +172,8 @@ def forward(this):
             if this.rank == bad:
                 spoil(layer, call)
             raised = tried(layer, **call)
+            for name_of_new in vars(layer).keys() - attributes.keys():
+                delattr(layer, name_of_new)
             vars(layer).update(attributes)
             for own, kept in zip((layer._parameters, layer._buffers), tensors, strict=True):
                 own.update(kept)
