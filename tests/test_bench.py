@@ -374,6 +374,39 @@ class TestFigures:
         assert list(styles) == ["bnfast", "jax"]
 
 
+class TestBatchKinds:
+    @pytest.fixture
+    def study(self):
+        from bench.studies import batch_kinds
+
+        return batch_kinds
+
+    def test_masks_count_half(self, study, rng):
+        for kind in ("lengths", "random"):
+            assert abs(study.mask_of(kind, 32, 500, rng).mean() - 0.5) < 0.02
+
+    @pytest.mark.parametrize("layout", ["NCL", "NLC"])
+    @pytest.mark.parametrize("kind", ["none", "lengths", "random", "weights"])
+    def test_an_answer_for_another_mask_ends_the_study(self, study, layout, kind, rng):
+        p = study.problem((4, 6, 10), layout, kind)
+        right, (step, read) = study.right_answer(p), study.ours(p)
+        study.checked("right", step, read, right, p)
+        step, read = study.ours(p._replace(mask=study.mask_of("random", 4, 10, rng)))
+        with pytest.raises(SystemExit, match="wrong one is wrong by"):
+            study.checked("wrong one", step, read, right, p)
+
+    @pytest.mark.slow
+    def test_a_quick_run_has_a_row_for_each_mask_and_size(self):
+        code = "from bench.studies import batch_kinds; batch_kinds.main(['--quick'])"
+        done = run_beside_bench(code, timeout=300)
+        assert done.returncode == 0, done.stderr
+        rows = [line.split("|")[1:3] for line in done.stdout.splitlines() if "|" in line]
+        ours = [(first.strip(), who.strip()) for first, who in rows if "bnfast" in who]
+        masks = [(kind, "bnfast") for kind in ("none", "lengths", "random", "weights")]
+        ways = ("bnfast, one call", "bnfast, a loop", "bnfast, all rows")
+        assert ours == masks * 2 + [(size, way) for size in ("128", "512") for way in ways]
+
+
 class TestInstructionPins:
     """What `make instructions` does with counts; the counting itself needs valgrind."""
 
