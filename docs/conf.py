@@ -56,7 +56,7 @@ html_math_renderer = "mathml"
 # ---- pages that depend on what is installed
 
 # Modules that need other packages have a page if they can be imported.
-OPTIONAL = ("torch", "distributed", "onnx")
+OPTIONAL = ("torch", "distributed", "onnx", "sklearn")
 
 
 def importable(name):

@@ -1,4 +1,4 @@
-"""The pictures of "How it works", drawn when the pages are built.
+"""The pictures of "How it works" and "What is the batch?", drawn when the pages are built.
 
 python docs/figures.py [folder]
 """
@@ -146,10 +146,115 @@ def tree():
     return figure
 
 
+def cells(axis, shares, colours, labels=None):
+    """Draw an array's rows, one cell per value; hatched where a share is 0."""
+    rows, columns = np.shape(shares)
+    for n in range(rows):
+        for i in range(columns):
+            share = shares[n][i]
+            style = {"facecolor": colours[n], "alpha": 0.15 + 0.65 * share, "edgecolor": "none"}
+            if share == 0:
+                style = {"facecolor": "white", "edgecolor": "#bbbbbb", "hatch": "////", "lw": 0}
+            axis.add_patch(Rectangle((i, -n), 0.92, 0.86, **style))
+        if labels:
+            axis.text(-0.3, -n + 0.43, labels[n], ha="right", va="center")
+
+
+def brace(axis, x, top, bottom, text, colour):
+    """Draw a bracket from one row to another, and what its values have in common."""
+    axis.plot([x, x + 0.25, x + 0.25, x], [top, top, bottom, bottom], color=colour, linewidth=1.6)
+    axis.text(x + 0.6, (top + bottom) / 2, text, va="center", color=colour)
+
+
+def plain_axes(height, left, right, rows):
+    figure, axis = plt.subplots(figsize=(7.2, height))
+    axis.set_xlim(left, right)
+    axis.set_ylim(-rows + 0.8, 1.6)
+    axis.set_axis_off()
+    return figure, axis
+
+
+def whole_batch():
+    """One channel of a batch: all values have the same mean and variance."""
+    rows, columns = 6, 10
+    figure, axis = plain_axes(2.3, -2.6, 18, rows)
+    axis.text(columns / 2, 1.25, "positions", ha="center")
+    cells(axis, np.ones((rows, columns)), [READ] * rows, [f"row {n}" for n in range(rows)])
+    brace(axis, columns + 0.2, 0.86, -rows + 1, "one mean and variance,\nof every value", READ)
+    return figure
+
+
+def masked_batch():
+    """One channel of padded sequences: what the mask leaves out is in no statistic."""
+    lengths, columns = (10, 4, 7, 2, 8, 5), 10
+    rows = len(lengths)
+    figure, axis = plain_axes(2.3, -2.6, 18, rows)
+    axis.text(columns / 2, 1.25, "positions", ha="center")
+    counted = np.arange(columns) < np.reshape(lengths, (-1, 1))
+    cells(axis, counted, [READ] * rows, [f"length {length}" for length in lengths])
+    text = "one mean and variance,\nof the values that count;\nthe padding may hold\nanything"
+    brace(axis, columns + 0.2, 0.86, -rows + 1, text, READ)
+    return figure
+
+
+def virtual_batches():
+    """One channel in runs of rows: each has its own statistics, and moves the running ones."""
+    columns, size = 10, 2
+    runs = (("run 0", READ), ("run 1", "#009E73"), ("run 2", "#8A5AA8"))
+    rows = size * len(runs)
+    figure, axis = plain_axes(2.5, -2.6, 18.6, rows)
+    axis.text(columns / 2, 1.25, "positions", ha="center")
+    axis.text(16.8, 1.25, "running statistics", ha="center")
+    colours = [colour for _, colour in runs for _ in range(size)]
+    cells(axis, np.ones((rows, columns)), colours, [f"row {n}" for n in range(rows)])
+    arrow = {"arrowstyle": "-|>", "mutation_scale": 12, "color": "#444444"}
+    for k, (name, colour) in enumerate(runs):
+        top, bottom = 0.8 - size * k, 0.06 - size * k - size + 1
+        brace(axis, columns + 0.2, top, bottom, f"{name}: its own\nmean and variance", colour)
+        middle = (top + bottom) / 2
+        axis.plot(16.8, middle, "o", color=OURS, markersize=8)
+        axis.add_patch(FancyArrowPatch((15, middle), (16.5, middle), **arrow))
+        if k:
+            down = (16.8, middle + size - 0.2), (16.8, middle + 0.2)
+            axis.add_patch(FancyArrowPatch(*down, **arrow))
+    return figure
+
+
+def renormalisation():
+    """Four values that are alike, normalised in three ways; computed by the formulas."""
+    x = np.array([0.9, 1.3, 1.6, 2.2])  # by the running statistics, which are 0 and 1 here
+    rmax, dmax = 1.5, 0.8
+    r = np.clip(x.std(), 1 / rmax, rmax)
+    d = np.clip(x.mean(), -dmax, dmax)
+    z = (x - x.mean()) / x.std()
+    ways = (
+        ("by running statistics:\nevaluation, or no limits", x, READ),
+        (f"renormalised,\n1/{rmax} ≤ r ≤ {rmax}, |d| ≤ {dmax}", z * r + d, OURS),
+        ("by the batch's statistics:\nr = 1, d = 0", z, "#555555"),
+    )
+    figure, axis = plt.subplots(figsize=(7.2, 2.6))
+    values = np.array([values for _, values, _ in ways])
+    axis.plot(values, -np.arange(len(ways)), color="#bbbbbb", linewidth=1, zorder=1)
+    at = np.linspace(-3, 3, 200)
+    for k, (_, values, colour) in enumerate(ways):
+        axis.fill_between(at, -k, -k + 0.55 * np.exp(-(at**2) / 2), color=QUIET, zorder=0, lw=0)
+        axis.plot(values, [-k] * len(values), "o", color=colour, markersize=8, zorder=2)
+    axis.set_yticks(-np.arange(len(ways)), [name for name, _, _ in ways])
+    axis.set_xlabel("normalised value (grey: all that training has seen)")
+    axis.set_ylim(-len(ways) + 0.7, 0.75)
+    axis.spines["left"].set_visible(False)
+    axis.tick_params(left=False)
+    return figure
+
+
+DRAWN = (traffic, groups, digits, tree)
+DRAWN += (whole_batch, masked_batch, virtual_batches, renormalisation)
+
+
 def draw_all(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(SETTINGS):
-        for draw in (traffic, groups, digits, tree):
+        for draw in DRAWN:
             figure = draw()
             figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
             plt.close(figure)

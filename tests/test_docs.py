@@ -97,7 +97,10 @@ def test_pages_with_examples_are_found():
     assert len(found) > 8
 
 
-@pytest.mark.parametrize(("module", "peer"), [("bnfast", "numpy"), ("bnfast.torch", "torch")])
+@pytest.mark.parametrize(
+    ("module", "peer"),
+    [("bnfast", "numpy"), ("bnfast.torch", "torch"), ("bnfast.sklearn", "sklearn")],
+)
 def test_docstring_examples(module, peer):
     """The Examples sections of public objects run and print what they show."""
     pytest.importorskip(peer)
