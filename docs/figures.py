@@ -1,4 +1,4 @@
-"""The pictures of "How it works" and "What is the batch?", drawn when the pages are built.
+"""The pictures of the pages, drawn when these are built.
 
 python docs/figures.py [folder]
 """
@@ -12,6 +12,8 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+import bnfast
 
 OURS, READ, WRITE, QUIET = "#D55E00", "#0072B2", "#56B4E9", "#dddddd"
 SETTINGS = {
@@ -84,8 +86,6 @@ def groups():
 
 def digits():
     """The correct digits of a variance as the mean moves away, computed here in three ways."""
-    import bnfast
-
     rng = np.random.default_rng(0)
     normal = rng.standard_normal((1 << 14, 1))
     ratios = np.logspace(0, 7, 29)
@@ -247,8 +247,34 @@ def renormalisation():
     return figure
 
 
+def drifting():
+    """Three channels over a month, a thousand values a day, beside training data."""
+    rng = np.random.default_rng(0)
+    training = bnfast.moments(rng.normal(0, 1, (20_000, 3)))
+    days, moved = np.arange(31), []
+    for day in days:
+        x = rng.normal(0, 1, (1000, 3))
+        x[:, 1] += max(0, day - 10) / 20
+        x[:, 2] *= 1 + (day >= 20)
+        moved.append(bnfast.drift(training, bnfast.moments(x)))
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8))
+    names = ("as in training", "mean moves from day 10", "twice as wide from day 20")
+    for axis, of_day, title in (
+        (axes[0], [day.kl_divergence for day in moved], "divergence, nats"),
+        (axes[1], [day.mean_difference for day in moved], "difference of means"),
+    ):
+        for values, name, colour in zip(
+            np.array(of_day).T, names, ("#999999", READ, OURS), strict=True
+        ):
+            axis.plot(days, values, color=colour, label=name)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("day")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    return figure
+
+
 DRAWN = (traffic, groups, digits, tree)
-DRAWN += (whole_batch, masked_batch, virtual_batches, renormalisation)
+DRAWN += (whole_batch, masked_batch, virtual_batches, renormalisation, drifting)
 
 
 def draw_all(folder):
