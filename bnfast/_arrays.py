@@ -485,7 +485,7 @@ def refuse_one_value(shape: tuple[int, ...], rows: int) -> NoReturn:
     """Refuse a batch of one value per channel, which has no variance."""
     found = f"got input size {tuple(shape)}"
     if rows:
-        found += f", of which a virtual batch of {rows} rows or the rest has one value"
+        found += f", of which a virtual batch, of at most {rows} rows, has one value"
     raise ValueError(f"Expected more than 1 value per channel when training, {found}")
 
 

@@ -1068,36 +1068,36 @@ cdef void take_rows(bnf_call *call, Py_ssize_t rows, Py_ssize_t first, Py_ssize_
         call.shape.outer = call.shape.outer // rows * n
 
 
+cdef inline bint share_threads(Py_ssize_t count, int threads) noexcept:
+    """Whether there are enough calls for the threads, so that each runs on one."""
+    return count > 1 and count >= threads
+
+
 cdef int split(bnf_call *calls, Py_ssize_t count, cnp.ndarray x, Py_ssize_t rows,
                int threads) except -1:
     """Give each call its run of rows, plan it and reserve its memory; the first call has all."""
     cdef Py_ssize_t i, first, n = cnp.PyArray_DIM(x, 0)
-    cdef bint shared = count > 1 and count >= threads
+    cdef int each = 1 if share_threads(count, threads) else threads
     for i in range(1, count):
         calls[i] = calls[0]
     for i in range(count):
         if rows > 0:
             first = i * rows
             take_rows(&calls[i], n, first, min(rows, n - first))
-        bnf_call_plan(&calls[i], 1 if shared else threads)
+        bnf_call_plan(&calls[i], each)
         reserve(&calls[i])
     return 0
 
 
-cdef void run_all(bnf_call *calls, Py_ssize_t count, Py_ssize_t bytes, int threads) noexcept:
-    """Run them: in one parallel region if there are enough for the threads."""
+cdef void run_all(bnf_call *calls, Py_ssize_t count, int threads) noexcept:
+    """Run them: in one parallel region if they were planned for it."""
     cdef Py_ssize_t i
-    cdef int useful
-    if count == 1:
-        run(calls)
-        return
-    useful = min(threads, bnf_useful_threads(bytes))
-    if count < useful:
+    if share_threads(count, threads):
+        with nogil:
+            bnf_calls_run(calls, count, threads)
+    else:
         for i in range(count):
             run(&calls[i])
-    else:
-        with nogil:
-            bnf_calls_run(calls, count, useful)
 
 
 cdef bint has_rows_first(object x) noexcept:
@@ -1185,7 +1185,6 @@ def forward(x, running_mean, running_var, weight, bias, momentum, eps, axis, ddo
         _options.check_runs(x, axis, "moments" if options.is_part else None)
         if not has_rows_first(x):
             x = np.ascontiguousarray(x)
-        if x is not given:
             _arrays.check_running_apart(running_mean, running_var, given)
     if running_mean is not None or running_var is not None:
         means = as_running("running_mean", running_mean)
@@ -1235,10 +1234,12 @@ cdef object train(object x, object axis, object residual, object out, Training *
     if options.is_part:
         check_part(batch[0], shape.outer * shape.inner, weights)
     else:
-        check_runs(x, options.rows, shape.outer * shape.inner, weights)
+        check_sizes(x, options.rows, shape.outer * shape.inner, weights)
     threads = most_threads(<cnp.ndarray>x)
     y = new_like(<cnp.ndarray>x) if out is None else out
     runs = runs_of(<cnp.ndarray>x, options.rows)
+    if runs > 1:
+        threads = min(threads, bnf_useful_threads(2 * cnp.PyArray_NBYTES(<cnp.ndarray>x)))
     mean, var, inv_std = new_stats(<cnp.ndarray>x, channels, runs, options)
     calls = call = new_calls(&one, runs)
     try:
@@ -1268,7 +1269,7 @@ cdef object train(object x, object axis, object residual, object out, Training *
                 read_parameter(MOMENTS_NAMES[1], batch[2], channels, 0.0, call.m2, out)
             count += call.count
         stats = (batch[0] if options.is_part else count_of(weights, count), mean, var, inv_std)
-        run_all(calls, runs, 2 * cnp.PyArray_NBYTES(<cnp.ndarray>x), threads)
+        run_all(calls, runs, threads)
         for i in range(runs):
             call = &calls[i]
             if call.count > 0:
@@ -1294,7 +1295,7 @@ cdef int check_part(object count, Py_ssize_t values, object weights) except -1:
     return 0
 
 
-cdef int check_runs(object x, Py_ssize_t rows, Py_ssize_t values, object weights) except -1:
+cdef int check_sizes(object x, Py_ssize_t rows, Py_ssize_t values, object weights) except -1:
     """Refuse a batch, or a virtual one, that has one value per channel, or a mask of as few."""
     cdef Py_ssize_t i, n, each, counted, runs = runs_of(<cnp.ndarray>x, rows)
     if values == 0 or (weights is None and rows == 0 and values > 1):
@@ -1474,6 +1475,8 @@ cdef object differentiate(object dy, object x, object axis, object residual, obj
     dbias = new_vector(channels) if options.needs_bias else None
     found = (dx, dweight, dbias, dresidual)
     runs = runs_of(<cnp.ndarray>x, options.rows)
+    if runs > 1:
+        threads = min(threads, bnf_useful_threads(3 * cnp.PyArray_NBYTES(<cnp.ndarray>x)))
     calls = call = new_calls(&one, runs)
     try:
         if (not look_backward(call, dy, x, axis, residual, y, out)
@@ -1498,7 +1501,7 @@ cdef object differentiate(object dy, object x, object axis, object residual, obj
             if options.is_part:
                 read_parameter(SUMS_NAMES[0], vectors[4], channels, 0.0, call.dweight, out)
                 read_parameter(SUMS_NAMES[1], vectors[5], channels, 0.0, call.dbias, out)
-        run_all(calls, runs, 3 * cnp.PyArray_NBYTES(<cnp.ndarray>x), threads)
+        run_all(calls, runs, threads)
         bnf_add_gradients(calls, runs)
         if dweight is not None:
             copy_sums(dweight, calls.dweight, runs)

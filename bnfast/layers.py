@@ -364,8 +364,9 @@ class BatchNorm:
         x = self._checked(x)
         if mask is not None:
             mask = _masks.read(mask)
-            _masks.check_fits(mask, x.shape, self.axis)
         if not self.training and self._has_running_stats():
+            if mask is not None:
+                _masks.check_fits(mask, x.shape, self.axis)
             return _core.normalize(
                 x,
                 self.running_mean,

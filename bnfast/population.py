@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _arrays, _errors
-from .layers import BatchNorm
+from .layers import _RUNNING, BatchNorm
 from .moments import Moments, moments_of
 
 if TYPE_CHECKING:
     from ._types import Vector
-
-_RUNNING = ("running_mean", "running_var")
 
 
 def load_statistics(layer: Any, moments: Moments) -> None:

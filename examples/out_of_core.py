@@ -13,7 +13,6 @@ Needs Dask (``pip install "bnfast[distributed]"``) and Linux, whose /proc shows 
 """
 
 import argparse
-import resource
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.diagnostics import ProgressBar
+from own_memory import limit_memory, peak_memory
 
 from bnfast import Moments
 from bnfast.distributed import dask_moments, dask_normalize
@@ -73,26 +73,6 @@ def write_features(path, rows, block):
 
 
 # ---- Memory
-
-
-def status(field):
-    """Return one of this process' numbers in /proc, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
-
-
-def limit_memory(allowed):
-    """Allow this process `allowed` more bytes than it has now; return what it has in memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + allowed, resource.RLIM_INFINITY))
-    return status("VmRSS")
-
-
-def peak_memory():
-    """The most memory that this process had since the limit was set."""
-    return status("VmHWM")
 
 
 def refused(path):

@@ -13,12 +13,12 @@ Needs scikit-learn (``pip install "bnfast[sklearn]"``) and Linux, whose /proc sh
 """
 
 import argparse
-import resource
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from own_memory import limit_memory, peak_memory
 
 from bnfast.sklearn import StandardScaler
 
@@ -70,21 +70,6 @@ def transform(scaler, source, target, rows, block):
 # ---- Memory
 
 
-def status(field):
-    """Return one of this process' numbers in /proc, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
-
-
-def limit_memory(allowed):
-    """Allow this process `allowed` more bytes than it has now; return what it has in memory."""
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + allowed, resource.RLIM_INFINITY))
-    return status("VmRSS")
-
-
 def refused(path):
     """Whether the whole table is too large for the memory."""
     try:
@@ -119,7 +104,7 @@ def main():
         before = limit_memory(allowed)
         scaler = fit(source, rows, block, "fit")
         transform(scaler, source, target, rows, block)
-        peak = status("VmHWM") - before
+        peak = peak_memory() - before
         after = fit(target, rows, block, "check")
         whole = "refused" if refused(source) else "FITS"
 

@@ -18,7 +18,7 @@ static inline void bnf_merge(double n_a, double *mean_a, double *m2_a, double n_
 {
     if (n_b == 0) /* a mask counts nothing there */
         return;
-    if (n_a == 0) { /* nor would 0 times an infinite square be 0 */
+    if (n_a == 0) { /* the formula below has 0 * delta^2, which is NaN if delta^2 overflows */
         memcpy(mean_a, mean_b, (size_t)channels * sizeof(double));
         memcpy(m2_a, m2_b, (size_t)channels * sizeof(double));
         return;

@@ -227,7 +227,7 @@ class SyncBatchNorm(BatchNorm):
         move = None if rates is None else self._move(*rates, channels, canonical.x.dtype, others)
         target = _core.new_output(canonical.x) if canonical.out is None else canonical.out
         mine = moments(canonical.x, axis=canonical.axis, mask=mask)
-        counted = Counted.of(mask, canonical.x, canonical.axis)
+        counted = None if mask is None else Counted.of(mask, canonical.x, canonical.axis)
         return ForwardCall(
             x,
             residual,

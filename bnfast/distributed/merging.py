@@ -128,10 +128,8 @@ class Counted(NamedTuple):
     counted: int
 
     @classmethod
-    def of(cls, mask: Array | None, x: Tensor, axis: int) -> Counted | None:
-        """Return it for a mask of x; None without a mask."""
-        if mask is None:
-            return None
+    def of(cls, mask: Array, x: Tensor, axis: int) -> Counted:
+        """Return it for a mask of x."""
         weights = _masks.arrange(mask, x, axis)
         return cls(weights.positions, weights.counted(0, weights.positions))
 

@@ -170,7 +170,9 @@ class SyncBatchNorm(BatchNormOnCPU):
         with exchange:
             call = self._forward_call(x, residual, activation, mask)
             mine = tensors.moments(call.x, call.mask)
-            counted = Counted.of(call.mask, tensors.array(call.x), 1)
+            counted = None
+            if call.mask is not None:
+                counted = Counted.of(call.mask, tensors.array(call.x), 1)
             batch = exchange.merged(mine, call.move, counted)
         mean, inv_std = call.normalize(batch)
         if not call.wants_gradient:
