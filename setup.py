@@ -1,11 +1,13 @@
 """Compiler facts: which sources are built with which flags.  All else is in pyproject.toml.
 
-One static library per instruction set, each with its own flags, so that no
+One static library per instruction set and data type, each with its set's flags, so that no
 instruction of a newer processor can leak into code that runs on every one.
 """
 
 import os
+import platform
 import re
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -53,13 +55,25 @@ if COVERAGE:
 DEBUG = os.environ.get("BNFAST_DEBUG") == "1"
 if DEBUG:
     COMMON += ["-Og", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
+# BNFAST_ABI3=1: one build for this Python and all later ones, of their stable ABI: for Pythons that
+# are newer than the other wheels.
+ABI3 = os.environ.get("BNFAST_ABI3") == "1"
+ABI3_OLDEST = (3, 11)
+ABI3_MACROS = [
+    ("Py_LIMITED_API", f"0x{ABI3_OLDEST[0]:02X}{ABI3_OLDEST[1]:02X}0000"),
+    ("CYTHON_LIMITED_API", "1"),
+]
 # One build directory per variant and interpreter, also where pip would take a temporary one: an
 # object is compiled again only where it has to be.
-VARIANTS = [SANITIZERS.replace(",", "-"), "coverage" if COVERAGE else "", "debug" if DEBUG else ""]
+VARIANTS = [
+    SANITIZERS.replace(",", "-"),
+    "coverage" if COVERAGE else "",
+    "debug" if DEBUG else "",
+    "abi3" if ABI3 else "",
+]
 BUILD = os.path.join("build", "-".join(filter(None, VARIANTS)))
 TARGET = f"{sysconfig.get_platform()}-{sysconfig.get_config_var('SOABI')}"
 OBJECTS = os.path.join(BUILD, f"objects-{TARGET}")
-OPENMP = ["-fopenmp"]  # for src/threads.c
 # The compiler's own conventions of other vector widths and nested braces are not ours.
 KERNEL = [*COMMON, "-Wno-missing-braces"]
 
@@ -82,11 +96,38 @@ ISA_FLAGS = {
 }
 SAME_PROCESSOR = {"amd64": "x86_64", "arm64": "aarch64"}
 
+# What operating systems do in ways of their own. macOS and Windows have threads that all libraries
+# of a process share; elsewhere they are OpenMP's.
+SYSTEM_SOURCES = {
+    "macosx": ("threads_macos", "caches_macos", "pages_posix"),
+    "win": ("threads_windows", "caches_windows", "pages_windows"),
+}
+POSIX_SOURCES = ("threads_openmp", "caches_linux", "pages_posix")
 
-def processor():
-    """Of the target: a cross build says which in _PYTHON_HOST_PLATFORM, and sysconfig reads it."""
-    name = sysconfig.get_platform().rpartition("-")[2].lower()
-    return SAME_PROCESSOR.get(name, name)
+
+def target():
+    """The system and the processor that is built for, as sysconfig names them: a cross build says
+    so in _PYTHON_HOST_PLATFORM.
+
+    A Python for both of Apple's processors builds for the one that it runs on.
+    """
+    system, _, rest = sysconfig.get_platform().lower().partition("-")
+    name = rest.rpartition("-")[2]
+    if name == "universal2":
+        name = platform.machine()
+        os.environ.setdefault("ARCHFLAGS", f"-arch {name}")
+    return system, SAME_PROCESSOR.get(name, name)
+
+
+SYSTEM, PROCESSOR = target()
+SOURCES_OF_SYSTEM = SYSTEM_SOURCES.get(SYSTEM, POSIX_SOURCES)
+OPENMP = ["-fopenmp"] if "threads_openmp" in SOURCES_OF_SYSTEM else []
+
+
+def data_types():
+    """The suffixes in src/types.inc."""
+    text = Path(ROOT, "src/types.inc").read_text("utf-8")
+    return re.findall(r"^TYPE\(.*, (\w+)\)$", text, re.MULTILINE)
 
 
 def library(name, sources, flags):
@@ -94,18 +135,30 @@ def library(name, sources, flags):
 
 
 def libraries():
-    isas = ISA_FLAGS.get(processor(), {"scalar": []})
+    """The driver first, as the linker needs it, and then what takes longest to compile."""
+    flags_of = ISA_FLAGS.get(PROCESSOR, {"scalar": []})
     kernels = [
-        library(f"bnfast_{isa}", [f"src/kernels_{isa}.c"], [*KERNEL, *flags])
-        for isa, flags in isas.items()
+        library(
+            f"bnfast_{isa}_{suffix}",
+            [f"src/kernels_{isa}.c"],
+            [*KERNEL, *flags_of[isa], f"-DKERNELS_{suffix}"],
+        )
+        for suffix in data_types()
+        for isa in reversed(flags_of)
     ]
-    tables = [f"-DBNF_TABLES_{processor().upper()}"] if processor() in ISA_FLAGS else []
-    files = ("driver", "threads", "dispatch", "tiling", "caches", "pages")
+    tables = [f"-DBNF_TABLES_{PROCESSOR.upper()}"] if PROCESSOR in ISA_FLAGS else []
+    files = ("driver", "tiling", "dispatch", "threads", "caches", "pages", *SOURCES_OF_SYSTEM)
     sources = [f"src/{name}.c" for name in files]
     return [library("bnfast_driver", sources, [*COMMON, *OPENMP, *tables]), *kernels]
 
 
 LIBRARIES = libraries()
+
+
+def link_flags(more):
+    """CFLAGS are in the link too, where -ffast-math adds code that changes the floating-point
+    environment of the process that loads it."""
+    return ["-O2", *EXACT, *more, *SANITIZE, *COVERAGE]
 
 
 def extension():
@@ -116,11 +169,11 @@ def extension():
         define_macros=[
             ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
             ("NPY_TARGET_VERSION", "NPY_1_22_API_VERSION"),  # the first with memory handlers
+            *(ABI3_MACROS if ABI3 else []),
         ],
+        py_limited_api=ABI3,
         extra_compile_args=COMMON,
-        # CFLAGS are in the link too, where -ffast-math adds code that changes the floating-point
-        # environment of the process that loads it.
-        extra_link_args=["-O2", *EXACT, *OPENMP, *SANITIZE, *COVERAGE],
+        extra_link_args=link_flags(OPENMP),
     )
 
 
@@ -132,10 +185,42 @@ def torch_extension():
         "bnfast.torch._aten",
         [f"{folder}/{file}" for file in files if file.endswith(".c")],
         include_dirs=["src"],
+        define_macros=ABI3_MACROS if ABI3 else [],
+        py_limited_api=ABI3,
         # PyTorch's exceptions are thrown through a kernel's frame.
         extra_compile_args=[*COMMON, "-fexceptions"],
-        extra_link_args=["-O2", *EXACT, *SANITIZE, *COVERAGE],
+        extra_link_args=link_flags([]),
     )
+
+
+# ---- Compilers: flags above are gcc's, which clang shares
+
+
+def is_microsofts(compiler):
+    return compiler.compiler_type == "msvc"
+
+
+def prepare(compiler):
+    """Use clang-cl in place of Microsoft's own compiler, which cannot be told all of the flags."""
+    if not is_microsofts(compiler):
+        return
+    found = shutil.which("clang-cl")
+    if not found:
+        sys.exit(
+            "bnfast: no clang-cl on the PATH; install LLVM, or Visual Studio's component "
+            "'C++ Clang tools for Windows'"
+        )
+    if not compiler.initialized:
+        compiler.initialize()
+    compiler.cc = found
+
+
+def spelled_for(compiler, flags):
+    return [f"/clang:{flag}" for flag in flags] if is_microsofts(compiler) else flags
+
+
+def command_of(compiler):
+    return [compiler.cc] if is_microsofts(compiler) else compiler.compiler_so
 
 
 # ---- Building: an edit compiles what includes the file, on all cores
@@ -158,13 +243,13 @@ def is_outdated(target, command):
         return True
 
 
-def compile_outdated(compiler, folder, units):
-    """Compile each (source, options) whose object is outdated, on all cores."""
+def compile_outdated(compiler, units):
+    """Compile each (source, folder, options) whose object is outdated, on all cores."""
 
     def compile_one(unit):
-        source, options = unit
+        source, folder, options = unit
         target = Path(compiler.object_filenames([source], output_dir=folder)[0])
-        command = repr((compiler.compiler_so, compiler.include_dirs, options))
+        command = repr((command_of(compiler), compiler.include_dirs, options))
         if is_outdated(target, command):
             made_by = target.with_suffix(".command")
             made_by.unlink(missing_ok=True)
@@ -184,8 +269,8 @@ def create_library(compiler, folder, name, objects):
     compiler.create_static_lib(objects, name, output_dir=folder)
 
 
-def options_of(flags, **others):
-    return {"extra_postargs": [*flags, "-MMD"], **others}
+def options_of(compiler, flags, **others):
+    return {"extra_postargs": spelled_for(compiler, [*flags, "-MMD"]), **others}
 
 
 class BuildLibraries(build_clib):
@@ -196,25 +281,31 @@ class BuildLibraries(build_clib):
         self.build_temp = self.build_clib = OBJECTS
 
     def build_libraries(self, libraries):
+        prepare(self.compiler)
+        name = command_of(self.compiler)[0]
         if not self.can_build([]):
             sys.exit(
-                f"bnfast: the C compiler {self.compiler.compiler_so[0]} does not work; "
+                f"bnfast: the C compiler {name} does not work; "
                 "install one (Debian, Ubuntu: apt install gcc) or name yours in CC"
             )
         if not self.can_build(OPENMP):
             sys.exit(
-                f"bnfast: the C compiler {self.compiler.compiler_so[0]} has no OpenMP "
+                f"bnfast: the C compiler {name} has no OpenMP "
                 "(-fopenmp); install gcc, or clang with libomp, and name it in CC"
             )
+        folders = {name: os.path.join(self.build_temp, name) for name, _ in libraries}
         units = [
-            (source, options_of(facts["cflags"], include_dirs=facts["include_dirs"]))
-            for _, facts in reversed(libraries)  # what takes longest first
+            (source, folders[name], self.options_of(facts))
+            for name, facts in (*libraries[1:], libraries[0])
             for source in facts["sources"]
         ]
-        compile_outdated(self.compiler, self.build_temp, units)
+        compile_outdated(self.compiler, units)
         for name, facts in libraries:
-            objects = self.compiler.object_filenames(facts["sources"], output_dir=self.build_temp)
+            objects = self.compiler.object_filenames(facts["sources"], output_dir=folders[name])
             create_library(self.compiler, self.build_clib, name, objects)
+
+    def options_of(self, facts):
+        return options_of(self.compiler, facts["cflags"], include_dirs=facts["include_dirs"])
 
     def can_build(self, flags):
         with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +313,8 @@ class BuildLibraries(build_clib):
             with open(source, "w", encoding="ascii") as file:
                 file.write("int main(void) { return 0; }\n")
             try:
-                objects = self.compiler.compile([source], folder, extra_postargs=flags)
+                spelled = spelled_for(self.compiler, flags)
+                objects = self.compiler.compile([source], folder, extra_postargs=spelled)
                 self.compiler.link_executable(objects, "probe", folder, extra_postargs=flags)
             except (CCompilerError, ExecError):
                 return False
@@ -237,10 +329,13 @@ class BuildExtensions(build_ext):
         self.build_temp = OBJECTS
 
     def build_extensions(self):
+        prepare(self.compiler)
         units = [
             (
                 source,
+                self.build_temp,
                 options_of(
+                    self.compiler,
                     extension.extra_compile_args,
                     include_dirs=extension.include_dirs,
                     macros=extension.define_macros,
@@ -249,8 +344,11 @@ class BuildExtensions(build_ext):
             for extension in self.extensions
             for source in extension.sources
         ]
-        compile_outdated(self.compiler, self.build_temp, units)
+        compile_outdated(self.compiler, units)
         self.compiler.compile = self.objects_of
+        if is_microsofts(self.compiler):
+            for extension in self.extensions:
+                extension.extra_link_args = []  # the linker's own defaults
         # Also copied always, in place of another variant's that is newer.
         self.force = self.compiler.force = True
         super().build_extensions()
@@ -269,6 +367,9 @@ if __name__ == "__main__":
             torch_extension(),
         ],
         libraries=LIBRARIES,
-        options={"build": {"build_base": BUILD}},
+        options={
+            "build": {"build_base": BUILD},
+            "bdist_wheel": {"py_limited_api": "cp{}{}".format(*ABI3_OLDEST) if ABI3 else False},
+        },
         cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtensions},
     )

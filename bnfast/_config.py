@@ -17,7 +17,8 @@ def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
 def show_config(mode: Any = "stdout") -> dict[str, Any] | None:
     """Print what a bug report should say: version, instruction sets, OpenMP, threads, caches.
 
-    The same as ``python -m bnfast``. The OpenMP runtime is the file the process has loaded;
+    The same as ``python -m bnfast``. Threads are OpenMP's on Linux, Grand Central Dispatch's on
+    macOS and those of Windows' own pool. The OpenMP runtime is the file the process has loaded;
     where other packages brought runtimes of their own, all of them are listed.
 
     Parameters
@@ -92,7 +93,7 @@ def _config() -> dict[str, Any]:
             "runnable": list(built["isas_runnable"]),
         },
         "openmp": {"version": built["openmp"], "runtimes": _openmp_runtimes()},
-        "threads": {"number": threads, "source": source},
+        "threads": {"number": threads, "source": source, "of": built["threads_of"]},
         "caches": dict(built["caches"]),
         "kept_memory": {"bytes": kept, "limit": limit, "source": _memory.bound()[1]},
     }
@@ -103,20 +104,19 @@ def _lines(config: dict[str, Any]) -> list[tuple[str, str]]:
     python, numpy, kernels = config["python"], config["numpy"], config["kernels"]
     openmp, threads, kept = config["openmp"], config["threads"], config["kept_memory"]
     runtimes = " and ".join(openmp["runtimes"]) or "runtime unknown"
+    used = f"{openmp['version']}, {runtimes}" if openmp["version"] else "not used"
+    libc = f", {python['libc']}" if python["libc"] else ""  # musl's version is not known
     sizes = f"{_bytes(kept['bytes'])} of {_bytes(kept['limit'])} at most"
     return [
         ("bnfast", config["bnfast"]),
-        (
-            "python",
-            f"{python['version']}, {python['system']} {python['machine']}, {python['libc']}",
-        ),
+        ("python", f"{python['version']}, {python['system']} {python['machine']}{libc}"),
         ("numpy", f"{numpy['version']} (extension built for ABI {numpy['built_for_abi']})"),
         ("compiler", config["compiler"]),
         ("kernels", f"{kernels['used']} ({kernels['reason']})"),
         ("  built", ", ".join(kernels["built"])),
         ("  runnable here", ", ".join(kernels["runnable"])),
-        ("OpenMP", f"{openmp['version']}, {runtimes}"),
-        ("threads", f"{threads['number']} ({threads['source']})"),
+        ("OpenMP", used),
+        ("threads", f"{threads['number']} ({threads['source']}), {threads['of']}"),
         ("caches", _caches(config["caches"])),
         ("kept memory", f"{sizes} ({kept['source']})"),
     ]

@@ -130,7 +130,16 @@ cdef extern from "threads.h" nogil:
     bint bnf_threads_lost()
     int bnf_threads_lowered()
     int bnf_openmp_version()
+    const char *bnf_threads_name()
     void bnf_at_work(int *calls, int *threads)
+
+
+cdef extern from "shared.h" nogil:
+    ctypedef struct bnf_shared_int:
+        pass
+
+    int bnf_shared_get(bnf_shared_int *number)
+    void bnf_shared_set(bnf_shared_int *number, int value)
 
 
 cdef extern from "pages.h" nogil:
@@ -142,3 +151,4 @@ cdef extern from "pages.h" nogil:
     size_t bnf_pages_bound()
     size_t bnf_pages_held()
     size_t bnf_pages_trim(size_t at_most)
+    size_t bnf_physical_memory()

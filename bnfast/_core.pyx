@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, embedsignature=False
+# cython: initializedcheck=False, embedsignature=False, freethreading_compatible=True
 """The one file that knows both Python and C.
 
 An entry point does three things in this order:
@@ -10,9 +10,13 @@ An entry point does three things in this order:
 2. Look at the arrays: take shapes, types and pointers, once, after the last such place.
 3. Run the driver (`src/driver.c`) on them.
 
+Threads may be in all of this at once, in any Python.  State of the process is set at import, or is
+atomic (`src/shared.h`, `src/driver.c`); `set_isa` and `set_caches` are for tests, between calls.
+
 Step 2 takes arrays of a supported type that are dense in some order of their axes.  Others go to
 `_arrays`, which converts them or raises, and then through step 2 again.
 """
+cimport cython
 cimport numpy as cnp
 from cpython.object cimport PyObject
 from cpython.memoryview cimport PyMemoryView_Check
@@ -42,8 +46,24 @@ cdef extern from *:
     """
     const char *BNF_COMPILER
 
-cdef extern from "Python.h":
-    PyObject *PyMemoryView_GET_BASE(object)
+cdef extern from *:
+    """
+    #ifdef Py_LIMITED_API
+    /* The stable ABI has it as an attribute only; the view keeps the reference. */
+    static PyObject *bnf_memory_of(PyObject *view)
+    {
+        PyObject *owner = PyObject_GetAttrString(view, "obj");
+        if (owner)
+            Py_DECREF(owner);
+        else
+            PyErr_Clear();
+        return owner;
+    }
+    #else
+    static PyObject *bnf_memory_of(PyObject *view) { return PyMemoryView_GET_BASE(view); }
+    #endif
+    """
+    PyObject *bnf_memory_of(object view)   # what a memoryview is a view of
 
 cdef extern from "numpy/arrayobject.h":
     PyObject *PyDataMem_DefaultHandler
@@ -149,6 +169,7 @@ def config():
         "isas_runnable": isas(),
         "isa": isa(),
         "openmp": bnf_openmp_version(),
+        "threads_of": bnf_threads_name().decode(),
         "compiler": BNF_COMPILER.decode(),
         "caches": {"l1d": caches.l1d, "l2": caches.l2, "l3": caches.l3,
                    "source": "read from the system" if caches.measured else "assumed"},
@@ -243,7 +264,8 @@ cdef void data_free(void *context, void *data, size_t size) noexcept nogil:
 
 
 cdef cnp.PyDataMem_Handler pages
-cdef object pages_handler = None
+cdef object pages_handler = PyCapsule_New(&pages, "mem_handler", NULL)
+cdef bnf_shared_int pages_have_bound
 strcpy(pages.name, "bnfast_pages")
 pages.version = 1
 pages.allocator.malloc = data_malloc
@@ -254,10 +276,9 @@ pages.allocator.free = data_free
 
 cdef object handler_of_pages():
     """The handler as NumPy takes it; at its first use the pool's limit is set."""
-    global pages_handler
-    if pages_handler is None:
+    if not bnf_shared_get(&pages_have_bound):   # two threads set the same
         bnf_pages_set_bound(_memory.bound()[0])
-        pages_handler = PyCapsule_New(&pages, "mem_handler", NULL)
+        bnf_shared_set(&pages_have_bound, True)
     return pages_handler
 
 
@@ -315,21 +336,26 @@ def kept_memory():
     return bnf_pages_held(), bnf_pages_bound()
 
 
+def physical_memory():
+    """Bytes of memory that the machine has; 0 if the system does not say."""
+    return bnf_physical_memory()
+
+
 # --- Reading options and converting to arrays: Python code of the caller may run ------------------
 
 # The number that NumPy gave bfloat16 when ml_dtypes registered it; -1 before the first array of it.
-cdef int bfloat16_number = -1
+cdef bnf_shared_int bfloat16_number
+bnf_shared_set(&bfloat16_number, -1)
 
 
 cdef object as_array(str name, object value):
     """An argument as a plain array, without a copy if possible; None stays None."""
-    global bfloat16_number
     if value is not None and not cnp.PyArray_CheckExact(value):
         value = _arrays.array(name, value)
-    if value is not None and bfloat16_number < 0:
+    if value is not None and bnf_shared_get(&bfloat16_number) < 0:
         number = cnp.PyArray_TYPE(<cnp.ndarray>value)
         if number >= NPY_USERDEF and _arrays.is_bfloat16((<cnp.ndarray>value).dtype):
-            bfloat16_number = number
+            bnf_shared_set(&bfloat16_number, number)
     return value
 
 
@@ -437,7 +463,9 @@ cdef inline int type_of(cnp.ndarray a) noexcept:
         return BNF_F64
     if number == NPY_HALF:
         return BNF_F16
-    return BNF_BF16 if number == bfloat16_number and number >= 0 else BNF_TYPES
+    if number < 0:   # a new kind of type
+        return BNF_TYPES
+    return BNF_BF16 if number == bnf_shared_get(&bfloat16_number) else BNF_TYPES
 
 
 cdef enum:
@@ -466,7 +494,7 @@ cdef inline PyObject *base_of(cnp.ndarray a) noexcept:
     """What an array is a view of, also through a memoryview; NULL if it is not a view."""
     cdef PyObject *base = cnp.PyArray_BASE(a)
     if base != NULL and PyMemoryView_Check(<object>base):
-        return PyMemoryView_GET_BASE(<object>base)
+        return bnf_memory_of(<object>base)
     return base
 
 
@@ -917,6 +945,7 @@ cdef class FixedMap:
     cdef double *numbers   # mean, scale and shift; owned by this object, and never changed
     cdef Py_ssize_t channels
     cdef Activation act
+    cdef bnf_shared_int is_made   # set last: another thread may call what this one makes
 
     def __init__(self, mean, scale, shift, axis, activation):
         cdef Activation act = read_activation(activation)
@@ -925,10 +954,12 @@ cdef class FixedMap:
         scales = _arrays.constant("scale", scale, len(means))
         shifts = _arrays.constant("shift", shift, len(means))
         # Checked last: the caller's Python, which has run above, may call this, too.
-        if self.numbers != NULL:
-            raise RuntimeError("a frozen batch norm is immutable; make another one")
-        self.take(means, scales, shifts)
-        self.act, self.axis, self.activation = act, axis, activation
+        with cython.critical_section(self):
+            if bnf_shared_get(&self.is_made):
+                raise RuntimeError("a frozen batch norm is immutable; make another one")
+            self.take(means, scales, shifts)
+            self.act, self.axis, self.activation = act, axis, activation
+            bnf_shared_set(&self.is_made, True)
 
     cdef int take(self, cnp.ndarray means, cnp.ndarray scales, cnp.ndarray shifts) except -1:
         cdef Py_ssize_t channels = cnp.PyArray_DIM(means, 0), row = channels * sizeof(double)
@@ -966,7 +997,7 @@ cdef class FixedMap:
         return np.frombuffer(start[:self.channels * sizeof(double)], np.float64).view()
 
     cdef int check_made(self) except -1:
-        if self.numbers == NULL:
+        if not bnf_shared_get(&self.is_made):
             raise RuntimeError("this frozen batch norm was never initialised")
         return 0
 

@@ -6,10 +6,13 @@ The pool itself is `src/pages.c`. `_core` calls this module once, at its first l
 from __future__ import annotations
 
 import os
-import resource
+import sys
 from typing import TYPE_CHECKING
 
 from . import _cgroup, _options
+
+if sys.platform != "win32":
+    import resource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,11 +43,11 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
 def _from_machine(root: str = "/") -> tuple[int, str]:
     """Return a part of the memory this process may use, 1 GiB at most."""
     limits = [
-        (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the machine's memory"),
+        *((limit, "the machine's memory") for limit in _physical()),
         *((limit, "the cgroup's memory") for limit in _cgroup_limits(root)),
         *((limit, "the address space's limit") for limit in _address_space()),
     ]
-    memory, source = min(limits)
+    memory, source = min(limits, default=(MOST * PART_OF_MEMORY, ""))
     part = memory // PART_OF_MEMORY
     return (part, f"1/{PART_OF_MEMORY} of {source}") if part < MOST else (MOST, "default")
 
@@ -57,7 +60,15 @@ def _cgroup_limits(root: str) -> list[int]:
     return [int(text) for text in said if text.isdecimal()]
 
 
+def _physical() -> list[int]:
+    from . import _core
+
+    return list(filter(None, [_core.physical_memory()]))
+
+
 def _address_space() -> list[int]:
+    if sys.platform == "win32":
+        return []
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return [] if soft == resource.RLIM_INFINITY else [soft]
 

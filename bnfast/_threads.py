@@ -1,12 +1,12 @@
 """How many threads a call may use: the numbers asked for, and the limits of the machine.
 
 The number is the first of these that applies: one, in a child forked after threads had started
-(`src/threads.c`); the number given to `num_threads` or `set_num_threads` in this thread; the number
-given to `set_num_threads` in the main thread; `BNFAST_NUM_THREADS`; `OMP_NUM_THREADS`; the cores
-this process may use by its affinity and its cgroup's quota. It is never more than OpenMP's own
-number in this thread if that was lowered, as threadpoolctl and `torch.set_num_threads` do. The
-number is a maximum: small work runs on fewer threads, and results are the same to the bit for any
-number.
+(`src/threads_<system>.c`); the number given to `num_threads` or `set_num_threads` in this thread;
+the number given to `set_num_threads` in the main thread; `BNFAST_NUM_THREADS`; `OMP_NUM_THREADS`;
+the cores this process may use by its affinity and its cgroup's quota. It is never more than
+OpenMP's own number in this thread if that was lowered, as threadpoolctl and `torch.set_num_threads`
+do. The number is a maximum: small work runs on fewer threads, and results are the same to the bit
+for any number.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def set_num_threads(n: SupportsIndex) -> None:
     make stacks smaller than the system's default (`threading.stack_size`, ``OMP_STACKSIZE``), keep
     them at 256 KiB or more.
     """
-    global _default, _default_source
+    global _default
     n = _checked(n)
     if threading.get_ident() == threading.main_thread().ident:
-        _default, _default_source = n, "set_num_threads"
+        _default = n, "set_num_threads"
         _asked_here.set(None)
     else:
         _asked_here.set(n)
@@ -113,7 +113,7 @@ def granted(lost: bool, lowered: int) -> tuple[int, str]:
         return 1, "forked after threads had started"
     number, source = _asked_here.get(), "asked for in this thread"
     if number is None:
-        number, source = _process_default(), _default_source
+        number, source = _process_default()
     if 0 < lowered < number:
         return lowered, "limited by way of OpenMP, as by threadpoolctl"
     return number, source
@@ -249,12 +249,16 @@ def _quota(group: str) -> int | None:
 
 
 # The environment is read at import, where an error in it can be reported. The machine is asked at
-# the first call that needs the number, which keeps the import short.
-_default, _default_source = _from_environment(os.environ) or (0, "")
+# the first call that needs the number, which keeps the import short. Number and source are one
+# object, which another thread replaces whole.
+_default: tuple[int, str] | None = _from_environment(os.environ)
+_machine: tuple[int, str] | None = None
 
 
-def _process_default() -> int:
-    global _default, _default_source
-    if not _default:
-        _default, _default_source = _from_machine()
-    return _default
+def _process_default() -> tuple[int, str]:
+    global _machine
+    if _default is not None:
+        return _default
+    if _machine is None:
+        _machine = _from_machine()
+    return _machine

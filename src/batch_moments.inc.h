@@ -185,9 +185,3 @@ static void NAME(batch_moments_interleaved)(const bnf_operands *o, bnf_tile tile
             NAME(moments_again)(o, strip, again, mean, m2);
     }
 }
-
-#undef MOST_OFF
-#undef LEAST_VARIANCE
-#undef MOST_PLACES
-#undef SHORT_CHANNEL
-#undef SHORT_ROWS

@@ -211,6 +211,11 @@ typedef struct {
 } bnf_caches;
 bnf_caches bnf_read_caches(void);
 
+/* caches_<system>.c: the bytes of the data caches that it lists, by level; the rest stay as they
+ * are. */
+#define BNF_CACHE_LEVELS 3
+void bnf_find_caches(ptrdiff_t bytes[BNF_CACHE_LEVELS]);
+
 /* tiling.c */
 typedef struct {
     ptrdiff_t count;    /* blocks a channel is cut into */

@@ -1,56 +1,14 @@
-/* The sizes of this machine's caches, as Linux reports them.
- *
- * Not sysconf(_SC_LEVEL3_CACHE_SIZE): that is the sum over the socket (384 MiB
- * on a processor whose cores can each use 32 MiB). */
-#include <stdio.h>
-#include <string.h>
-
+/* The sizes of this machine's caches, where the system tells them. */
 #include "bnfast.h"
-
-#define CACHE_DIRECTORY "/sys/devices/system/cpu/cpu0/cache/index"
-
-static bool read_word(int index, const char *name, char *word, size_t size)
-{
-    char path[96];
-    snprintf(path, sizeof path, CACHE_DIRECTORY "%d/%s", index, name);
-    FILE *file = fopen(path, "r");
-    if (!file)
-        return false;
-    const bool read = fgets(word, (int)size, file) != NULL;
-    fclose(file);
-    return read;
-}
-
-/* "48K", "1M" or a plain number of bytes. */
-static ptrdiff_t parse_size(const char *word)
-{
-    long number = 0;
-    char unit = 0;
-    if (sscanf(word, "%ld%c", &number, &unit) < 1 || number < 0)
-        return 0;
-    return (ptrdiff_t)number * (unit == 'K' ? 1024 : unit == 'M' ? 1024 * 1024 : 1);
-}
 
 bnf_caches bnf_read_caches(void)
 {
-    /* For other systems, and containers without /sys: the caches of a small machine. */
-    bnf_caches caches = {32 * 1024, 512 * 1024, 8 * 1024 * 1024, false};
-    char level[16], type[16], size[16];
-    for (int index = 0; read_word(index, "level", level, sizeof level); index++) {
-        if (!read_word(index, "type", type, sizeof type) ||
-            !read_word(index, "size", size, sizeof size) || !strncmp(type, "Instruction", 11))
-            continue;
-        const ptrdiff_t bytes = parse_size(size);
-        if (bytes == 0)
-            continue;
-        if (!caches.measured)
-            caches = (bnf_caches){bytes, bytes, 0, true}; /* no l3 unless one is listed */
-        if (level[0] == '1')
-            caches.l1d = bytes;
-        else if (level[0] == '2')
-            caches.l2 = bytes;
-        else if (level[0] == '3')
-            caches.l3 = bytes;
-    }
-    return caches;
+    ptrdiff_t found[BNF_CACHE_LEVELS] = {0};
+    bnf_find_caches(found);
+    const ptrdiff_t l1d = found[0], l2 = found[1], l3 = found[2];
+    if (l1d == 0 && l2 == 0 && l3 == 0)
+        return (bnf_caches){32 * 1024, 512 * 1024, 8 * 1024 * 1024, false}; /* a small machine's */
+    if (l1d == 0)
+        return (bnf_caches){l2 ? l2 : l3, l2 ? l2 : l3, l3, true};
+    return (bnf_caches){l1d, l2 ? l2 : l1d, l3, true};
 }

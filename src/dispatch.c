@@ -4,14 +4,20 @@
  * one: BNF_TABLES_X86_64, BNF_TABLES_AARCH64, or neither. */
 #include "bnfast.h"
 
-extern const bnf_table bnf_table_scalar;
+#define ISA(type) bnf_scalar_##type
+#include "table.inc.h"
 
 static bool runs_always(void) { return true; }
 
 #ifdef BNF_TABLES_X86_64
 #include <cpuid.h>
 
-extern const bnf_table bnf_table_sse2, bnf_table_avx2, bnf_table_avx512;
+#define ISA(type) bnf_sse2_##type
+#include "table.inc.h"
+#define ISA(type) bnf_avx2_##type
+#include "table.inc.h"
+#define ISA(type) bnf_avx512_##type
+#include "table.inc.h"
 
 /* Whether the operating system saves these registers when it switches tasks. */
 static bool saves_state(unsigned wanted)
@@ -42,20 +48,21 @@ static bool runs_avx512(void)
 
 #endif
 #ifdef BNF_TABLES_AARCH64
-extern const bnf_table bnf_table_neon;
+#define ISA(type) bnf_neon_##type
+#include "table.inc.h"
 #endif
 
 static const struct {
-    const bnf_table *table;
+    bnf_table table;
     bool (*runs)(void);
 } built[] = {
-    {&bnf_table_scalar, runs_always},
+    {{"scalar", bnf_scalar_types}, runs_always},
 #ifdef BNF_TABLES_X86_64
-    {&bnf_table_sse2, runs_always}, /* part of x86-64 */
-    {&bnf_table_avx2, runs_avx2},     {&bnf_table_avx512, runs_avx512},
+    {{"sse2", bnf_sse2_types}, runs_always}, /* part of x86-64 */
+    {{"avx2", bnf_avx2_types}, runs_avx2},       {{"avx512", bnf_avx512_types}, runs_avx512},
 #endif
 #ifdef BNF_TABLES_AARCH64
-    {&bnf_table_neon, runs_always}, /* part of AArch64 */
+    {{"neon", bnf_neon_types}, runs_always}, /* part of AArch64 */
 #endif
 };
 
@@ -63,7 +70,7 @@ int bnf_isa_count(void) { return (int)(sizeof built / sizeof *built); }
 
 const bnf_table *bnf_isa_table(int index)
 {
-    return built[index].runs() ? built[index].table : NULL;
+    return built[index].runs() ? &built[index].table : NULL;
 }
 
-const char *bnf_isa_name(int index) { return built[index].table->name; }
+const char *bnf_isa_name(int index) { return built[index].table.name; }

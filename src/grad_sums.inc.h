@@ -167,5 +167,3 @@ static void NAME(grad_sums_interleaved)(const bnf_operands *o, bnf_tile tile, do
 {
     NAME(grad_sums)(o, tile, sum, dot, BNF_INTERLEAVED);
 }
-
-#undef LEAST_PRODUCT

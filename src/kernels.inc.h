@@ -1,12 +1,13 @@
 /* The kernels, each in a planar and an interleaved form, written once.
  *
- * types.inc.h includes this file once per data type, and defines around it
+ * types.inc.h includes this file for a data type, and defines before it
  *   T        the element type in memory,
  *   vec      the vector that elements are computed in (f32x16 or d8),
  *   P        one lane of it, the type of parameters: float, or double for double,
  *   wide     the same number of float64 lanes (d16 or d8),
  *   NAME(f)  the name of f for this type,
- *   VEC(f)   the name of f for this vector (activations.inc.h).
+ *   VEC(f)   the name of f for this vector (activations.inc.h),
+ *   KERNELS  the name of the type's kernels in the instruction set's table.
  *
  * moments.inc.h sums in float64, and proves that it is exact for any data.  sums.inc.h sums in P,
  * which is faster, for a training call; batch_moments.inc.h proves how exact that is, and tests it.
@@ -173,16 +174,11 @@ INLINE vec NAME(before_activation)(const bnf_operands *o, ptrdiff_t i, ptrdiff_t
 #include "apply.inc.h"
 #include "grad_input.inc.h"
 
-/* This type's part of the table. */
-static const bnf_kernels NAME(kernels)[BNF_LAYOUTS] = {
+/* This type's part of the table (dispatch.c). */
+const bnf_kernels KERNELS[BNF_LAYOUTS] = {
     [BNF_PLANAR] = {NAME(moments_planar), NAME(batch_moments_planar), NAME(masked_moments_planar),
                     NAME(apply_planar), NAME(grad_sums_planar), NAME(grad_input_planar)},
     [BNF_INTERLEAVED] = {NAME(moments_interleaved), NAME(batch_moments_interleaved),
                          NAME(masked_moments_interleaved), NAME(apply_interleaved),
                          NAME(grad_sums_interleaved), NAME(grad_input_interleaved)},
 };
-
-#undef LANES
-#undef FEW_LOOPS
-#undef INLINE
-#undef APART

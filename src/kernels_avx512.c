@@ -1,5 +1,5 @@
 #include "bnfast.h"
 #include "simd_avx512.h"
-#include "types.inc.h"
 
-const bnf_table bnf_table_avx512 = {"avx512", kernels_of_types};
+#define ISA(type) bnf_avx512_##type
+#include "types.inc.h"

@@ -1,5 +1,5 @@
 #include "bnfast.h"
 #include "simd_scalar.h"
-#include "types.inc.h"
 
-const bnf_table bnf_table_scalar = {"scalar", kernels_of_types};
+#define ISA(type) bnf_scalar_##type
+#include "types.inc.h"

@@ -1,5 +1,5 @@
 #include "bnfast.h"
 #include "simd_sse2.h"
-#include "types.inc.h"
 
-const bnf_table bnf_table_sse2 = {"sse2", kernels_of_types};
+#define ISA(type) bnf_sse2_##type
+#include "types.inc.h"

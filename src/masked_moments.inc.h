@@ -180,5 +180,3 @@ static void NAME(masked_moments_interleaved)(const bnf_operands *operands, bnf_t
         }
     }
 }
-
-#undef SWEEPS

@@ -159,5 +159,3 @@ static void NAME(moments_interleaved)(const bnf_operands *operands, bnf_tile til
         }
     }
 }
-
-#undef SWEEPS

@@ -3,15 +3,12 @@
  * Sizes of blocks are classes, an eighth of a power of two apart, and a block is
  * reused only for its own class: shapes repeat, and no result holds more than an
  * eighth, or 64 KiB, more than its size. */
-#define _GNU_SOURCE
-#include <pthread.h>
-#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "pages.h"
+#include "system_pages.h"
 
 /* Tells AddressSanitizer which parts of a block are out of bounds; it takes all of the pool's pages
  * for valid memory otherwise. */
@@ -29,7 +26,6 @@ static void reveal(char *p, size_t bytes) { (void)p, (void)bytes; }
  * would then wait for stores whose addresses have the same low 12 bits. */
 #define PAGE ((size_t)4096)
 #define LARGEST_PAGE ((size_t)64 << 10) /* of any system; sizes of blocks are multiples of it */
-#define HUGE_PAGE ((size_t)2 << 20)
 #define CLASSES_PER_OCTAVE 8
 #define MOST_BLOCKS 256
 
@@ -38,20 +34,13 @@ typedef struct {
     size_t size;
 } block;
 
-static struct {
-    pthread_mutex_t lock;
-    atomic_flag watches_forks;
+static struct { /* under the lock of system_pages.h */
     size_t bound, held;
     int count;
     block blocks[MOST_BLOCKS]; /* the longest idle first */
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .watches_forks = ATOMIC_FLAG_INIT};
+} pool;
 
-static void lock(void) { pthread_mutex_lock(&pool.lock); }
-static void unlock(void) { pthread_mutex_unlock(&pool.lock); }
-
-/* ---- Blocks, and how they are mapped */
-
-static char *round_up(char *p, size_t step) { return p + (step - (uintptr_t)p % step) % step; }
+/* ---- Blocks */
 
 /* The size of the block for so many bytes of data; 0 if they are too many. */
 static size_t class_size(size_t bytes)
@@ -82,31 +71,6 @@ static block block_of(void *data)
     return (block){base, *(size_t *)base};
 }
 
-static void unmap(char *from, char *to)
-{
-    if (from < to)
-        munmap(from, (size_t)(to - from));
-}
-
-/* A block large enough for huge pages starts at the boundary of one: 200 MB are then 100 faults. */
-static char *map(size_t size)
-{
-    const bool huge = size >= HUGE_PAGE;
-    const size_t asked = huge ? size + HUGE_PAGE : size;
-    char *p = mmap(NULL, asked, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED)
-        return NULL;
-    if (!huge)
-        return p;
-    char *base = round_up(p, HUGE_PAGE);
-    unmap(p, base);
-    unmap(base + size, p + asked);
-#ifdef MADV_HUGEPAGE
-    madvise(base, size, MADV_HUGEPAGE); /* only a hint: small pages work too */
-#endif
-    return base;
-}
-
 /* ---- The list, with the lock held */
 
 static block take(int i)
@@ -130,7 +94,7 @@ static block take_size(size_t size)
 static void discard(block b)
 {
     reveal(b.base, b.size); /* other memory may get these addresses next */
-    munmap(b.base, b.size);
+    bnf_unmap_pages(b.base, b.size);
 }
 
 static size_t discard_oldest(void)
@@ -165,15 +129,7 @@ static void keep(block b)
 static void after_fork_in_child(void)
 {
     shrink_to(0);
-    unlock();
-}
-
-/* Once.  Not with pthread_once: glibc 2.34 moved it to another library, and a build that is linked
- * there would need that version. */
-static void watch_forks(void)
-{
-    if (!atomic_flag_test_and_set(&pool.watches_forks))
-        pthread_atfork(lock, unlock, after_fork_in_child);
+    bnf_unlock_pages();
 }
 
 /* ---- What pages.h declares */
@@ -183,25 +139,25 @@ void *bnf_pages_acquire(size_t bytes)
     const size_t size = class_size(bytes);
     if (size == 0)
         return NULL;
-    lock();
+    bnf_lock_pages();
     block b = take_size(size);
-    unlock();
+    bnf_unlock_pages();
     if (b.base)
         return data_of(b, bytes);
-    b = (block){map(size), size};
+    b = (block){bnf_map_pages(size), size};
     if (!b.base && bnf_pages_trim(0) > 0)
-        b.base = map(size);
+        b.base = bnf_map_pages(size);
     return b.base ? data_of(b, bytes) : NULL;
 }
 
 void bnf_pages_release(void *data)
 {
     const block b = block_of(data);
-    lock();
+    bnf_lock_pages();
     const bool kept = b.size <= pool.bound;
     if (kept)
         keep(b);
-    unlock();
+    bnf_unlock_pages();
     if (!kept)
         discard(b);
 }
@@ -225,33 +181,33 @@ void *bnf_pages_resize(void *data, size_t bytes)
 
 void bnf_pages_set_bound(size_t bytes)
 {
-    watch_forks();
-    lock();
+    bnf_watch_forks(after_fork_in_child);
+    bnf_lock_pages();
     pool.bound = bytes;
     shrink_to(bytes);
-    unlock();
+    bnf_unlock_pages();
 }
 
 size_t bnf_pages_bound(void)
 {
-    lock();
+    bnf_lock_pages();
     const size_t bound = pool.bound;
-    unlock();
+    bnf_unlock_pages();
     return bound;
 }
 
 size_t bnf_pages_held(void)
 {
-    lock();
+    bnf_lock_pages();
     const size_t held = pool.held;
-    unlock();
+    bnf_unlock_pages();
     return held;
 }
 
 size_t bnf_pages_trim(size_t at_most)
 {
-    lock();
+    bnf_lock_pages();
     const size_t given = shrink_to(at_most);
-    unlock();
+    bnf_unlock_pages();
     return given;
 }

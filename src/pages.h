@@ -23,4 +23,6 @@ size_t bnf_pages_bound(void);
 size_t bnf_pages_held(void);           /* bytes that wait */
 size_t bnf_pages_trim(size_t at_most); /* unmap until at most so many wait; bytes unmapped */
 
+size_t bnf_physical_memory(void); /* the machine's; 0: unknown */
+
 #endif

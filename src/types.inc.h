@@ -1,24 +1,12 @@
-/* kernels.inc.h for every data type. */
+/* kernels.inc.h for one data type.  setup.py compiles each instruction set's file once per type of
+ * types.inc, side by side, and names the type in KERNELS_<suffix>. */
 #include <math.h>
 #include <string.h>
 
 #include "lanes.h"
 #include "smooth.h"
 
-#define T float
-#define P float
-#define vec f32x16
-#define VEC(f) f##_f32x16
-#define wide d16
-#define NAME(f) f##_f32
-#include "activations.inc.h"
-#include "kernels.inc.h"
-#undef T
-#undef P
-#undef vec
-#undef VEC
-#undef wide
-#undef NAME
+#ifdef KERNELS_f64
 
 #define T double
 #define P double
@@ -26,44 +14,31 @@
 #define VEC(f) f##_d8
 #define wide d8
 #define NAME(f) f##_f64
+#define KERNELS ISA(f64)
+
+#else /* lanes of float32 */
+
+#define P float
+#define vec f32x16
+#define VEC(f) f##_f32x16
+#define wide d16
+#if defined(KERNELS_f32)
+#define T float
+#define NAME(f) f##_f32
+#define KERNELS ISA(f32)
+#elif defined(KERNELS_f16)
+#define T bnf_f16
+#define NAME(f) f##_f16
+#define KERNELS ISA(f16)
+#elif defined(KERNELS_bf16)
+#define T bnf_bf16
+#define NAME(f) f##_bf16
+#define KERNELS ISA(bf16)
+#else
+#error "which type's kernels? -DKERNELS_f32, or another suffix of types.inc"
+#endif
+
+#endif
+
 #include "activations.inc.h"
 #include "kernels.inc.h"
-#undef T
-#undef P
-#undef vec
-#undef VEC
-#undef wide
-#undef NAME
-
-#define T bnf_f16
-#define P float
-#define vec f32x16
-#define VEC(f) f##_f32x16
-#define wide d16
-#define NAME(f) f##_f16
-#include "kernels.inc.h"
-#undef T
-#undef P
-#undef vec
-#undef VEC
-#undef wide
-#undef NAME
-
-#define T bnf_bf16
-#define P float
-#define vec f32x16
-#define VEC(f) f##_f32x16
-#define wide d16
-#define NAME(f) f##_bf16
-#include "kernels.inc.h"
-#undef T
-#undef P
-#undef vec
-#undef VEC
-#undef wide
-#undef NAME
-
-static const bnf_kernels *const kernels_of_types[BNF_TYPES] = {
-#define TYPE(CODE, name, element, suffix) [BNF_##CODE] = kernels_##suffix,
-#include "types.inc"
-};

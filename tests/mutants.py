@@ -296,16 +296,18 @@ MUTANTS = [
     ),
     ("bnfast/_core.pyx", "1.0 / (<double>batches + 1.0)", "0.1"),
     # threads, forks and floating-point environments
-    ("src/threads.c", "bytes[0] != 0 || memcmp(", "memcmp(bytes, bytes, 1) && memcmp("),
-    ("src/threads.c", "state.home != getpid()", "false"),
-    ("src/threads.c", "pthread_atfork(before_fork, NULL, after_fork_in_child);", ""),
-    ("src/threads.c", "if (state.forked && !looked)", "if (false)"),
-    ("src/threads.c", "most_of(largest, 1 + granted(threads - 1))", "threads"),
+    ("src/threads_openmp.c", "bytes[0] != 0 || memcmp(", "memcmp(bytes, bytes, 1) && memcmp("),
+    ("src/threads_openmp.c", "state.home != getpid()", "false"),
+    ("src/threads_openmp.c", "pthread_atfork(before_fork, NULL, after_fork_in_child);", ""),
+    ("src/threads_openmp.c", "if (state.forked && !looked)", "if (false)"),
+    ("src/threads_openmp.c", "1 + created_of(wanted - 1)", "wanted"),
     (
         "src/threads.c",
         "const bnf_float_env found = bnf_enter_float_env();",
         "bnf_float_env found = 0;",
     ),
+    ("src/threads.c", "first + each + (member < more)", "first + each"),
+    ("src/threads.c", "(member < more ? member : more)", "more"),
     ("src/float_env.h", "0x1f80u", "0x9fc0u"),
     # Moments, and functions of layers
     ("bnfast/moments.py", "self.count * share", "share"),
@@ -336,7 +338,7 @@ MUTANTS = [
 if importlib.util.find_spec("sklearn"):
     MUTANTS += [
         ("bnfast/sklearn.py", "share = n_b / count", "share = 0.5"),
-        ("bnfast/sklearn.py", " + delta * delta * (n_a * share)", ""),
+        ("bnfast/sklearn.py", "delta * delta * (n_a * share)", "0.0"),
         ("bnfast/sklearn.py", "np.where(n_a > 0, mean_a, mean_b)", "mean_a"),
         ("bnfast/sklearn.py", "np.where(n_b > 0, mean_b, mean_a)", "mean_b"),
         ("bnfast/sklearn.py", "np.where(n_a > 0, m2_a, 0.0)", "m2_a"),

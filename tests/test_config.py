@@ -12,6 +12,10 @@ from processes import run_python
 import bnfast
 from bnfast import _config, _core
 
+THREADS_OF = {"win32": "Windows thread pool", "darwin": "Grand Central Dispatch"}.get(
+    sys.platform, "OpenMP"
+)
+
 pytestmark = pytest.mark.usefixtures("own_default")
 
 
@@ -31,7 +35,7 @@ def test_dicts_are_returned_and_nothing_is_printed(capsys):
     assert config["kept_memory"]["bytes"] == _core.kept_memory()[0]
     with bnfast.num_threads(3):
         threads = bnfast.show_config("dicts")["threads"]
-    assert threads == {"number": 3, "source": "asked for in this thread"}
+    assert threads == {"number": 3, "source": "asked for in this thread", "of": THREADS_OF}
 
 
 def test_a_caller_may_change_what_is_returned():
@@ -93,9 +97,11 @@ def test_show_config_says_what_a_bug_report_needs(capsys):
     assert np.__version__ in shown["numpy"]
     assert shown["kernels"].split()[0] in shown["runnable here"].split(", ")
     assert set(shown["runnable here"].split(", ")) <= set(shown["built"].split(", "))
-    assert shown["threads"] == "3 (asked for in this thread)"
+    assert shown["threads"] == f"3 (asked for in this thread), {THREADS_OF}"
     assert shown["caches"].startswith("L1d ")
-    if Path("/proc/self/maps").exists():
+    if THREADS_OF != "OpenMP":
+        assert shown["OpenMP"] == "not used"
+    elif Path("/proc/self/maps").exists():
         assert "omp" in shown["OpenMP"]
 
 

@@ -45,6 +45,21 @@ def test_sets_agree_to_the_bit(hashes):
     assert len({hashes[isa] for isa in set(hashes) - WITHOUT_FMA}) <= 1
 
 
+def test_macos_threads_give_the_same_bits(hashes, tmp_path):
+    """With a stand-in for Grand Central Dispatch, which is not here."""
+    stand_in = f"-I{program.HERE / 'stand_in'}"
+    jobs = [
+        (path.with_name("threads_macos.c"), [stand_in, *flags])
+        if path.name == "threads_openmp.c"
+        else (path, flags)
+        for path, flags in program.sources()
+    ]
+    found = program.build(tmp_path, jobs=jobs, name="run_calls")
+    assert b"GOMP_parallel" not in found.read_bytes()
+    for isa, want in hashes.items():
+        assert program.run(found, isa) == want
+
+
 @targets.needs_valgrind
 class TestValgrind:
     """On one set: `test_kernel_program` runs every set's kernels under valgrind."""

@@ -5,6 +5,7 @@ start-up code in such an object runs at import. Both give an illegal instruction
 processor.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from bnfast import _core
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
-from program import ROOT, WARNINGS, libraries
+from program import ROOT, compiled, libraries
 
 
 def isa_libraries(platform=None):
@@ -48,30 +49,22 @@ def run(*command):
     return done.stdout
 
 
-def compile_library(name, facts, folder):
-    """Compile one library's sources, with the flags that setup.py gives."""
-    made = []
-    for source in facts["sources"]:
-        target = folder / Path(source).with_suffix(".o").name
-        includes = [f"-I{ROOT / d}" for d in facts.get("include_dirs", [])]
-        flags = [*facts.get("cflags", []), *WARNINGS, *includes]
-        run("cc", "-c", "-fPIC", *flags, str(ROOT / source), "-o", str(target))
-        made.append(target)
-    return made
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """All libraries at once: these sources have many loops, and compile slowly."""
-    folders = [tmp_path_factory.mktemp(name) for name, _ in LIBRARIES]
-    with ThreadPoolExecutor() as pool:
-        made = pool.map(compile_library, *zip(*LIBRARIES, strict=True), folders)
-        return dict(zip((name for name, _ in LIBRARIES), made, strict=True))
+def objects_of(tmp_path_factory):
+    """Of each library, all compiled at once, with the flags that setup.py gives."""
+    folder = tmp_path_factory.mktemp("objects")
+
+    def compile_library(library):
+        name, facts = library
+        return name, [compiled((ROOT / f, facts["cflags"]), folder) for f in facts["sources"]]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(pool.map(compile_library, LIBRARIES))
 
 
 @pytest.fixture(params=[name for name, _ in LIBRARIES])
-def objects(request, compiled):
-    return compiled[request.param]
+def objects(request, objects_of):
+    return objects_of[request.param]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +80,39 @@ def objects(request, compiled):
 )
 def test_sets_built_for_each_processor(platform, isas, tables):
     """dispatch.c must be told the same: a missing table is a link error, or is never used."""
-    assert {name for name, _ in isa_libraries(platform)} == {f"bnfast_{isa}" for isa in isas}
+    assert {name for name, _ in isa_libraries(platform)} == set(one_for_each_type(isas))
     (driver,) = [facts for name, facts in libraries(platform) if name == "bnfast_driver"]
     assert [flag for flag in driver["cflags"] if flag.startswith("-DBNF_TABLES")] == tables
+
+
+def one_for_each_type(isas):
+    suffixes = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+    return [f"bnfast_{isa}_{suffixes[name]}" for isa in isas for name in _core.TYPE_NAMES]
+
+
+@pytest.mark.parametrize(
+    ("platform", "system"),
+    [
+        ("linux-x86_64", {"threads_openmp", "caches_linux", "pages_posix"}),
+        ("linux-riscv64", {"threads_openmp", "caches_linux", "pages_posix"}),
+        ("macosx-11.0-arm64", {"threads_macos", "caches_macos", "pages_posix"}),
+        ("macosx-10.13-x86_64", {"threads_macos", "caches_macos", "pages_posix"}),
+        ("win-amd64", {"threads_windows", "caches_windows", "pages_windows"}),
+        ("win-arm64", {"threads_windows", "caches_windows", "pages_windows"}),
+    ],
+)
+def test_sources_of_each_system(platform, system):
+    (driver,) = [facts for name, facts in libraries(platform) if name == "bnfast_driver"]
+    named = {Path(source).stem for source in driver["sources"]}
+    assert {name for name in named if "_" in name} == system
+    assert ("-fopenmp" in driver["cflags"]) == ("threads_openmp" in system)
+
+
+def test_a_python_for_both_of_apples_processors_builds_for_its_own(monkeypatch):
+    monkeypatch.delenv("ARCHFLAGS", raising=False)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    names = {name for name, _ in isa_libraries("macosx-10.13-universal2")}
+    assert names == set(one_for_each_type(["scalar", "neon"]))
 
 
 def test_one_source_per_library(objects):
@@ -97,9 +120,9 @@ def test_one_source_per_library(objects):
 
 
 def test_the_extension_has_the_table_of_each():
-    built = {f"bnfast_{isa}" for isa in _core.config()["isas_built"]}
-    assert built == {name for name, _ in LIBRARIES}
-    assert "bnfast_scalar" in built
+    built = _core.config()["isas_built"]
+    assert set(one_for_each_type(built)) == {name for name, _ in LIBRARIES}
+    assert "scalar" in built
 
 
 def test_one_global_symbol_and_no_weak_one(objects):

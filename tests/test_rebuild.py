@@ -20,7 +20,7 @@ pytestmark = [
 class Compiler:
     """What setup.py asks of setuptools' compiler, over cc."""
 
-    compiler_so, include_dirs = ("cc",), ()
+    compiler_type, compiler_so, include_dirs = "unix", ("cc",), ()
 
     def __init__(self):
         self.compiled = []
@@ -48,9 +48,9 @@ def build(tmp_path):
 
     def run(flags=()):
         compiler = Compiler()
-        options = names["options_of"](flags)
-        units = [(str(folder / name), options) for name in ("a.c", "b.c")]
-        names["compile_outdated"](compiler, str(folder), units)
+        options = names["options_of"](compiler, flags)
+        units = [(str(folder / name), str(folder), options) for name in ("a.c", "b.c")]
+        names["compile_outdated"](compiler, units)
         return sorted(compiler.compiled)
 
     run.folder = folder
@@ -158,5 +158,5 @@ def test_each_variant_has_a_folder_of_its_own(monkeypatch):
     assert len(folders) == len(VARIANTS)
     names = setup(BNFAST_DEBUG="1")
     assert Path(names["BUILD"]) == Path("build/debug")
-    assert {"-Og", "-g", "-UNDEBUG"} <= set(dict(names["LIBRARIES"])["bnfast_scalar"]["cflags"])
+    assert {"-Og", "-g", "-UNDEBUG"} <= set(dict(names["LIBRARIES"])["bnfast_scalar_f32"]["cflags"])
     assert Path(setup(BNFAST_SANITIZE="address,undefined")["BUILD"]).name == "address-undefined"

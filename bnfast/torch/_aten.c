@@ -4,7 +4,8 @@
 
 #include "aten_kernels.h"
 
-/* Once per process. Kernels are never removed: another thread may be running one. */
+/* Once per process, and by one thread at a time: at import, or with process.py's lock. Kernels are
+ * never removed: another thread may be running one. */
 static bool installed, replaced;
 
 typedef struct {
@@ -91,13 +92,33 @@ static PyObject *switch_to(PyObject *module, PyObject *on)
     return truth < 0 ? NULL : PyBool_FromLong(aten_switch(truth));
 }
 
+#if defined(Py_LIMITED_API) && Py_LIMITED_API < 0x030C0000
+/* Without PyObject_Vectorcall, which the stable ABI has since Python 3.12. */
+static PyObject *call(PyObject *callable, PyObject *const *args, Py_ssize_t number)
+{
+    PyObject *arguments = PyTuple_New(number);
+    for (Py_ssize_t i = 0; arguments && i < number; i++) {
+        Py_INCREF(args[i]);
+        PyTuple_SetItem(arguments, i, args[i]);
+    }
+    PyObject *result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
+    Py_XDECREF(arguments);
+    return result;
+}
+#else
+static PyObject *call(PyObject *callable, PyObject *const *args, Py_ssize_t number)
+{
+    return PyObject_Vectorcall(callable, args, (size_t)number, NULL);
+}
+#endif
+
 static PyObject *run_here(PyObject *module, PyObject *const *args, Py_ssize_t number)
 {
     (void)module;
     if (number < 1)
         return PyErr_Format(PyExc_TypeError, "run_here() takes a callable and its arguments");
     const bool before = aten_switch_here(true);
-    PyObject *result = PyObject_Vectorcall(args[0], args + 1, (size_t)number - 1, NULL);
+    PyObject *result = call(args[0], args + 1, number - 1);
     aten_switch_here(before);
     return result;
 }
@@ -163,4 +184,12 @@ static struct PyModuleDef MODULE = {
     NULL,
 };
 
-PyMODINIT_FUNC PyInit__aten(void) { return PyModule_Create(&MODULE); }
+PyMODINIT_FUNC PyInit__aten(void)
+{
+    PyObject *module = PyModule_Create(&MODULE);
+#ifdef Py_GIL_DISABLED
+    if (module && PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED))
+        Py_CLEAR(module);
+#endif
+    return module;
+}

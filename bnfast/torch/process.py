@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 OLDEST = (2, 13)
 _VARIABLE = "BNFAST_TORCH"
+# PyTorch's own library, which exports its C interface, by `sys.platform`.
+_LIBRARIES = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
 
 _lock = threading.Lock()
 _replaced = False
@@ -142,7 +145,7 @@ def install() -> None:
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST:
         raise ImportError(f"PyTorch is {torch.__version__}; bnfast.torch needs 2.13 or later")
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    library = Path(torch.__file__).parent / "lib" / _LIBRARIES.get(sys.platform, "libtorch_cpu.so")
     _aten.install(str(library), torch.__version__)
 
 

@@ -32,6 +32,7 @@ from tolerance import (
     moments_of,
     off_the_kinks,
 )
+from wide import wide
 
 from bnfast import _core
 
@@ -44,6 +45,7 @@ TYPES = _core.TYPE_NAMES
 ACTIVATIONS = (None, *_core.ACTIVATIONS)  # by bnf_activation
 NO_Z, FROM_X, FROM_X_RESIDUAL, FROM_Y = range(4)
 POISON = 0xA5
+DRIVER = "bnfast_driver"  # setup.py's library, beside those of the kernels
 
 HEADER = np.dtype(
     [
@@ -85,8 +87,11 @@ def run(*command, **options):
 
 
 def flags_of(isa, platform=None):
-    """The compiler flags of an instruction set's kernels."""
-    return dict(libraries(platform))[f"bnfast_{isa}"]["cflags"]
+    """The compiler flags of an instruction set's kernels, for any type."""
+    names = setup(platform)
+    suffix = names["data_types"]()[0]
+    flags = dict(names["LIBRARIES"])[f"bnfast_{isa}_{suffix}"]["cflags"]
+    return [flag for flag in flags if flag != f"-DKERNELS_{suffix}"]
 
 
 def emulation_flags(simde):
@@ -97,19 +102,20 @@ def emulation_flags(simde):
 
 
 def sources(platform=None):
-    """The sources of a program apart from its own file: (path, flags) each."""
+    """The sources of a program apart from its own file: (path, flags) each, slowest first."""
     return [
         (ROOT / source, facts["cflags"])
-        for _, facts in libraries(platform)
+        for _, facts in sorted(libraries(platform), key=lambda library: library[0] == DRIVER)
         for source in facts["sources"]
     ]
 
 
 def emulated_sources(simde):
     """The same with AVX-512's table only, emulated."""
-    kernels = (ROOT / "src/kernels_avx512.c", emulation_flags(simde))
+    source, flags = ROOT / "src/kernels_avx512.c", emulation_flags(simde)
+    kernels = [(source, [*flags, f"-DKERNELS_{suffix}"]) for suffix in setup()["data_types"]()]
     driver = [job for job in sources() if not job[0].name.startswith(("kernels_", "dispatch"))]
-    return [*driver, (HERE / "dispatch_emulated.c", ["-std=c11"]), kernels]
+    return [*kernels, *driver, (HERE / "dispatch_emulated.c", ["-std=c11"])]
 
 
 def compiled(job, folder, compiler="cc", more=()):
@@ -117,8 +123,9 @@ def compiled(job, folder, compiler="cc", more=()):
     source, flags = job
     key = (source, *flags, compiler, *more)
     if key not in _OBJECTS:
-        target = folder / f"{source.stem}.o"
-        run(compiler, "-c", *flags, *WARNINGS, *more, f"-I{ROOT / 'src'}", source, "-o", target)
+        target = folder / f"{source.stem}-{flags[-1].rpartition('_')[2]}.o"
+        include = f"-I{ROOT / 'src'}"
+        run(compiler, "-c", "-fPIC", *flags, *WARNINGS, *more, include, source, "-o", target)
         _OBJECTS[key] = target
     return _OBJECTS[key]
 
@@ -473,7 +480,7 @@ def check_moments(case, got):
 
 def check_masked_moments(case, got):
     """Sums in float64 around one of the values: n products, sixteen lanes, and the mean's own."""
-    x = case.problem.x[case.tile].astype(np.longdouble)
+    x = wide(case.problem.x[case.tile])
     w = np.broadcast_to(case.weights()[case.tile[0], None, case.tile[2]], x.shape)
     count = w[:, 0].sum()
     if count == 0:

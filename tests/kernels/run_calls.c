@@ -11,15 +11,17 @@
 #include <fenv.h>
 #include <math.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include "driver.h"
+#include "float_env.h"
 #include "threads.h"
 
 enum { CALLERS = 3, THREADS = 4 };
@@ -63,22 +65,13 @@ static float value(uint64_t *seed)
     return (float)(next(seed) % 7 ? a : a * 1e-39);
 }
 
-/* Data are the same in every environment. */
-static fenv_t leave_environment(void)
-{
-    fenv_t found;
-    fegetenv(&found);
-    fesetenv(FE_DFL_ENV);
-    return found;
-}
-
 static void *tensor(const problem *p, uint64_t seed)
 {
     const size_t n = (size_t)(p->shape.outer * p->shape.channels * p->shape.inner);
     char *data = malloc(n * p->itemsize + 1);
     if (!data)
         fail("no memory", p);
-    const fenv_t found = leave_environment();
+    const bnf_float_env found = bnf_enter_float_env(); /* data are the same in every one */
     for (size_t i = 0; i < n; i++) {
         const float narrow = value(&seed);
         const double wide = narrow;
@@ -92,7 +85,7 @@ static void *tensor(const problem *p, uint64_t seed)
                                                 : (const void *)&half;
         memcpy(data + i * p->itemsize, from, p->itemsize);
     }
-    fesetenv(&found);
+    bnf_leave_float_env(found);
     return data;
 }
 
@@ -114,10 +107,10 @@ static void *mask(const problem *p)
 
 static void fill(double *numbers, ptrdiff_t n, uint64_t seed)
 {
-    const fenv_t found = leave_environment();
+    const bnf_float_env found = bnf_enter_float_env();
     for (ptrdiff_t c = 0; c < n; c++)
         numbers[c] = value(&seed);
-    fesetenv(&found);
+    bnf_leave_float_env(found);
 }
 
 static uint64_t mix(uint64_t hash, const void *data, size_t bytes)
@@ -345,6 +338,9 @@ static void in_another_environment(const problem *p, uint64_t want)
         fail("the caller's floating-point environment is not what it was", p);
 }
 
+#ifdef _WIN32
+static void in_a_forked_child(const problem *p, uint64_t want) { (void)p, (void)want; }
+#else
 /* By fork(2), which Python's hooks do not see, after this thread has had a pool. */
 static void in_a_forked_child(const problem *p, uint64_t want)
 {
@@ -359,6 +355,7 @@ static void in_a_forked_child(const problem *p, uint64_t want)
     if (bnf_threads_lost() || run_calls(p, THREADS) != want)
         fail("the parent of a forked child", p);
 }
+#endif
 
 static uint64_t check(const problem *p, bool forks)
 {
