@@ -1,4 +1,4 @@
-"""Make a wheel run on any Linux: add libgomp to it, and tag it with the glibc it needs.
+"""Make a wheel run on any Linux: add libgomp to it, and tag it with the libc it needs.
 
     python tools/repair_wheel.py dist/bnfast-*.whl wheelhouse [--libgomp libgomp.so.1]
 
@@ -70,7 +70,7 @@ def repair(wheel, out, libgomp=None):
             (temporary / folder).mkdir()
         run(sys.executable, "-m", "wheel", "pack", tree, "--dest-dir", temporary / "packed")
         (packed,) = (temporary / "packed").iterdir()
-        # "auto": the oldest glibc among what the symbols of both files allow.
+        # "auto": the oldest glibc, or musl, among what the symbols of both files allow.
         smaller = ("--strip", "--zip-compression-level", 9)
         where = ("--wheel-dir", temporary / "repaired")
         run(
@@ -89,7 +89,8 @@ def problem_of(wheel):
     size = wheel.stat().st_size
     if size >= LARGEST:
         return f"{size} bytes, and a wheel may have {LARGEST}"
-    return None if "manylinux" in wheel.name else "not a manylinux wheel"
+    portable = "manylinux" in wheel.name or "musllinux" in wheel.name
+    return None if portable else "neither a manylinux nor a musllinux wheel"
 
 
 def main():

@@ -1,11 +1,15 @@
 """Build wheels for several Pythons, and run the tests on them installed: `make wheels`.
 
+One more wheel, of the stable ABI, is for Pythons that are newer than the others: pip takes it where
+there is none for the Python itself.
+
     python tools/wheels.py build wheelhouse [--libgomp FILE] [python ...]
     python tools/wheels.py test wheelhouse [python ...] [-- pytest's arguments]
 
 Every step runs in a temporary environment of its own. Wheels are built from the sdist in pip's
 isolation, and tested where only they, NumPy and pytest are installed. Pythons are paths of
-interpreters; by default those of 3.10 to 3.14 found on PATH and under ~/.pyenv.
+interpreters; by default those of 3.10 to 3.15 found on PATH and under ~/.pyenv, and free-threaded
+ones (python3.14t).
 """
 
 import argparse
@@ -19,9 +23,16 @@ from pathlib import Path
 from repair_wheel import repair
 
 ROOT = Path(__file__).resolve().parents[1]
-MINORS = range(10, 15)
+MINORS = range(10, 16)
+ABI3 = "abi3"  # the tag of the stable ABI
+ABI3_OLDEST = 11
 TEST_REQUIRES = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100"]
-IDENTIFY = "import sys; print(sys.implementation.cache_tag.replace('cpython-', 'cp'))"
+IDENTIFY = """
+import sys, sysconfig
+assert sys.implementation.name == "cpython"
+python = "cp{}{}".format(*sys.version_info)
+print(python + "-" + python + "t" * bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
+"""
 # Print where the package came from, and which runtime a user of the wheel gets who has none.
 INSTALLED = """
 import pathlib, re, sys, bnfast
@@ -39,12 +50,18 @@ def clean():
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
 
 
-def run(*command, cwd=None, quiet=True):
+def run(*command, cwd=None, quiet=True, **environ):
     """Run a command; return its output, or exit with the output if it fails."""
     command = [str(part) for part in command]
     output = subprocess.PIPE if quiet else None
     done = subprocess.run(
-        command, cwd=cwd, env=clean(), stdout=output, stderr=output, text=True, check=False
+        command,
+        cwd=cwd,
+        env=clean() | environ,
+        stdout=output,
+        stderr=output,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout or ''}{done.stderr or ''}")
@@ -52,24 +69,25 @@ def run(*command, cwd=None, quiet=True):
 
 
 def tag_of(python):
-    """Return an interpreter's tag, "cp312", or None if it does not run (a pyenv shim)."""
+    """Return an interpreter's tag, "cp314-cp314t", or None if it does not run (a pyenv shim)."""
     try:
         done = subprocess.run([python, "-c", IDENTIFY], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip().replace("-", "")
+    return done.stdout.strip()
 
 
 def present():
-    """Return the interpreters of this machine, one per version, by tag."""
+    """Return the interpreters of this machine, one per version and kind, by tag."""
     found = {}
     for minor in MINORS:
-        installed = (Path.home() / ".pyenv" / "versions").glob(f"3.{minor}.*/bin/python")
-        on_path = shutil.which(f"python3.{minor}")
-        candidates = [on_path] * bool(on_path) + sorted(map(str, installed))
-        for python in candidates:
-            if tag_of(python) == f"cp3{minor}":
-                found.setdefault(f"cp3{minor}", python)
+        names = (f"python3.{minor}", f"python3.{minor}t")
+        candidates = [path for path in map(shutil.which, names) if path]
+        candidates += (Path.home() / ".pyenv" / "versions").glob(f"3.{minor}*/bin/python")
+        for python in sorted(map(str, candidates)):
+            tag = tag_of(python)
+            if tag and tag.startswith(f"cp3{minor}-"):
+                found.setdefault(tag, python)
     return found
 
 
@@ -86,8 +104,19 @@ def environment(python, folder):
     return folder / "bin" / "python"
 
 
-def pip(python, *arguments):
-    run(python, "-m", "pip", "--disable-pip-version-check", *arguments)
+def pip(python, *arguments, **environ):
+    run(python, "-m", "pip", "--disable-pip-version-check", *arguments, **environ)
+
+
+def takes_abi3(tag):
+    """Whether a Python can load a wheel of the stable ABI: free-threaded ones cannot."""
+    return not tag.endswith("t") and int(tag.partition("-")[0].removeprefix("cp3")) >= ABI3_OLDEST
+
+
+def abi3_pythons(pythons):
+    """Return the oldest and the newest of the Pythons that can load such a wheel; maybe none."""
+    able = sorted((tag for tag in pythons if takes_abi3(tag)), key=lambda tag: int(tag[3:5]))
+    return [pythons[tag] for tag in dict.fromkeys(able[:1] + able[-1:])]
 
 
 def build(out, pythons, libgomp):
@@ -97,23 +126,27 @@ def build(out, pythons, libgomp):
         temporary = Path(name)
         run(sys.executable, "-m", "build", "--sdist", "--outdir", temporary, ROOT)
         (sdist,) = temporary.glob("*.tar.gz")
-        for tag, python in pythons.items():
+        jobs = [(tag, python, {}) for tag, python in pythons.items()]
+        jobs += [(ABI3, python, {"BNFAST_ABI3": "1"}) for python in abi3_pythons(pythons)[:1]]
+        for tag, python, environ in jobs:
             built = temporary / f"built-{tag}"
-            pip(environment(python, temporary / tag), "wheel", "--no-deps", "-w", built, sdist)
+            inside = environment(python, temporary / tag)
+            pip(inside, "wheel", "--no-deps", "-w", built, sdist, **environ)
             (wheel,) = built.glob("*.whl")
             repaired = repair(wheel, out, libgomp)
             print(f"{repaired.stat().st_size:>9,} bytes  {repaired.name}", flush=True)
 
 
 def test(out, pythons, arguments):
-    failed = [tag for tag, python in pythons.items() if not passes(out, tag, python, arguments)]
+    jobs = [*pythons.items(), *((f"cp3{ABI3_OLDEST}-{ABI3}", p) for p in abi3_pythons(pythons))]
+    failed = [f"{tag} on {p}" for tag, p in jobs if not passes(out, tag, p, arguments)]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
 
 def passes(out, tag, python, arguments):
-    """Install a Python's wheel into an empty environment; return whether the suite passes there."""
-    wheels = list(out.glob(f"bnfast-*-{tag}-{tag}-*.whl"))
+    """Install a wheel into an empty environment; return whether the suite passes there."""
+    wheels = list(out.glob(f"bnfast-*-{tag}-*.whl"))
     if len(wheels) != 1:
         sys.exit(f"{len(wheels)} wheels in {out} for {python} ({tag}): `make wheels` first")
     with tempfile.TemporaryDirectory() as name:
