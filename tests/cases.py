@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from wide import wide
 
 import bnfast
 from bnfast import _core
@@ -68,10 +69,10 @@ class Problem:
     def exact(self):
         """The reference's arguments, in a type wider than the data."""
         return (
-            *(a.astype(np.longdouble) for a in (self.x, self.weight, self.bias)),
-            np.longdouble(self.eps),
+            *(wide(a) for a in (self.x, self.weight, self.bias)),
+            wide(self.eps),
             self.axis,
-            None if self.residual is None else self.residual.astype(np.longdouble),
+            None if self.residual is None else wide(self.residual),
             self.activation,
         )
 
@@ -161,8 +162,8 @@ def with_memory_order(*order):
 
 def with_gaps(a):
     """Every second element of the last axis of a larger array."""
-    wide = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
-    view = wide[..., ::2]
+    larger = np.zeros((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)
+    view = larger[..., ::2]
     view[...] = a
     return view
 

@@ -4,7 +4,7 @@ S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
 Training by Reducing Internal Covariate Shift", arXiv:1502.03167 (2015).
 
 Every line below is one line of the paper. Nothing is fused, reused or rearranged,
-and speed does not matter. Arithmetic is float64, or longdouble for longdouble
+and speed does not matter. Arithmetic is float64, or that of `wide` for wide
 arrays (so the tests have an oracle that is better than float64 data). A "channel"
 is one index along `axis`. For a dense layer it is the paper's activation x^(k) of
 Algorithm 1; for a convolution it is the feature map of section 3.2, whose values at
@@ -15,6 +15,7 @@ these values.
 from typing import NamedTuple
 
 import numpy as np
+from wide import PI, is_wide, wide
 
 
 class Gradients(NamedTuple):
@@ -28,9 +29,8 @@ class Gradients(NamedTuple):
 
 
 def real(a):
-    """`a` in float64, or in longdouble if it is longdouble."""
-    a = np.asarray(a)
-    return a.astype(np.promote_types(a.dtype, np.float64))
+    """`a` in float64, or as it is if it is wide."""
+    return a if is_wide(a) else np.asarray(a).astype(np.float64)
 
 
 def over_channel(sum_or_mean, x, axis):
@@ -337,12 +337,12 @@ def sigmoid(z):
 
 def normal_density(z):
     """phi(z)"""
-    pi = 4 * np.arctan(np.ones_like(z))
+    pi = wide(PI[0]) + PI[1]
     return np.exp(-z * z / 2) / np.sqrt(2 * pi)
 
 
 def normal_distribution(z):
-    """Phi(z), the integral of phi up to z, also where it is tiny: NumPy has none in longdouble.
+    """Phi(z), the integral of phi up to z, also where it is tiny: NumPy has none.
 
     For |z| below 2 by 1/2 + phi(z) (z + z^3/3 + z^5/(3*5) + ...); beyond by Laplace's fraction for
     the tail, phi(a) / (a + 1/(a + 2/(a + 3/(a + ...)))), from the inside.

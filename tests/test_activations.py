@@ -9,6 +9,7 @@ import pytest
 import reference
 from cases import EVERY_DTYPE, WITHOUT_FMA, bits, computed_in
 from tolerance import finfo
+from wide import LEAST, wide
 
 import bnfast
 from bnfast import _core, _types
@@ -28,7 +29,8 @@ def whole_range(dtype):
     info = finfo(dtype)
     least, most = np.log2(float(info.smallest_subnormal)), np.log2(float(info.max))
     exponents = np.linspace(least, most, 8_000)
-    sizes = np.exp2(exponents[:-1])
+    with np.errstate(over="ignore"):  # Windows' exp2 speaks of it below the largest number, too
+        sizes = np.exp2(exponents[:-1])
     near = np.concatenate([np.linspace(k - 0.01, k + 0.01, 401) for k in (-3, -0.7, 0, 0.7, 3)])
     ranges = [np.linspace(-end, end, 4_001) for end in (8, 40, 120, 800)]
     values = np.concatenate([sizes, -sizes, near, *ranges])
@@ -63,15 +65,15 @@ def slopes_of_whole_range(name, dtype):
 
 def exact_values(z, name):
     with np.errstate(all="ignore"):
-        exact = reference.activate(z.astype(np.longdouble), name)
-    exact[np.isneginf(z)] = AT_MINUS_INFINITY.get(name, 0)
+        exact = reference.activate(wide(z), name)
+    exact[np.isneginf(z.astype(float))] = AT_MINUS_INFINITY.get(name, 0)
     return exact
 
 
 def exact_slopes(z, name):
     """Infinities have the slope of large numbers."""
     with np.errstate(all="ignore"):
-        exact = reference.activation_slope(np.clip(z.astype(np.longdouble), -1e4, 1e4), name)
+        exact = reference.activation_slope(np.clip(wide(z), -1e4, 1e4), name)
     exact[np.isnan(z)] = np.nan
     return exact
 
@@ -79,22 +81,23 @@ def exact_slopes(z, name):
 def last_place(magnitude, dtype):
     """The unit in the last place of numbers of a type."""
     with np.errstate(invalid="ignore"):
-        _, exponent = np.frexp(np.abs(magnitude))
-    unit = np.ldexp(np.longdouble(finfo(dtype).eps), exponent - 1)
+        _, exponent = np.frexp(np.abs(magnitude).astype(float))
+    unit = np.ldexp(wide(finfo(dtype).eps), exponent - 1)
     return np.maximum(unit, float(finfo(dtype).smallest_subnormal))
 
 
 def assert_within_units(found, exact, magnitude, dtype, units):
     """Within so many units in the last place of magnitude; infinities and NaN the same."""
-    found = found.astype(np.longdouble)
     with np.errstate(over="ignore"):
-        rounded = exact.astype(dtype).astype(np.longdouble)
+        rounded = exact.astype(dtype).astype(float)
     finite = np.isfinite(rounded)
-    np.testing.assert_array_equal(found[~finite], rounded[~finite])
+    np.testing.assert_array_equal(found.astype(float)[~finite], rounded[~finite])
     with np.errstate(invalid="ignore"):
-        error = np.abs(found - exact) / last_place(magnitude, dtype)
-    worst = np.argmax(np.where(finite, error, 0))
-    assert error.flat[worst] <= units, (
+        error = np.abs(wide(found) - exact) / last_place(magnitude, dtype)
+    # Of z Phi(z) at |z| < 40 in double-doubles, Phi is off by half a denormal.
+    allowed = np.where(np.abs(exact) < LEAST, units + 20, units)
+    worst = np.argmax(np.where(finite, error - allowed, -units))
+    assert error.flat[worst] <= allowed.flat[worst], (
         f"got {found.flat[worst]!r}, expected {exact.flat[worst]!r}: {error.flat[worst]} units"
     )
 
@@ -170,15 +173,15 @@ class TestOfEveryFloat32:
 
     @pytest.mark.timeout(3600)
     def test_values(self, name, isa):
-        for z, wide in self.floats():
-            exact = activated(wide, name)
+        for z, wider in self.floats():
+            exact = activated(wider, name)
             assert_near(activated(z, name), exact, np.abs(exact))
 
     @pytest.mark.timeout(3600)
     def test_slopes(self, name, isa):
         largest = max(slope_of(np.full((1, 2), z), name).max() for z in np.linspace(0, 3, 3001))
-        for z, wide in self.floats():
-            assert_near(slope_of(z, name), slope_of(wide, name), largest)
+        for z, wider in self.floats():
+            assert_near(slope_of(z, name), slope_of(wider, name), largest)
 
 
 def assert_near(found, exact, magnitude):

@@ -40,6 +40,7 @@ from tolerance import (
     unit,
     weighted_moments_of,
 )
+from wide import wide
 
 import bnfast
 from bnfast import BatchNorm, BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -89,7 +90,7 @@ class Exact:
             read = np.asarray(mask).astype(computed_in(p.x.dtype))
             self.weights = reference.weights_of(read, p.x, p.axis)
             self.s = weighted_moments_of(p.x, p.axis, self.weights)
-        running = [a.astype(np.longdouble) for a in (layer.running_mean, layer.running_var)]
+        running = [wide(a) for a in (layer.running_mean, layer.running_var)]
         s = self.s
         self.r, self.d = reference.correction(
             s.mean, s.var, *running, self.eps, layer.rmax, layer.dmax
@@ -128,7 +129,7 @@ class Exact:
         p, s, kind = self.p, self.s, computed_in(self.p.x.dtype)
         off_the_kinks(self.as_batch_norm, s)  # in p.dy itself
         x, *rest = p.exact()
-        dy = p.dy.astype(np.longdouble)
+        dy = wide(p.dy)
 
         def outcome(r, d):
             return reference.renorm_backward(dy, x, self.weights, r, d, *rest)
@@ -155,21 +156,21 @@ class Exact:
     def check_running(self, before, momentum=0.1):
         """As BatchNorm: by the batch's own statistics."""
         layer, s, kind = self.layer, self.s, self.layer.dtype
-        total = self.weights.astype(np.longdouble).sum() / self.p.channels
+        total = wide(self.weights).sum() / self.p.channels
         k = total / (total - layer.ddof)
         var_error = k * s.var_error + k * (1 + k) * gamma(self.p.m) * s.var
         for got, old, new, error in (
             (layer.running_mean, before[0], s.mean, s.mean_error),
             (layer.running_var, before[1], k * s.var, var_error),
         ):
-            want = reference.running_average(old, new, np.longdouble(momentum))
+            want = reference.running_average(old, new, wide(momentum))
             assert_within(got, want, running_bound(old, new, error, momentum, kind), "running")
 
 
 def check(p, layer, mask=None):
     """A training step of a layer."""
     exact = Exact(p, layer, mask)
-    before = layer.running_mean.astype(np.longdouble), layer.running_var.astype(np.longdouble)
+    before = wide(layer.running_mean), wide(layer.running_var)
     count = int(layer.num_batches_tracked)
     out = poisoned_like(p.x)
     y = layer(p.x, p.residual, out, mask=mask)
@@ -259,20 +260,20 @@ class TestLimits:
         plain = plain_of(layer)
         s = batch_statistics(p.x, 1)
         got, want = layer(p.x, p.residual), plain(p.x, p.residual)
-        assert_within(got, want.astype(np.longdouble), 2 * forward_bound(p, s))
+        assert_within(got, wide(want), 2 * forward_bound(p, s))
         off_the_kinks(p, s)
-        exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+        exact = reference.backward(wide(p.dy), *p.exact())
         bounds = backward_bounds(p, s, exact)
         for a, b, bound in zip(
             layer.backward(p.dy), plain.backward(p.dy), (bounds.x, bounds.residual), strict=True
         ):
-            assert_within(a, b.astype(np.longdouble), 2 * bound)
+            assert_within(a, wide(b), 2 * bound)
         rounded = unit(layer.dtype)
         for name, want, bound in (
             ("weight_grad", exact.gamma, bounds.gamma),
             ("bias_grad", exact.beta, bounds.beta),
         ):
-            a, b = getattr(layer, name), getattr(plain, name).astype(np.longdouble)
+            a, b = getattr(layer, name), wide(getattr(plain, name))
             assert_within(a, b, 2 * bound + 3 * rounded * np.abs(want))
 
     @SHAPES
@@ -290,7 +291,7 @@ class TestLimits:
         evaluated = copy.deepcopy(layer).eval()(p.x, p.residual)
         got = layer(p.x, p.residual)
         assert_within(got, want, bound)
-        assert_within(got, evaluated.astype(np.longdouble), 2 * bound)
+        assert_within(got, wide(evaluated), 2 * bound)
 
     def test_a_schedule_changes_the_attributes(self):
         """Each call takes what they are then."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cases import HALVES, bits
 from hypothesis import settings
+from wide import wide
 
 import bnfast
 
@@ -45,15 +46,14 @@ BOTH_LAYOUTS = pytest.mark.parametrize(
 # --- Exact, and how far from it ----------------------------------------------------
 
 
-def exact(data, wide=np.longdouble):
+def exact(data, of=wide):
     """Mean and variance of each row of finite values, by two passes and a correction."""
-    d = data.astype(wide)
+    d = of(data)
     mean = d.mean(axis=1)
-    d -= mean[:, None]
+    d = d - mean[:, None]
     left = d.mean(axis=1)
-    d -= left[:, None]
-    np.square(d, out=d)
-    return mean + left, d.mean(axis=1)
+    d = d - left[:, None]
+    return mean + left, (d**2).mean(axis=1)
 
 
 def relative_error(got, want):
@@ -295,7 +295,7 @@ def test_a_guess_that_is_wrong(isa, arrange, parts, rng):
         here, there = two.astype(np.float32)
         data = np.repeat(there[:, None], n, axis=1)
         data[:, guessed] = here[:, None]
-        share, apart = np.longdouble(guessed.size) / n, here.astype(np.longdouble) - there
+        share, apart = wide(guessed.size) / n, wide(here) - there
         mean, var = there + share * apart, share * (1 - share) * apart**2
         width = 2 if run == 1 and n > 1000 else 64
         for c in range(0, 64, width):

@@ -29,6 +29,7 @@ from tolerance import (
     forward_bound,
     off_the_kinks,
 )
+from wide import wide
 
 import bnfast
 
@@ -51,7 +52,7 @@ def check_gradients(got, p, exact, bounds):
 def check_backward(p, **more):
     s = batch_statistics(p.x, p.axis)
     off_the_kinks(p, s)
-    exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+    exact = reference.backward(wide(p.dy), *p.exact())
     _, stats = forward(p)
     check_gradients(backward(p, stats, **more), p, exact, backward_bounds(p, s, exact))
 
@@ -61,7 +62,7 @@ def check_constants(p, rng):
     var = rng.uniform(0.5, 4, p.channels)
     s = constants(mean, var)
     off_the_kinks(p, s)
-    dy = p.dy.astype(np.longdouble)
+    dy = wide(p.dy)
     exact = reference.inference_backward(dy, p.exact()[0], mean, var, *p.exact()[1:])
     stats = bnfast.BatchStats.from_population(mean, var, p.eps)
     assert stats.count == 0

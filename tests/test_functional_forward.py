@@ -27,6 +27,7 @@ from tolerance import (
     inv_std_relative,
     running_bound,
 )
+from wide import wide
 
 import bnfast
 
@@ -239,7 +240,7 @@ class TestRunningStatistics:
             (mean, old_mean, s.mean, s.mean_error),
             (var, old_var, s.var * unbiased, s.var_error * unbiased),
         ):
-            want = reference.running_average(old, new, np.longdouble(momentum))
+            want = reference.running_average(old, new, wide(momentum))
             assert_within(got, want, running_bound(old, new, error, momentum, got.dtype))
 
     def test_float32_ones_beside_float64_data(self):

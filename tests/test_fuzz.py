@@ -38,6 +38,7 @@ from tolerance import (
     tiny,
     unit,
 )
+from wide import wide
 
 import bnfast
 
@@ -200,17 +201,17 @@ class TestGoodCalls:
         rng = np.random.default_rng(p.channels)
         start = rng.standard_normal(p.channels), rng.uniform(0.1, 4, p.channels)
         mean, var = (arrange(a.astype(dtype)) for a in start)
-        old = mean.astype(np.longdouble), var.astype(np.longdouble)
+        old = wide(mean), wide(var)
         bnfast.batch_norm(
             q.x, mean, var, training=True, momentum=momentum, ddof=ddof, axis=q.axis, eps=q.eps
         )
         s = batch_statistics(p.x, p.axis)
-        k = np.longdouble(p.m) / (p.m - ddof)
+        k = wide(p.m) / (p.m - ddof)
         for got, before, new, error in (
             (mean, old[0], s.mean, s.mean_error),
             (var, old[1], k * s.var, k * s.var_error),
         ):
-            want = reference.running_average(before, new, np.longdouble(momentum))
+            want = reference.running_average(before, new, wide(momentum))
             assert_within(got, want, running_bound(before, new, error, momentum, dtype))
 
     @given(problems(), st.data())
@@ -221,7 +222,7 @@ class TestGoodCalls:
         s = batch_statistics(p.x, p.axis) if through else constants(mean, var)
         off_the_kinks(p, s)
         q = q.replace(dy=data.draw(arrangements(p.x.ndim))(p.dy))
-        dy, (x, *others) = p.dy.astype(np.longdouble), p.exact()
+        dy, (x, *others) = wide(p.dy), p.exact()
         if through:
             exact = reference.backward(dy, x, *others)
             stats = bnfast.batch_norm_forward(p.x, axis=p.axis, eps=p.eps)[1]
@@ -275,7 +276,7 @@ class TestGoodCalls:
         s = batch_statistics(p.x, p.axis)
         off_the_kinks(p, s)
         q = q.replace(dy=data.draw(arrangements(p.x.ndim))(p.dy))
-        exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+        exact = reference.backward(wide(p.dy), *p.exact())
         bounds = backward_bounds(p, s, exact)
         stats = bnfast.batch_norm_forward(p.x, axis=p.axis, eps=p.eps)[1]
         along = (p.axis + 1) % p.x.ndim
@@ -331,17 +332,17 @@ class TestGoodCalls:
         bn.running_mean[:], bn.running_var[:] = rng.standard_normal((2, channels)) ** 2
         bn.weight[:], bn.bias[:] = rng.standard_normal((2, channels))
         names = ("running_mean", "running_var", "weight", "bias")
-        mean, var, gamma, beta = (getattr(bn, name).astype(np.longdouble) for name in names)
+        mean, var, gamma, beta = (wide(getattr(bn, name)) for name in names)
         given = bn.freeze() if is_frozen else bn
         got = bnfast.fold(weight, bias, given, out_axis=axis)
         assert [a.dtype for a in got] == [np.dtype(dtype)] * 2
-        scale = gamma / np.sqrt(var + np.longdouble(eps))
-        want = weight.astype(np.longdouble) * reference.to_shape(scale, weight, axis)
+        scale = gamma / np.sqrt(var + wide(eps))
+        want = wide(weight) * reference.to_shape(scale, weight, axis)
         # The scale: the sum, its root, the quotient and the product; then one more product.
         assert_within(got[0], want, rounded(6 * U * np.abs(want), want, dtype))
-        moved = bias.astype(np.longdouble) - mean
+        moved = wide(bias) - mean
         want = moved * scale + beta
-        terms = (np.abs(bias.astype(np.longdouble)) + np.abs(mean)) * np.abs(scale) + np.abs(beta)
+        terms = (np.abs(wide(bias)) + np.abs(mean)) * np.abs(scale) + np.abs(beta)
         assert_within(got[1], want, rounded(8 * U * terms, want, dtype))
 
     @given(problems(), st.data())

@@ -9,6 +9,7 @@ import pytest
 import reference
 from cases import DTYPES, at_offset, bits, make_problem, poisoned_like
 from tolerance import assert_within, backward_bounds, batch_statistics, forward_bound
+from wide import wide
 
 import bnfast
 
@@ -58,7 +59,7 @@ class TestCopies:
     def test_backward(self, isa, dtype, problems):
         small, large, copies = problems[dtype]
         s = batch_statistics(small.x, small.axis, sum_of=large.m)
-        exact = reference.backward(small.dy.astype(np.longdouble), *small.exact())
+        exact = reference.backward(wide(small.dy), *small.exact())
         bound = backward_bounds(small, s, exact, sum_of=large.m).x
         _, stats = bnfast.batch_norm_forward(large.x, large.weight, large.bias)
         for out in outputs(large.x):
@@ -102,8 +103,8 @@ def test_more_than_2_to_the_32_values(shape):
     assert got.count == m
     # A mean of one 1 in m values; M2 = 1 - 1/m, each within a merge's few roundings.
     tree = 64 * 2.0**-53
-    assert_within(got.mean, np.full(2, 1 / np.longdouble(m)), tree / m)
-    assert_within(got.m2, np.full(2, 1 - 1 / np.longdouble(m)), tree)
+    assert_within(got.mean, np.full(2, 1 / wide(m)), tree / m)
+    assert_within(got.m2, np.full(2, 1 - 1 / wide(m)), tree)
 
     stats = bnfast.BatchStats.from_population(np.zeros(2), np.ones(2), eps=0)
     sums = bnfast.batch_norm_backward(x, x, stats, needs=("weight", "bias"))

@@ -5,6 +5,7 @@ import pytest
 from cases import ACTIVATIONS, bits, make_problem
 from layer_cases import SHAPE, call, layer_of, state_bits, trained, trained_gradients
 from tolerance import assert_within
+from wide import wide
 
 import bnfast
 from bnfast import BatchNorm
@@ -19,7 +20,7 @@ class TestBackward:
         layer.backward(p.dy)
         for grad, first in zip((layer.weight_grad, layer.bias_grad), once, strict=True):
             # Twice a float32 is exact; the addend is rounded to float32, or the sum is.
-            assert_within(grad, 2 * first.astype(np.longdouble), 2 * 2.0**-24 * 2 * np.abs(first))
+            assert_within(grad, 2 * wide(first), 2 * 2.0**-24 * 2 * np.abs(first))
 
     def test_adds_in_place(self):
         p = make_problem(SHAPE)

@@ -61,6 +61,7 @@ from tolerance import (
     running_bound,
     weighted_moments_of,
 )
+from wide import wide
 
 import bnfast
 from bnfast import Moments, _core, lengths_mask
@@ -107,7 +108,7 @@ def check_stats(stats, p, s, mask, weights):
 
 def check_count(count, mask, weights, p):
     """The sum of the weights: an int of a bool mask, otherwise a float."""
-    total = weights.astype(np.longdouble).sum() / p.channels
+    total = wide(weights).sum() / p.channels
     if np.asarray(mask).dtype == bool:
         assert type(count) is int
         assert count == total
@@ -119,7 +120,7 @@ def check_count(count, mask, weights, p):
 def check_gradients(p, s, mask, weights, stats):
     off_the_kinks(p, s)
     x, *rest = p.exact()
-    exact = reference.weighted_backward(p.dy.astype(np.longdouble), x, weights, *rest)
+    exact = reference.weighted_backward(wide(p.dy), x, weights, *rest)
     bounds = backward_bounds(p, s, exact, weights=weights)
     got = run_backward(p, stats, mask=mask)
     assert got.x.dtype == p.x.dtype
@@ -444,7 +445,7 @@ class TestRunningStatistics:
         assert bits(y) == bits(run_forward(p, mask=mask)[0])
         weights = weights_read(mask, p)
         s = weighted_moments_of(p.x, 1, weights)
-        total = weights.astype(np.longdouble).sum() / p.channels
+        total = wide(weights).sum() / p.channels
         k = total / (total - ddof)
         # W is in M2 and in W - ddof.
         var_error = k * s.var_error + k * (1 + k) * gamma(p.m) * s.var
@@ -608,7 +609,7 @@ class TestConstantStatistics:
         s = constants(p.bias, p.weight**2)
         got = run_backward(p, fixed, mask=mask_of(p, make))
         assert bits(got.x) == bits(run_backward(p, fixed).x)
-        dy, x, *rest = p.dy.astype(np.longdouble), *p.exact()
+        dy, x, *rest = wide(p.dy), *p.exact()
         exact = reference.inference_backward(dy, x, s.mean, s.var, *rest)
         bounds = backward_bounds(p, s, exact, through_statistics=False)
         for a, want, bound in zip(got[:3], exact, bounds, strict=False):
@@ -1151,15 +1152,15 @@ class TestProperties:
         y, stats = run_forward(masked, mask=mask)
         want, alone = run_forward(q)
         assert stats.count == alone.count
-        assert_within(y[rows], want.astype(np.longdouble), 2 * forward_bound(q, s))
+        assert_within(y[rows], wide(want), 2 * forward_bound(q, s))
         off_the_kinks(q, s)
         masked.dy[rows] = q.dy
-        exact = reference.backward(q.dy.astype(np.longdouble), *q.exact())
+        exact = reference.backward(wide(q.dy), *q.exact())
         bounds = backward_bounds(q, s, exact)
         g, wanted = run_backward(masked, stats, mask=mask), run_backward(q, alone)
         # The product with a weight of 1 rounds nothing; sums of zeros do not either.
         for a, b, bound in zip((g.x[rows], *g[1:3]), wanted[:3], bounds[:3], strict=True):
-            assert_within(a, b.astype(np.longdouble), 3 * bound)
+            assert_within(a, wide(b), 3 * bound)
 
     @given(problems(dtype=np.float64))
     def test_a_mask_and_its_complement_are_the_whole(self, both):
@@ -1187,8 +1188,8 @@ class TestProperties:
         s = batch_statistics(copies, p.axis)
         assert got.count == want.count
         # as above
-        assert_within(got.mean, want.mean.astype(np.longdouble), 6 * s.mean_error)
-        assert_within(got.var(), want.var().astype(np.longdouble), 18 * s.var_error)
+        assert_within(got.mean, wide(want.mean), 6 * s.mean_error)
+        assert_within(got.var(), wide(want.var()), 18 * s.var_error)
 
     @given(problems(activation=None, residual=False))
     def test_output_that_counts_has_the_moments_asked_for(self, both):
@@ -1199,8 +1200,8 @@ class TestProperties:
         s = weighted_moments_of(p.x, p.axis, weights)
         got = weighted_moments_of(y, p.axis, weights)
         off = np.where(weights > 0, forward_bound(p, s), 0).max()
-        want = p.weight.astype(np.longdouble) ** 2 * s.var / (s.var + p.eps)
-        assert_within(got.mean, p.bias.astype(np.longdouble), off)
+        want = wide(p.weight) ** 2 * s.var / (s.var + p.eps)
+        assert_within(got.mean, wide(p.bias), off)
         assert_within(got.var, want, 4 * off * np.sqrt(want) + 4 * off**2)
 
     @given(problems(activation=None, residual=False))
@@ -1210,9 +1211,9 @@ class TestProperties:
         weights = weights_read(mask, p)
         s = weighted_moments_of(p.x, p.axis, weights)
         x, *rest = p.exact()
-        exact = reference.weighted_backward(p.dy.astype(np.longdouble), x, weights, *rest)
+        exact = reference.weighted_backward(wide(p.dy), x, weights, *rest)
         bound = backward_bounds(p, s, exact, weights=weights).x
         g = run_backward(p, run_forward(p, mask=mask)[1], mask=mask)
-        total = reference.over_channel(np.sum, g.x.astype(np.longdouble), p.axis)
+        total = reference.over_channel(np.sum, wide(g.x), p.axis)
         off = SECOND_ORDER * reference.over_channel(np.sum, bound, p.axis)
         assert_within(total, 0 * total, off)

@@ -5,6 +5,7 @@ import pytest
 import reference
 from cases import ACTIVATIONS, DTYPES, bits, forward, make_problem
 from tolerance import Statistics, assert_within, batch_statistics, forward_bound, moments_of, unit
+from wide import wide
 
 import bnfast
 
@@ -63,7 +64,7 @@ class TestNIST:
         right to 1e-13 (u kappa with kappa = 1e8 would be 1e-8).
         """
         values = np.array(NIST[name][0], np.float64)
-        exact = np.sqrt(values.astype(np.longdouble).var() * values.size / (values.size - 1))
+        exact = np.sqrt(wide(values).var() * values.size / (values.size - 1))
         got = bnfast.moments(as_layout(values, layout)).std(ddof=1)[0]
         # A naive E[x^2] - E[x]^2 has no digits here; two passes with their correction are off by n
         # u in the variance, n = 1001.
@@ -185,7 +186,7 @@ def test_gradient_at_a_large_mean(isa, layout, ratio):
     size = np.abs(near[:, :1]).max() + np.abs(dy).max()
     u = unit(np.float32)
     bound = 2 * (12 * u * size + 2 * u**2 * shift) / base.std()
-    assert_within(got[1], got[0].astype(np.longdouble), bound)
+    assert_within(got[1], wide(got[0]), bound)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from tolerance import (
     forward_bound,
     off_the_kinks,
 )
+from wide import wide
 
 import bnfast
 
@@ -48,7 +49,7 @@ class TestParts:
         p = make_problem(shape, dtype, activation=activation, residual=residual)
         s = batch_statistics(p.x, p.axis)
         off_the_kinks(p, s)
-        exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+        exact = reference.backward(wide(p.dy), *p.exact())
         bounds = backward_bounds(p, s, exact)
         _, stats = forward(p)
         sums = sums_of(p, stats)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import reference
 from tolerance import unit
+from wide import wide
 
 import bnfast
 
@@ -12,12 +13,12 @@ CUTS = ((0, 5), (5, 6), (6, 9))
 
 
 def population(x, weights):
-    """Mean and variance over count - 1 of weighted values, in long doubles."""
-    w = np.broadcast_to(weights[:, None], x.shape).astype(np.longdouble)
-    wide = np.where(w > 0, x, 0).astype(np.longdouble)
+    """Mean and variance over count - 1 of weighted values."""
+    w = wide(np.broadcast_to(weights[:, None], x.shape))
+    x = wide(np.where(w > 0, x, 0))
     total = w[:, 0].sum()
-    mean = (w * wide).sum((0, 2)) / total
-    d = np.where(w > 0, wide - mean[:, None], 0)
+    mean = (w * x).sum((0, 2)) / total
+    d = np.where(w > 0, x - mean[:, None], 0)
     return mean, (w * d * d).sum((0, 2)) / (total - 1)
 
 

@@ -14,6 +14,7 @@ from tolerance import (
     constants,
     forward_bound,
 )
+from wide import wide
 
 import bnfast
 from bnfast import Moments
@@ -79,7 +80,7 @@ def test_affine_invariance(p, a, b):
     y, _ = forward(p)
     moved_y, _ = forward(moved)
     bound = sum(forward_bound(q, batch_statistics(q.x, 1)) for q in (p, moved))
-    assert_within(moved_y, np.sign(a) * y.astype(np.longdouble), bound)
+    assert_within(moved_y, np.sign(a) * wide(y), bound)
 
 
 @given(seeds, st.integers(2, 50), st.integers(1, 20), powers)
@@ -117,10 +118,10 @@ def test_larger_weights_lead_to_smaller_gradients(p, a):
 
 
 def gradient_of_x(p):
-    """The library's dx, in longdouble, and the limit of its error."""
+    """The library's dx, and the limit of its error."""
     s = batch_statistics(p.x, 1)
-    exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
-    got = gradients(p, forward(p)[1]).x.astype(np.longdouble)
+    exact = reference.backward(wide(p.dy), *p.exact())
+    got = wide(gradients(p, forward(p)[1]).x)
     return got, backward_bounds(p, s, exact).x
 
 
@@ -146,7 +147,7 @@ def test_order_of_the_batch_does_not_matter(p, random):
     shuffled = p.replace(x=p.x[order], residual=residual)
     bound = forward_bound(p, batch_statistics(p.x, 1))
     y, _ = forward(p)
-    assert_within(forward(shuffled)[0], y[order].astype(np.longdouble), 2 * bound[order])
+    assert_within(forward(shuffled)[0], wide(y[order]), 2 * bound[order])
 
 
 @given(problems(activation=None, residual=False))
@@ -156,8 +157,8 @@ def test_output_has_the_moments_asked_for(p):
     s = batch_statistics(p.x, 1)
     got = batch_statistics(y, 1)
     off = forward_bound(p, s).max()
-    want = p.weight.astype(np.longdouble) ** 2 * s.var / (s.var + p.eps)
-    assert_within(got.mean, p.bias.astype(np.longdouble), off)
+    want = wide(p.weight) ** 2 * s.var / (s.var + p.eps)
+    assert_within(got.mean, wide(p.bias), off)
     # Each deviation is off by 2 off: the variance by 4 off std + 4 off^2.
     assert_within(got.var, want, 4 * off * np.sqrt(want) + 4 * off**2)
 
@@ -171,9 +172,9 @@ def test_gradient_is_orthogonal_to_what_cancels(p):
     dx, bound = gradient_of_x(p)
     s = batch_statistics(p.x, 1)
     d = p.x - reference.to_shape(s.mean, p.x, 1)
-    exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+    exact = reference.backward(wide(p.dy), *p.exact())
     kept = p.weight * exact.gamma * p.eps / (s.var + p.eps)
-    # The sums here are in longdouble, whose rounding SECOND_ORDER covers.
+    # SECOND_ORDER covers the roundings of the sums here.
     for got, want, off in ((dx, 0 * kept, bound), (dx * d, kept, bound * np.abs(d))):
         off = SECOND_ORDER * reference.over_channel(np.sum, off, 1)
         assert_within(reference.over_channel(np.sum, got, 1), want, off)
@@ -186,7 +187,7 @@ def test_layouts_agree(p):
     last = p.replace(x=np.ascontiguousarray(np.moveaxis(p.x, 1, -1)), axis=-1)
     bound = forward_bound(p, batch_statistics(p.x, 1))
     got = np.moveaxis(forward(last)[0], -1, 1)
-    assert_within(got, y.astype(np.longdouble), 2 * bound)
+    assert_within(got, wide(y), 2 * bound)
 
 
 @given(problems(activation=None), activations)
@@ -228,8 +229,8 @@ class TestMoments:
         a, b = self.parts(p.x, [min(cut, len(p.x))])
         s = batch_statistics(p.x, 1)
         assert (a + b).count == (b + a).count
-        assert_within((a + b).mean, (b + a).mean.astype(np.longdouble), 2 * s.mean_error)
-        assert_within((a + b).var(), (b + a).var().astype(np.longdouble), 2 * s.var_error)
+        assert_within((a + b).mean, wide((b + a).mean), 2 * s.mean_error)
+        assert_within((a + b).var(), wide((b + a).var()), 2 * s.var_error)
 
     @given(problems(), powers)
     def test_scale_to_the_bit(self, p, a):
@@ -250,7 +251,7 @@ def test_running_statistics_converge_to_those_of_a_repeated_batch(p, momentum, s
     for _ in range(steps):
         bnfast.batch_norm(x, mean, var, training=True, momentum=momentum, ddof=0)
     s = batch_statistics(x, 1)
-    kept = (1 - np.longdouble(momentum)) ** steps
+    kept = (1 - wide(momentum)) ** steps
     for got, first, exact, error in (
         (mean, 0, s.mean, s.mean_error),
         (var, 1, s.var, s.var_error),
@@ -268,7 +269,7 @@ def test_eps_is_added_to_the_variance(eps, p):
     stats = bnfast.batch_norm_forward(p.x, eps=eps)[1]
     assert_within(
         stats.inv_std,
-        1 / np.sqrt(stats.var.astype(np.longdouble) + eps),
+        1 / np.sqrt(wide(stats.var) + eps),
         4 * 2.0**-53 * stats.inv_std,
     )
 
@@ -279,4 +280,4 @@ def test_fixed_statistics_of_the_batch_give_the_training_output(p):
     y, stats = forward(p)
     again = bnfast.normalize(p.x, stats.mean, stats.var, p.weight, p.bias, eps=p.eps, **p.options)
     bound = forward_bound(p, constants(stats.mean, stats.var))
-    assert_within(again, y.astype(np.longdouble), 2 * bound)
+    assert_within(again, wide(y), 2 * bound)

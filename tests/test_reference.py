@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import reference
 from cases import ACTIVATIONS, make_problem
-from tolerance import gamma, unit
+from tolerance import gamma
+from wide import UNIT, wide
 
 
 def central_difference(f, at, direction, h):
     return (f(at + h * direction) - f(at - h * direction)) / (2 * h)
 
 
-STEP = np.longdouble(2) ** -15
+STEP = wide(2) ** -15
 
 
 def assert_derivative(f, at, direction, want, h=STEP):
@@ -20,7 +21,7 @@ def assert_derivative(f, at, direction, want, h=STEP):
     """
     fine = central_difference(f, at, direction, h)
     truncation = abs(central_difference(f, at, direction, 2 * h) - fine)
-    rounding = 1000 * unit(np.longdouble) * max(1, abs(f(at))) / h
+    rounding = 1000 * UNIT * max(1, abs(f(at))) / h
     assert truncation + rounding < 1e-6 * max(1, abs(want))
     assert abs(fine - want) <= truncation + rounding
 
@@ -43,10 +44,10 @@ def test_gradients_are_derivatives(activation, wrt, given, rng):
         return np.sum(p.dy * y)
 
     if given:
-        gradients = reference.inference_backward(p.dy, x, *constants, *p.exact()[1:])
+        gradients = reference.inference_backward(wide(p.dy), x, *constants, *p.exact()[1:])
     else:
-        gradients = reference.backward(p.dy, *p.exact())
-    direction = rng.standard_normal(arguments[wrt].shape).astype(np.longdouble)
+        gradients = reference.backward(wide(p.dy), *p.exact())
+    direction = wide(rng.standard_normal(arguments[wrt].shape))
     want = np.sum(gradients[wrt] * direction)
     assert_derivative(loss, arguments[wrt], direction, want)
 
@@ -54,7 +55,7 @@ def test_gradients_are_derivatives(activation, wrt, given, rng):
 def weights_for(p, rng):
     """Weights of which some are 0, shaped like x."""
     mask = rng.uniform(0.25, 2, (4, 5)) * (rng.random((4, 5)) < 0.7)
-    return reference.weights_of(mask, p.x).astype(np.longdouble)
+    return wide(reference.weights_of(mask, p.x))
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
@@ -77,8 +78,10 @@ def test_weighted_gradients_are_derivatives(activation, wrt, renorm, rng):
         x, g, b, r = (*arguments[:wrt], argument, *arguments[wrt + 1 :])
         return np.sum(p.dy * forward(x, weights, *given, g, b, eps, axis, r, activation))
 
-    gradients = backward(p.dy, x, weights, *given, gamma_, beta, eps, axis, residual, activation)
-    direction = rng.standard_normal(arguments[wrt].shape).astype(np.longdouble)
+    gradients = backward(
+        wide(p.dy), x, weights, *given, gamma_, beta, eps, axis, residual, activation
+    )
+    direction = wide(rng.standard_normal(arguments[wrt].shape))
     want = np.sum(gradients[wrt] * direction)
     assert_derivative(loss, arguments[wrt], direction, want)
 

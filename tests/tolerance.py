@@ -6,7 +6,7 @@ the exact result times (1 + e), |e| <= u. A sum of n terms in any order is off
 by at most gamma(n) times the sum of the terms' magnitudes (Higham, "Accuracy
 and Stability of Numerical Algorithms", 2002, section 4.2). First-order terms
 are added below. SECOND_ORDER covers the products of two of them, and the
-oracle's own error (longdouble: 2^-11 of float64's).
+oracle's own error, which is UNIT of wide.py for one operation, at most 2^-11 of U.
 
 The limits are for the arithmetic that the library documents:
 statistics and sums in float64, but those of a training call and its backward, on float32 data and
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import reference
 from cases import computed_in
+from wide import is_wide, wide
 
 U = np.finfo(np.float64).eps / 2
 SECOND_ORDER = 1 + 2.0**-9
@@ -69,9 +70,9 @@ def gamma(n, u=U):
 
 def assert_within(got, want, bound, what=""):
     """|got - want| <= bound everywhere; a NaN on either side fails."""
-    got, want = np.asarray(got), np.asarray(want)
+    got, want = (a if is_wide(a) else np.asarray(a) for a in (got, want))
     assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
-    error = np.abs(got.astype(np.longdouble) - want)
+    error = np.abs(wide(got) - want)
     bound = np.broadcast_to(bound, error.shape)
     good = error <= bound
     if good.all():
@@ -97,7 +98,7 @@ class Statistics:
 def constants(mean, var):
     """Given statistics are exact."""
     zero = np.zeros(np.shape(mean))
-    return Statistics(mean.astype(np.longdouble), var.astype(np.longdouble), zero, zero)
+    return Statistics(wide(mean), wide(var), zero, zero)
 
 
 def moments_of(x, axis, sum_of=None):
@@ -119,7 +120,7 @@ def moments_of(x, axis, sum_of=None):
     4 e sqrt(L var) + 4 e^2 L.
     """
     single = computed_in(x.dtype) == np.float32
-    x = x.astype(np.longdouble)
+    x = wide(x)
     m = sum_of or reference.values_per_channel(x, axis)
     mean, var = reference.batch_mean(x, axis), reference.batch_variance(x, axis)
     magnitude = reference.over_channel(np.mean, np.abs(x), axis)
@@ -160,7 +161,7 @@ def weighted_moments_of(x, axis, weights):
     if (weights == 1).all():  # as without a mask
         return batch_statistics(x, axis)
     single = computed_in(x.dtype) == np.float32
-    x = reference.counted(x.astype(np.longdouble), weights)
+    x = reference.counted(wide(x), weights)
     m = reference.values_per_channel(x, axis)
     mean = reference.weighted_mean(x, weights, axis)
     var = reference.weighted_variance(x, weights, axis)
@@ -220,17 +221,17 @@ class Terms:
     def __init__(self, p, s):
         x, self.weight, self.bias, eps, _, residual, _ = p.exact()
         self.p, self.s, self.u = p, s, unit(computed_in(p.x.dtype))
-        self.relative = self.wide(inv_std_relative(s, eps))
-        self.inv_std = self.wide(1 / np.sqrt(s.var + eps))
-        self.scale = np.abs(self.wide(self.weight)) * self.inv_std
-        self.d = np.abs(x - self.wide(s.mean))
-        self.mean_lo = self.u * np.abs(self.wide(s.mean))  # at most
+        self.relative = self.shaped(inv_std_relative(s, eps))
+        self.inv_std = self.shaped(1 / np.sqrt(s.var + eps))
+        self.scale = np.abs(self.shaped(self.weight)) * self.inv_std
+        self.d = np.abs(x - self.shaped(s.mean))
+        self.mean_lo = self.u * np.abs(self.shaped(s.mean))  # at most
         # x - mean_hi: u (|d| + |mean_lo|)
-        self.d_error = self.u * (self.d + self.mean_lo) + self.wide(s.mean_error)
+        self.d_error = self.u * (self.d + self.mean_lo) + self.shaped(s.mean_error)
         self.residual = 0 if residual is None else np.abs(residual)
         self.activation = ACTIVATIONS[reference.name_and_slope(p.activation)[0]]
 
-    def wide(self, per_channel):
+    def shaped(self, per_channel):
         return reference.to_shape(per_channel, self.p.x, self.p.axis)
 
     def total(self, a):
@@ -239,14 +240,14 @@ class Terms:
     def pre_activation(self):
         """d * scale + bias (+ residual), before the activation."""
         product = self.d * self.scale
-        sum_ = product + np.abs(self.wide(self.bias))
+        sum_ = product + np.abs(self.shaped(self.bias))
         return (
             self.scale * self.d_error
             + product * self.relative
             # scale rounded to the data's type, and the product, without FMA
             + 2 * self.u * (product + self.scale * self.mean_lo)
             # bias - mean_lo * scale, rounded
-            + self.u * (np.abs(self.wide(self.bias)) + self.scale * self.mean_lo)
+            + self.u * (np.abs(self.shaped(self.bias)) + self.scale * self.mean_lo)
             + self.u * sum_  # + bias
             + (self.u * (sum_ + self.residual) if self.p.residual is not None else 0)
         )
@@ -294,7 +295,7 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None, weights=N
     u = t.u
     summing = gamma((sum_of or p.m) + 2)
     g = np.abs(exact.residual)
-    dy = np.abs(p.dy.astype(np.longdouble))
+    dy = np.abs(wide(p.dy))
     g_error = (
         t.activation.slope_roundings * u * dy + t.activation.curvature * dy * t.pre_activation()
     )
@@ -312,13 +313,13 @@ def backward_bounds(p, s, exact, through_statistics=True, sum_of=None, weights=N
     x = a_g * (t.relative + u) + t.scale * g_error + u * a_g
     if through_statistics:
         # b = -scale inv_std^2 sum(g d) / m,  c = -scale sum(g) / m
-        m = p.m if weights is None else t.wide(t.total(weights))
+        m = p.m if weights is None else t.shaped(t.total(weights))
         m_error = 0 if weights is None else gamma(p.m)
-        b = t.scale * t.inv_std * np.abs(t.wide(exact.gamma)) / m
-        b_error = t.scale * t.inv_std**2 * t.wide(sum_gd_error) / m
+        b = t.scale * t.inv_std * np.abs(t.shaped(exact.gamma)) / m
+        b_error = t.scale * t.inv_std**2 * t.shaped(sum_gd_error) / m
         b_error = b_error + b * (3 * t.relative + u + 6 * U + m_error)
-        c = t.scale * np.abs(t.wide(exact.beta)) / m
-        c_error = t.scale * t.wide(sum_g_error) / m + c * (t.relative + u + 3 * U + m_error)
+        c = t.scale * np.abs(t.shaped(exact.beta)) / m
+        c_error = t.scale * t.shaped(sum_g_error) / m + c * (t.relative + u + 3 * U + m_error)
         through = b_error * t.d + b * t.d_error + c_error
         # b rounded, and b * d without FMA; the constant rounded
         through = through + 2 * u * b * size + u * (c + b * t.mean_lo)

@@ -19,6 +19,7 @@ from tolerance import (
     running_bound,
     unit,
 )
+from wide import wide
 
 
 def check_outputs(p, of):
@@ -32,7 +33,7 @@ def check_gradients(p, of):
     given = p.dy.copy()
     off_the_kinks(p, s)
     assert bits(given) == bits(p.dy), "a tie at a kink: rounding decides the gradient there"
-    exact = reference.backward(p.dy.astype(np.longdouble), *p.exact())
+    exact = reference.backward(wide(p.dy), *p.exact())
     bounds = backward_bounds(p, s, exact)
     assert_within(np.concatenate([rank["dx"] for rank in of]), exact.x, bounds.x, "x")
     if p.residual is not None:
@@ -42,7 +43,7 @@ def check_gradients(p, of):
         ("weight_grad", exact.gamma, bounds.gamma),
         ("bias_grad", exact.beta, bounds.beta),
     ):
-        local = [rank[grad].astype(np.longdouble) for rank in of]
+        local = [wide(rank[grad]) for rank in of]
         # Each rank's part was rounded to the parameter's type.
         stored = sum(unit(p.x.dtype) * np.abs(part) for part in local)
         assert_within(sum(local), want, bound + SECOND_ORDER * stored, grad)
@@ -50,13 +51,13 @@ def check_gradients(p, of):
 
 def check_running_statistics(p, of, momentum):
     s = moments_of(p.x, 1)
-    share = np.longdouble(p.m) / (p.m - 1)
+    share = wide(p.m) / (p.m - 1)
     for key, old, new, error in (
         ("running_mean", 0, s.mean, s.mean_error),
         ("running_var", 1, s.var * share, s.var_error * float(share)),
     ):
         assert len({bits(rank[key]) for rank in of}) == 1
-        want = reference.running_average(old, new, np.longdouble(momentum))
+        want = reference.running_average(old, new, wide(momentum))
         bound = running_bound(old, new, error, momentum, p.x.dtype)
         assert_within(of[0][key], want, bound, key)
     assert all(rank["num_batches_tracked"] == 1 for rank in of)

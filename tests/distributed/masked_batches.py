@@ -5,6 +5,7 @@ import reference
 from cases import bits, make_problem
 from splits import SHAPES, rows_of
 from tolerance import ACTIVATIONS, U, assert_within, unit
+from wide import wide
 
 # What a rank's mask is: rank 1 has the odd one.
 KINDS = {
@@ -66,7 +67,7 @@ class Whole:
     def __init__(self, p, weights, ddof=1):
         x, gamma, beta, eps, _, residual, activation = p.exact()
         x = np.nan_to_num(x)
-        w = np.broadcast_to(weights[:, None], x.shape).astype(np.longdouble)
+        w = wide(np.broadcast_to(weights[:, None], x.shape))
         total = w[:, 0].sum()
         self.mean = reference.over_channel(np.sum, w * x, 1) / total
         d = x - reference.to_shape(self.mean, x, 1)
@@ -77,7 +78,7 @@ class Whole:
         for kink in ACTIVATIONS[reference.name_and_slope(activation)[0]].kinks:
             assert np.abs(z - kink).min() > 1e-6, "rounding decides the gradient at a kink"
         self.y = reference.activate(z, activation)
-        g = p.dy.astype(np.longdouble) * reference.activation_slope(z, activation)
+        g = wide(p.dy) * reference.activation_slope(z, activation)
         x_hat = reference.normalized(x, self.mean, var, eps)
         self.weight = reference.over_channel(np.sum, g * x_hat, 1)
         self.bias = reference.over_channel(np.sum, g, 1)
@@ -108,11 +109,11 @@ def check_step(p, weights, of, momentum):
         g = np.where(whole.counts, whole.residual, 0)
         check(together("dresidual"), g, ROUNDINGS_OF_GRADIENTS, "dresidual")
     for name in ("weight", "bias"):
-        total = sum(rank[f"{name}_grad"].astype(np.longdouble) for rank in of)
+        total = sum(wide(rank[f"{name}_grad"]) for rank in of)
         check(total, getattr(whole, name), ROUNDINGS_OF_GRADIENTS, name)
     for key, old, new in (("running_mean", 0, whole.mean), ("running_var", 1, whole.var)):
         assert len({bits(rank[key]) for rank in of}) == 1
-        want = reference.running_average(old, new, np.longdouble(momentum))
+        want = reference.running_average(old, new, wide(momentum))
         check(of[0][key], want, ROUNDINGS, key)
     assert all(rank["num_batches_tracked"] == 1 for rank in of)
 

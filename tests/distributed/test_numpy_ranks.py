@@ -12,6 +12,7 @@ from tolerance import (
     moments_of,
     unit,
 )
+from wide import wide
 
 import bnfast
 from bnfast.distributed import SyncBatchNorm, all_reduce, ranks_of
@@ -104,8 +105,8 @@ def test_cumulative_average(results):
     """The mean of three batches' moments; the distribution of rows does not matter."""
     state = same_on_all(results)
     s = moments_of(make_problem(program.SHAPES["planar"]).x, 1)
-    m = np.longdouble(make_problem(program.SHAPES["planar"]).m)
-    mean, var = 2 * s.mean, (1 + 4 + 9) / np.longdouble(3) * s.var * m / (m - 1)
+    m = wide(make_problem(program.SHAPES["planar"]).m)
+    mean, var = 2 * s.mean, (1 + 4 + 9) / wide(3) * s.var * m / (m - 1)
     # Three averages, each rounded like one; no intermediate value is above the largest batch's.
     u = unit(np.float32)
     assert_within(state["running_mean"], mean, 3 * 4 * 3 * np.abs(s.mean) * u, "running_mean")
@@ -225,7 +226,7 @@ def test_population_statistics(results):
     cuts = [program.rows_of("uneven", rank, size) for rank in range(size)]
     seen = np.concatenate([part for cut in cuts for part in (x[cut], x[cut][:1])])
     s = moments_of(seen, 1)
-    m = np.longdouble(seen.size // seen.shape[1])
+    m = wide(seen.size // seen.shape[1])
     u = unit(np.float32)
     assert_within(state["running_mean"], s.mean, s.mean_error + u * np.abs(s.mean), "mean")
     var = s.var * m / (m - 1)

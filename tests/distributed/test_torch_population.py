@@ -5,6 +5,7 @@ import pytest
 from cases import bits
 from judged import AT_FAULT, check_raised
 from launch import LAUNCHES, launch
+from wide import wide
 
 torch = pytest.importorskip("torch")
 
@@ -26,7 +27,7 @@ def check_states(states, batches):
     for name, value in states[0].items():
         assert all(bits(state[name]) == bits(value) for state in states)
     x = program.data().numpy()
-    seen = np.moveaxis(x.astype(np.longdouble), 1, 0).reshape(3, -1)
+    seen = np.moveaxis(wide(x), 1, 0).reshape(3, -1)
     np.testing.assert_allclose(states[0]["0.running_mean"], seen.mean(1).astype(float), rtol=1e-12)
     np.testing.assert_allclose(
         states[0]["0.running_var"], seen.var(1, ddof=1).astype(float), rtol=1e-12
@@ -85,7 +86,7 @@ def test_masks(ranks):
     weights = program.weights()
     for rank in range(1, size):
         weights[rank::size] = weights[rank::size] > 0 if rank == 1 else 1
-    x = np.moveaxis(program.data().numpy().astype(np.longdouble), 1, -1)
+    x = np.moveaxis(wide(program.data().numpy()), 1, -1)
     w = weights[..., None]
     mean = (w * x).sum((0, 1, 2)) / w.sum()
     var = (w * (x - mean) ** 2).sum((0, 1, 2)) / (w.sum() - 1)

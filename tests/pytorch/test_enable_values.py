@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from cases import make_problem
 from layers import TENSORS, channels_last, gappy, leaf
 from test_result_strides import INPUTS, REORDERED
+from wide import wide
 
 import bnfast.torch
 
@@ -70,7 +71,7 @@ def test_values_and_gradients_as_reference(kind, dtype, training, calls):
 
 
 def exact_gradients(p, s, training):
-    dy = p.dy.astype(np.longdouble)
+    dy = wide(p.dy)
     if training:
         return reference.backward(dy, *p.exact())
     return reference.inference_backward(dy, p.exact()[0], s.mean, s.var, *p.exact()[1:])
@@ -83,7 +84,7 @@ def check_running(found, old, s, p, training):
     unbiased = p.m / (p.m - 1)
     new = (s.mean, s.mean_error), (s.var * unbiased, s.var_error * unbiased)
     for before, after, (value, error) in zip(old, found, new, strict=True):
-        want = reference.running_average(before.astype(np.longdouble), value, 0.25)
+        want = reference.running_average(wide(before), value, 0.25)
         bound = tolerance.running_bound(before, value, error, 0.25, p.x.dtype)
         tolerance.assert_within(after.numpy(), want, bound)
 

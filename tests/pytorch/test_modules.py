@@ -14,6 +14,7 @@ from cases import by_direction, make_problem
 from layers import CLASSES, TENSORS, channels_last, leaf
 from torch import nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+from wide import wide
 
 import bnfast.torch
 from bnfast import _core
@@ -86,7 +87,7 @@ def test_values_and_gradients_as_reference(kind, dtype, activation, residual, tr
 
 
 def exact_gradients(p, s, training):
-    dy = p.dy.astype(np.longdouble)
+    dy = wide(p.dy)
     if training:
         return reference.backward(dy, *p.exact())
     return reference.inference_backward(dy, p.exact()[0], s.mean, s.var, *p.exact()[1:])
@@ -106,7 +107,7 @@ def test_running_statistics_as_reference(dtype, momentum, ran):
         for before, after, (batch_value, error) in zip(
             old, (layer.running_mean, layer.running_var), new, strict=True
         ):
-            want = reference.running_average(before.astype(np.longdouble), batch_value, factor)
+            want = reference.running_average(wide(before), batch_value, factor)
             bound = tolerance.running_bound(before, batch_value, error, factor, DTYPES[dtype])
             tolerance.assert_within(after.numpy(), want, bound)
         assert layer.num_batches_tracked == batch + 1

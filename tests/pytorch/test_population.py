@@ -8,6 +8,7 @@ import pytest
 import torch
 from layers import SmallResNet, channels_last, gappy
 from torch import nn
+from wide import wide
 
 import bnfast.torch
 from bnfast.torch import recompute_statistics
@@ -16,8 +17,8 @@ SPLITS = {"equal": [8] * 5, "uneven": [1, 17, 2, 20], "one": [40], "with an empt
 
 
 def whole(x):
-    """Mean and unbiased variance of each channel, in NumPy's long doubles."""
-    rows = np.moveaxis(x.detach().numpy().astype(np.longdouble), 1, 0).reshape(x.shape[1], -1)
+    """Mean and unbiased variance of each channel."""
+    rows = np.moveaxis(wide(x.detach().numpy()), 1, 0).reshape(x.shape[1], -1)
     return rows.mean(1), rows.var(1, ddof=1)
 
 
@@ -286,11 +287,11 @@ class Masked(nn.Module):
 
 
 def weighted(x, weights):
-    """Mean and unbiased variance of weighted values, in NumPy's long doubles."""
-    w = weights.numpy().astype(np.longdouble)[:, None]
-    wide = np.where(w > 0, x.detach().numpy(), 0).astype(np.longdouble)
-    mean = (w * wide).sum((0, 2)) / w.sum()
-    d = np.where(w > 0, wide - mean[:, None], 0)
+    """Mean and unbiased variance of weighted values."""
+    w = wide(weights.numpy())[:, None]
+    x = wide(np.where(w > 0, x.detach().numpy(), 0))
+    mean = (w * x).sum((0, 2)) / w.sum()
+    d = np.where(w > 0, x - mean[:, None], 0)
     return mean, (w * d * d).sum((0, 2)) / (w.sum() - 1)
 
 

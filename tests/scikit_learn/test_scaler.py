@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from cases import SANITIZED
 from processes import run_python
-from tolerance import SECOND_ORDER, U, assert_within, gamma, tiny, unit
+from scaled import (
+    FEATURES,
+    FITTED,
+    ROWS,
+    assert_alike,
+    assert_statistics,
+    assert_transformed,
+    exact,
+    table,
+    with_gaps,
+)
+from tolerance import assert_within, tiny, unit
 
 import bnfast
 
@@ -18,82 +29,12 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
+from wide import wide
 
 from bnfast.sklearn import StandardScaler
 
-ROWS, FEATURES = 500, 7
-OFFSETS = [0, 1, -20, 1e3, 1e5, 1e6, -1e6]
-FITTED = ("mean_", "var_", "scale_", "n_samples_seen_")
-
 DTYPE = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 ORDER = pytest.mark.parametrize("order", ["C", "F"])
-
-
-def table(rng, dtype=np.float64, order="C", rows=ROWS):
-    """Features whose means are up to a million deviations."""
-    return np.array(rng.normal(OFFSETS, 1, (rows, FEATURES)), dtype, order=order)
-
-
-def with_gaps(rng, x):
-    """NaN in some places of some features, which have different numbers of them then."""
-    x = x.copy(order="K")
-    for feature, share in ((1, 0.1), (4, 0.5), (5, 0.9)):
-        x[rng.random(len(x)) < share, feature] = np.nan
-    return x
-
-
-def exact(x, weight=None):
-    """Mean and biased variance of each feature in long doubles, without what is NaN."""
-    weight = np.ones(len(x)) if weight is None else weight
-    w = weight.astype(np.longdouble)[:, None] * ~np.isnan(x)
-    values = np.nan_to_num(x.astype(np.longdouble))
-    mean = (w * values).sum(axis=0) / w.sum(axis=0)
-    return mean, (w * (values - mean) ** 2).sum(axis=0) / w.sum(axis=0)
-
-
-def assert_statistics(scaler, x, weight=None, batches=1):
-    """Within the limits of `tolerance.moments_of`, of any values and weights.
-
-    A weight is one more factor. A batch is one more merge, with four more roundings: the variance
-    times the count and back, and two sums. The weights of all merges, one after the other, add up
-    to those of the values, so that the logarithm of the tree's levels covers them.
-    """
-    mean, var = exact(x, weight)
-    values = np.nan_to_num(x.astype(np.longdouble))
-    terms = gamma(len(x) + 4 * batches + 5)
-    e = terms * 2 * np.abs(values).max(axis=0)
-    levels = np.log2(len(x)) + 2
-    squares = var + (np.abs(np.where(np.isnan(x), mean, values) - mean) ** 2).max(axis=0)
-    var_error = terms * squares + 4 * e * np.sqrt(levels * var) + 4 * e**2 * levels
-    assert_within(scaler.mean_, mean, SECOND_ORDER * e, "mean_")
-    assert_within(scaler.var_, var, SECOND_ORDER * var_error, "var_")
-    np.testing.assert_array_equal(scaler.scale_, np.where(var > 0, np.sqrt(scaler.var_), 1))
-
-
-def assert_transformed(y, x, scaler):
-    """(x - mean_) / scale_: five roundings of the result, and those of the mean's lower part.
-
-    That part is at most u times the mean, and is rounded in the difference, as a product and in a
-    sum; the factor 1 / scale_ is one more rounding, in float64.
-    """
-    mean, scale = (np.asarray(a, np.longdouble) for a in (scaler.mean_, scaler.scale_))
-    right = (x.astype(np.longdouble) - mean) / scale
-    u = unit(x.dtype)
-    bound = (5 * u + U) * np.abs(right) + 4 * u * u * np.abs(mean) / scale + tiny(x.dtype)
-    assert y.dtype == x.dtype
-    there = ~np.isnan(right)
-    np.testing.assert_array_equal(np.isnan(y), ~there)
-    assert_within(y[there], right[there], SECOND_ORDER * bound[there], "transform")
-
-
-def assert_alike(ours, theirs, rtol=1e-12):
-    """The same attributes, of the same types and shapes."""
-    assert set(vars(ours)) == set(vars(theirs))
-    for name in FITTED:
-        a, b = getattr(ours, name), getattr(theirs, name)
-        assert np.shape(a) == np.shape(b), name
-        if b is not None:
-            np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-300, err_msg=name)
 
 
 class TestStatistics:
@@ -232,7 +173,7 @@ class TestTransform:
     def test_is_the_exact_one_or_nearer_to_it_than_scikit_learns(self, rng, dtype, contract):
         x = table(rng, dtype, rows=5000)
         mean, var = exact(x)
-        right = (x.astype(np.longdouble) - mean) / np.sqrt(var)
+        right = (wide(x) - mean) / np.sqrt(var)
         errors = [
             np.abs(kind().fit_transform(x) - right).max(axis=0)
             for kind in (StandardScaler, preprocessing.StandardScaler)
@@ -270,7 +211,7 @@ class TestTransform:
         assert back.dtype == dtype
         # Five roundings of y, which are scaled; three of terms and sum on the way back.
         size = np.abs(x) + np.abs(scaler.mean_) + np.abs(y) * scaler.scale_
-        assert_within(back, x.astype(np.longdouble), 8 * unit(dtype) * size, "inverse_transform")
+        assert_within(back, wide(x), 8 * unit(dtype) * size, "inverse_transform")
 
     @DTYPE
     def test_missing_values_stay(self, rng, dtype):
@@ -333,7 +274,7 @@ class TestTransform:
         x = rng.normal(100, 1, (ROWS, 3)).astype(np.float16)
         scaler = StandardScaler().fit(x)
         y = scaler.transform(x)
-        right = (x.astype(np.longdouble) - scaler.mean_) / scaler.scale_
+        right = (wide(x) - scaler.mean_) / scaler.scale_
         assert y.dtype == np.float16
         bound = (unit(np.float16) + 6 * unit(np.float32)) * np.abs(right) + tiny(np.float16)
         assert_within(y, right, bound, "float16")
