@@ -7,6 +7,8 @@ VENV ?= .venv
 EDITABLE ?= --editable
 ARGS ?=
 DEBUG ?=
+# What the demo learns: digits (or nothing), mnist.
+DATA :=
 BENCH_VENV ?= .venv-bench
 ZOO_VENV ?= .venv-zoo
 TORCH ?= torch==2.13.0
@@ -17,7 +19,7 @@ JAX ?= jax
 MPI4PY ?= mpi4py>=4
 FORMATS ?= safetensors keras h5py jax flax
 SIMDE ?= simde-py>=0.8.2
-# Interpreters to make wheels for; those of 3.10 to 3.14 that are found, if none are named.
+# Interpreters to make wheels for; those of 3.10 to 3.15 that are found, if none are named.
 WHEEL_PYTHONS ?=
 WHEELHOUSE ?= wheelhouse
 # The OpenMP runtime that wheels carry: this machine's, if none is named.
@@ -37,8 +39,9 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo build build-debug test smoke test-torch test-zoo zoo-tests test-distributed \
-    test-onnx test-neon test-avx512-emulated sanitize sanitize-test sanitize-torch \
-    sanitize-torch-test coverage coverage-test tsan matrix mutants lint format docs bench \
+    test-onnx test-neon test-arm64 test-windows check-macos test-avx512-emulated test-wide \
+    sanitize sanitize-test sanitize-torch sanitize-torch-test coverage coverage-test tsan \
+    tsan-python tsan-python-test matrix mutants lint format docs bench \
     bench-compare bench-suite bench-pytest instructions \
     instructions-since dist sdist wheels test-wheels clean
 
@@ -46,8 +49,8 @@ help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo 'Arguments are passed on: make test ARGS="-k fold -x", make demo ARGS="--quick"'
 
-demo: $(VENV)/.bnfast-demo  ## the paper's experiment on handwritten digits
-	$(PY) examples/paper.py $(ARGS)
+demo: $(VENV)/.bnfast-$(or $(filter mnist,$(DATA)),demo)  ## the paper's experiment on handwritten digits; DATA=mnist: on MNIST's
+	$(PY) examples/paper.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## the whole test suite
 	$(PY) -m pytest $(ARGS)
@@ -68,9 +71,18 @@ test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	    exit 1; }
 	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py tests/test_driver_program.py -k "NEON or aarch64" $(ARGS)
 
+test-arm64: $(VENV)/.bnfast-test $(VENV)/.bnfast-build  ## the package cross-built for AArch64, and the quick tests, under qemu: hours
+	$(PY) tools/arm64.py $(ARGS)
+
+test-windows: $(VENV)/.bnfast-test $(VENV)/.bnfast-build $(VENV)/.bnfast-cross  ## bnfast for Windows: built by clang, its suite run by wine; ARGS="tests/test_half.py"
+	$(PY) tools/windows test $(ARGS)
+
 test-avx512-emulated: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## AVX-512's kernels on AVX2, their intrinsics emulated by SIMDe
 	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import program; sys.exit(program.find_simde()[1])"
 	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py -k emulated $(ARGS)
+
+test-wide: $(VENV)/.bnfast-test  ## float64 judged as where longdouble is no wider (Windows, Apple): in double-doubles
+	BNFAST_WIDE=double-double $(PY) -m pytest -m "not slow" $(ARGS)
 
 # Headers alone. Where they cannot be installed, the tests say what to do, and are skipped.
 $(VENV)/.bnfast-simde: $(INSTALLED)
@@ -131,10 +143,26 @@ mutants: $(VENV)/.bnfast-test $(VENV)/.bnfast-build $(VENV)/.bnfast-pytorch $(VE
 	$(PY) tests/kernels/mutants.py
 	$(PY) tests/mutants.py $(ARGS)
 
+check-macos: $(VENV)/.bnfast-cross $(VENV)/.bnfast-build  ## compiles and links for macOS, by a compiler from PyPI; nothing runs
+	$(PY) tools/check_macos.py
+
 tsan: $(VENV)/.bnfast-test  ## whole calls in a C program under ThreadSanitizer, by clang and its OpenMP
 	@$(PY) -c "import sys; sys.path[:0] = ['tests/kernels', 'tests']; import targets; \
 	    sys.exit(targets.ARCHER is None and 'bnfast: tsan needs clang with ThreadSanitizer and OpenMP (Debian, Ubuntu: apt install clang libclang-rt-dev libomp-dev)')"
 	$(PY) -m pytest tests/test_driver_program.py -k ThreadSanitizer $(ARGS)
+
+tsan-python:  ## calls from Python's threads under ThreadSanitizer: PYTHON=python3.14t, a free-threaded one
+	@mkdir -p .sanitize
+	@BNFAST_SANITIZE=thread $(MAKE) --no-print-directory VENV=.sanitize/venv-thread EDITABLE= tsan-python-test
+
+# Python itself is not instrumented, nor is libgomp, so teams have one thread: races between calls.
+tsan-python-test: $(INSTALLED)
+	$(PY) -m pip install --quiet pytest pytest-timeout hypothesis
+	@$(PY) -c "import sysconfig, sys; \
+	    sys.exit(None if sysconfig.get_config_var('Py_GIL_DISABLED') else 'bnfast: tsan-python needs a free-threaded Python: PYTHON=python3.14t')"
+	cd .sanitize && LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" PYTHON_GIL=0 OMP_THREAD_LIMIT=1 \
+	    TSAN_OPTIONS="report_signal_unsafe=0 suppressions=$(abspath tests/tsan.txt)" \
+	    $(abspath $(PY)) -m pytest -c ../pyproject.toml --rootdir=.. ../tests/test_threads_at_once.py $(ARGS)
 
 test-torch: $(VENV)/.bnfast-pytorch  ## the PyTorch drop-in; TORCH=, TORCH_INDEX= say which PyTorch and where from
 	$(PY) -m pytest tests/pytorch $(ARGS)
@@ -231,6 +259,7 @@ $(VENV)/.bnfast-zoo: pyproject.toml $(INSTALLED) | $(PIP)
 # What work is spread over processes with. Tests of one that cannot be installed are skipped, and
 # say so; MPI itself comes from the system (Debian, Ubuntu: apt install openmpi-bin libopenmpi-dev).
 $(VENV)/.bnfast-engines: $(VENV)/.bnfast-distributed
+	-$(PY) -m pip install --quiet "dask[dataframe]" zarr
 	-$(if $(MPI4PY),$(PY) -m pip install --quiet "$(MPI4PY)")
 	-$(if $(TORCH),$(PY) -m pip install --quiet $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)))
 	@touch $@
@@ -302,7 +331,7 @@ $(VENV)/.bnfast-build: pyproject.toml | $(PIP)
 	@touch $@
 
 # An extra of bnfast, which is already installed, so this adds the packages and compiles nothing.
-$(VENV)/.bnfast-demo $(VENV)/.bnfast-distributed: $(VENV)/.bnfast-%: pyproject.toml $(INSTALLED)
+$(addprefix $(VENV)/.bnfast-,demo mnist distributed): $(VENV)/.bnfast-%: pyproject.toml $(INSTALLED)
 	$(PY) -m pip install --quiet "bnfast[$*]"
 	@touch $@
 

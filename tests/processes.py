@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from bnfast import _core
+
 HERE = Path(__file__).resolve().parent
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+needs_openmp = pytest.mark.skipif(
+    not _core.config()["openmp"], reason="the threads of this build are not OpenMP's"
+)
 
 
 def run_python(code, *, timeout=60, **environ):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from cases import SANITIZED
 from numpy._core.multiarray import get_handler_name
+from processes import needs_fork
 
 import bnfast
 from bnfast import _arrays, _core, _memory, layers
@@ -25,7 +26,6 @@ OURS, NUMPYS = "bnfast_pages", "default_allocator"
 MiB = 2**20
 LEAST = 128 * 1024
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="this system does not tell resident memory"
 )
@@ -248,8 +248,12 @@ def test_container_memory_limit_counts(tmp_path, groups, files, limit):
 
 def test_default_limit_is_small_part_of_memory(tmp_path):
     bound, _ = _memory._from_machine(str(tmp_path))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < bound <= min(memory / 16, 2**30)
+    assert 0 < bound <= min(_core.physical_memory() / 16, 2**30)
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="Python has no other way to ask here")
+def test_memory_of_the_machine():
+    assert _core.physical_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---- Giving back

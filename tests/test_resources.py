@@ -103,13 +103,13 @@ print("done")
 
 def test_interrupt_between_calls():
     code = """
-import os, signal, threading, numpy as np, bnfast
+import signal, threading, numpy as np, bnfast
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
 x = np.ones((16, 64, 28, 28), np.float32)
 layer = bnfast.BatchNorm(64)
 try:
     layer(x)
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
     while True:
         layer(x)
 except KeyboardInterrupt:

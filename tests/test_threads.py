@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from processes import run_python
+from processes import needs_openmp, run_python
 
 import bnfast
 
@@ -111,6 +111,7 @@ def test_numpy_integers_are_integers():
         assert type(bnfast.get_num_threads()) is int
 
 
+@needs_openmp
 def test_threadpoolctl_sees_and_limits_the_runtime():
     pytest.importorskip("threadpoolctl")
     code = """

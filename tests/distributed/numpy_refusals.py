@@ -1,6 +1,5 @@
 """The scenarios with NumPy arrays in which one rank, the first or the last, fails."""
 
-import resource
 import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -374,6 +373,8 @@ def memory_for(more):
     """Limit this process to so many bytes more than it has now."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[0])
+    import resource  # not on Windows
+
     before = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
