@@ -10,7 +10,14 @@ standard library's HTTP server is for demonstrations, not for the open internet.
 
     POST /frozen or /folded   {"images": n rows of 64 numbers from 0 to 1}
     ->                        {"digits": [n], "logits": [[10], ...], "worker": process id}
+    GET /drift                have the images moved from those of training?
+    ->                        {"count": n, "seconds": since the start, "worst": [{"input": 27,
+                               ...}, ...], "kl_divergence": [64], "mean_difference": [64]}
+    DELETE /drift ->          the same, and starts again
     for a bad request ->      {"error": a sentence}
+
+All workers' images count for /drift. A divergence is null if it is infinite: that pixel is
+constant in training or in what was asked, as some are in the first few images.
 
 A request may take ten seconds to arrive, even if its client keeps sending.
 
@@ -38,11 +45,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from digits import load_digits
 from paper import Network, Run, train
+from serve_drift import Watch
+
+import bnfast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,6 +76,18 @@ SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 def row_by_row(x: Floats, weight: Floats) -> Floats:
     """x @ weight, each row alone, so that no row depends on the others."""
     return np.stack([row @ weight for row in x])
+
+
+class Service(NamedTuple):
+    """What each worker has."""
+
+    networks: dict[str, Network]
+    watch: Watch
+
+
+def trained_service(steps: int) -> Service:
+    """Train, and keep what the training images were like."""
+    return Service(trained_networks(steps), Watch(bnfast.moments(load_digits().train)))
 
 
 def trained_networks(steps: int) -> dict[str, Network]:
@@ -167,9 +189,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(code, {"error": message or HTTPStatus(code).phrase})
 
     def do_GET(self) -> None:
+        networks = self.server.service.networks
         if self.path == "/":
-            self.answer(200, {"networks": sorted(self.server.networks), "worker": os.getpid()})
-        elif self.path[1:] in self.server.networks:
+            self.answer(200, {"networks": sorted(networks), "worker": os.getpid()})
+        elif self.path == "/drift":
+            self.answer(200, self.server.service.watch.report())
+        elif self.path[1:] in networks:
             self.answer(405, {"error": "expected POST"}, Allow="POST")
         else:
             self.answer(404, {"error": f"no {self.path}"})
@@ -177,13 +202,21 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         network, images = self.network(), parse(self.body())
         logits = infer(network, images)
+        self.server.service.watch.add(images)
         digits = logits.argmax(axis=1).tolist()
         self.answer(200, {"digits": digits, "logits": logits.tolist(), "worker": os.getpid()})
 
+    def do_DELETE(self) -> None:
+        if self.path != "/drift":
+            raise BadRequest(404, f"nothing to delete at {self.path}")
+        self.answer(200, self.server.service.watch.report(forget=True))
+
     def network(self) -> Network:
-        if self.path[1:] not in self.server.networks:
+        if self.path == "/drift":
+            raise BadRequest(405, "expected GET or DELETE")
+        if self.path[1:] not in self.server.service.networks:
             raise BadRequest(404, f"no {self.path}")
-        return self.server.networks[self.path[1:]]
+        return self.server.service.networks[self.path[1:]]
 
     def body(self) -> bytes:
         given = self.headers.get("Content-Length")
@@ -233,11 +266,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = False  # closing waits for running answers
     block_on_close = True
 
-    def __init__(self, listening: socket.socket, networks: dict[str, Network]) -> None:
+    def __init__(self, listening: socket.socket, service: Service) -> None:
         super().__init__(listening.getsockname(), Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
-        self.networks = networks
+        self.service = service
         self.parent = os.getppid()
 
     def service_actions(self) -> None:
@@ -255,9 +288,9 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def work(listening: socket.socket, networks: dict[str, Network]) -> None:
+def work(listening: socket.socket, service: Service) -> None:
     """Answer until SIGTERM, then finish the running requests."""
-    server = Server(listening, networks)
+    server = Server(listening, service)
     signal.signal(signal.SIGTERM, server.stop)
     # Ctrl-C reaches all processes; the parent passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -267,7 +300,7 @@ def work(listening: socket.socket, networks: dict[str, Network]) -> None:
         server.serve_forever(poll_interval=0.1)
 
 
-def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
+def fork_worker(listening: socket.socket, service: Service) -> int:
     # Python 3.12 and later warn if threads run at a fork. BLAS starts its own again, and
     # bnfast stays on one thread in a child forked after a parallel call.
     with warnings.catch_warnings():
@@ -277,7 +310,7 @@ def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
         return pid
     status = 1
     try:
-        work(listening, networks)
+        work(listening, service)
         status = 0
     except BaseException:  # noqa: BLE001 - a child must never run on in the parent's program
         sys.excepthook(*sys.exc_info())
@@ -286,7 +319,7 @@ def fork_worker(listening: socket.socket, networks: dict[str, Network]) -> int:
         os._exit(status)
 
 
-def serve(listening: socket.socket, networks: dict[str, Network], workers: int) -> int:
+def serve(listening: socket.socket, service: Service, workers: int) -> int:
     """Keep `workers` processes answering until SIGTERM or SIGINT; return 0 if all then ended."""
     # A worker that loses the race for a connection must not wait in accept: it could not stop.
     listening.setblocking(False)
@@ -296,7 +329,7 @@ def serve(listening: socket.socket, networks: dict[str, Network], workers: int) 
     running: set[int] = set()
     while True:
         while len(running) < workers:
-            running.add(fork_worker(listening, networks))
+            running.add(fork_worker(listening, service))
         if signal.sigwait(SIGNALS) != signal.SIGCHLD:
             break
         for pid in reaped(running):
@@ -335,7 +368,7 @@ def listen(port: int) -> socket.socket:
 
 
 @contextmanager
-def running_service(networks: dict[str, Network], workers: int) -> Iterator[int]:
+def running_service(service: Service, workers: int) -> Iterator[int]:
     """Serve in a separate process, on a free port; yield the port."""
     listening = listen(0)
     port = listening.getsockname()[1]
@@ -345,7 +378,7 @@ def running_service(networks: dict[str, Network], workers: int) -> Iterator[int]
     if pid == 0:
         status = 1
         try:
-            status = serve(listening, networks, workers)
+            status = serve(listening, service, workers)
         finally:
             os._exit(status)
     listening.close()
@@ -372,9 +405,9 @@ def ask(port: int, network: str, images: Floats) -> tuple[float, Floats]:
     return seconds, np.array(json.loads(content)["logits"], np.float32)
 
 
-def load_test(networks: dict[str, Network], workers: int, clients: int, requests: int) -> int:
+def load_test(service: Service, workers: int, clients: int, requests: int) -> int:
     """Print a table of latencies; return how many answers were not the expected bits."""
-    images = load_digits().test
+    images, networks = load_digits().test, service.networks
     alone = {
         name: np.concatenate([infer(network, image[None]) for image in images])
         for name, network in networks.items()
@@ -383,7 +416,7 @@ def load_test(networks: dict[str, Network], workers: int, clients: int, requests
     batches = [rng.choice(len(images), rng.integers(1, 33)) for _ in range(requests)]
     wrong = 0
     rows = []
-    with running_service(networks, workers) as port, ThreadPoolExecutor(clients) as pool:
+    with running_service(service, workers) as port, ThreadPoolExecutor(clients) as pool:
         for name in networks:
             start = time.perf_counter()
             answers = list(pool.map(lambda batch: ask(port, name, images[batch]), batches))  # noqa: B023
@@ -435,12 +468,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", type=positive, metavar="CLIENTS", help="run the load test")
     parser.add_argument("--requests", type=positive, default=1000, help="of each load test")
     options = parser.parse_args(arguments)
-    networks = trained_networks(options.steps)
+    service = trained_service(options.steps)
     if options.load:
-        return int(load_test(networks, options.workers, options.load, options.requests) > 0)
+        return int(load_test(service, options.workers, options.load, options.requests) > 0)
     listening = listen(options.port)
     print(f"listening on {HOST}:{listening.getsockname()[1]}", flush=True)
-    return serve(listening, networks, options.workers)
+    return serve(listening, service, options.workers)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_python
+
+import bnfast
 
 SERVE = Path(__file__).parent.parent / "examples" / "serve.py"
 HOST, TIMEOUT = "127.0.0.1", 30
@@ -93,6 +97,111 @@ def test_the_root_lists_the_networks(port):
     status, content = ask(port, "GET", "/")
     assert status == 200
     assert content["networks"] == ["folded", "frozen"]
+
+
+# ---- Drift
+
+
+@pytest.fixture(scope="module")
+def training():
+    """The images that the service was trained with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SERVE.parent)
+        return __import__("digits").load_digits().train
+
+
+@pytest.fixture
+def forgotten(port):
+    """A port whose service has seen nothing: a list of what it saw is empty."""
+    assert ask(port, "DELETE", "/drift")[0] == 200
+    status, content = ask(port, "GET", "/drift")
+    assert status == 200
+    assert content["count"] == len(content["worst"]) == len(content["kl_divergence"]) == 0
+    return port
+
+
+def serve_all(port, batches):
+    """Ask four at a time, so that both workers and several of their threads answer."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: answer(port, ("frozen", "folded")[n % 2], batches[n]),
+                      range(len(batches))))  # fmt: skip
+
+
+def test_traffic_of_training_images_does_not_drift(forgotten, training):
+    """All of them once, in requests at the same time: none is lost, and the moments are equal."""
+    batches = np.split(training, [1, 2, 4, 34, 98, 300, 301, 302, 500, 756, 800, 1000, 1200])
+    serve_all(forgotten, batches)
+    _, report = ask(forgotten, "GET", "/drift")
+    assert report["count"] == len(training) == sum(map(len, batches))
+    assert np.max(report["kl_divergence"]) < 1e-12
+    assert np.max(np.abs(report["mean_difference"])) < 1e-12
+    assert 0 < report["seconds"] < 600
+
+
+def test_shifted_inputs_are_the_worst(forgotten, training):
+    shifted = training.copy()
+    shifted[:, [20, 43]] = 1 - shifted[:, [20, 43]] / 4
+    serve_all(forgotten, np.array_split(shifted, 8))
+    _, report = ask(forgotten, "DELETE", "/drift")
+    assert {worst["input"] for worst in report["worst"][:2]} == {20, 43}
+    want = bnfast.drift(bnfast.moments(training), bnfast.moments(shifted))
+    kl = np.array(report["kl_divergence"])
+    np.testing.assert_allclose(kl, want.kl_divergence, atol=1e-12)
+    np.testing.assert_allclose(report["mean_difference"], want.mean_difference, atol=1e-12)
+    worst = report["worst"][0]
+    assert worst["kl_divergence"] == kl.max() > 5 * np.sort(kl)[-3]
+    assert worst["mean_difference"] > 1
+    assert len(report["worst"]) == 5
+    assert ask(forgotten, "GET", "/drift")[1]["count"] == 0
+
+
+def test_a_pixel_that_is_constant_once_is_null(forgotten, training):
+    assert np.ptp(training[:, 0]) == 0
+    image = training[:1].copy()
+    image[0, 0] = 0.5
+    answer(forgotten, "frozen", image)
+    _, report = ask(forgotten, "GET", "/drift")
+    assert report["kl_divergence"][0] is None
+    assert report["worst"][0]["input"] == 0
+
+
+def test_threads_and_processes_lose_no_counts():
+    code = f"""
+import os, sys, threading, warnings
+sys.path.insert(0, {str(SERVE.parent)!r})
+import bnfast, numpy as np
+from serve_drift import Watch
+rows = np.eye(64, dtype=np.float32)[:3]
+watch = Watch(bnfast.moments(rows))
+def work():
+    for _ in range(200):
+        watch.add(rows)
+warnings.simplefilter("ignore", DeprecationWarning)  # of threads at a fork
+children = []
+for _ in range(2):
+    children.append(os.fork())
+    if not children[-1]:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        os._exit(0)
+[os.waitpid(child, 0) for child in children]
+print(watch.report()["count"], watch.read()[1].mean[:4].round(3).tolist())
+"""
+    done = run_python(code)
+    assert (done.stdout, done.stderr) == ("3600 [0.333, 0.333, 0.333, 0.0]\n", "")
+
+
+def test_bad_requests_count_nothing(forgotten, images):
+    for body in ("not json", "{}", json.dumps({"images": [[2] * 64]})):
+        assert ask(forgotten, "POST", "/frozen", body)[0] == 400
+    assert ask(forgotten, "POST", "/none", json.dumps({"images": images.tolist()}))[0] == 404
+    assert ask(forgotten, "POST", "/drift", "{}")[0] == 405
+    assert ask(forgotten, "DELETE", "/frozen")[0] == 404
+    assert ask(forgotten, "GET", "/drift")[1]["count"] == 0
+
+
+# ---- Bad requests
 
 
 def image_of(value):
@@ -262,11 +371,13 @@ def assert_end(pids):
 def test_a_killed_worker_is_replaced():
     with service() as (process, port):
         workers, victims = workers_of(port, 2), []
+        answer(port, "frozen", np.zeros((3, 64)))
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV):
             victims.append(min(workers))
             os.kill(victims[-1], number)
             workers = workers_of(port, 2, without=victims) - set(victims)
             assert len(workers) == 2
+        assert ask(port, "GET", "/drift")[1]["count"] == 3
         process.terminate()
         assert process.wait(TIMEOUT) == 0
         said = process.stderr.read()

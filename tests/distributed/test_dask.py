@@ -1,13 +1,12 @@
 """Moments and normalisation over Dask arrays, on threads and on a cluster of processes."""
 
 import os
-import signal
-import time
 
 import numpy as np
 import pytest
 import reference
 from cases import bits
+from clusters import array_of, assert_some_were_read_twice, kill_a_worker
 from tolerance import assert_within, moments_of
 
 import bnfast
@@ -327,45 +326,6 @@ class TestInvalidBlocks:
 
 # ---- A cluster of processes
 
-ROWS, BLOCK = 64, 1000
-
-
-def block_of(row, seconds=0.0, pids=None):
-    """What a task reads: reproducible, and slow enough to be killed halfway."""
-    time.sleep(seconds)
-    if pids is not None:
-        with open(os.path.join(pids, f"{row}.{time.monotonic_ns()}"), "w") as file:
-            file.write(str(os.getpid()))
-    return np.random.default_rng(row).normal(row, 1 + row, (BLOCK, 3)).astype(np.float32)
-
-
-def array_of(seconds=0.0, pids=None):
-    rows = da.arange(ROWS, chunks=1)
-    return da.map_blocks(
-        lambda row: block_of(int(row[0]), seconds, pids),
-        rows,
-        dtype=np.float32,
-        new_axis=1,
-        chunks=((BLOCK,) * ROWS, (3,)),
-        meta=np.empty((0, 0), np.float32),
-    )
-
-
-@pytest.fixture(scope="module")
-def client():
-    distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(
-            n_workers=3,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=None,
-            host="127.0.0.1",
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        yield client
-
 
 @pytest.mark.timeout(180)
 @pytest.mark.filterwarnings("default")  # from the cluster's start and end
@@ -391,16 +351,7 @@ class TestCluster:
     def test_killed_worker_changes_no_bit(self, client, tmp_path):
         """Killed after some blocks were summed; the bits are those of an undisturbed run."""
         future = client.compute(dask_moments(array_of(0.1, str(tmp_path))))
-        while len(list(tmp_path.iterdir())) < ROWS // 4:
-            assert future.status == "pending"
-            time.sleep(0.01)
-        victim = min(info["pid"] for info in client.run(_who).values())
-        os.kill(victim, signal.SIGKILL)
+        kill_a_worker(tmp_path)
         got = future.result(timeout=120)
         assert got == dask_moments(array_of()).compute(scheduler="synchronous")
-        written = [path.name.split(".")[0] for path in tmp_path.iterdir()]
-        assert len(written) > len(set(written)) == ROWS, "nothing had to be done twice"
-
-
-def _who():
-    return {"pid": os.getpid()}
+        assert_some_were_read_twice(tmp_path)

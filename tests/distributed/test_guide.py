@@ -1,4 +1,4 @@
-"""The code in docs/guide/distributed.md and in docstrings runs as written."""
+"""The code in docs/guide/distributed.md, on Dask in scikit_learn.md, and in docstrings runs."""
 
 import doctest
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from bnfast import distributed
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "distributed.md"
+GUIDES = Path(__file__).parents[2] / "docs" / "guide"
 MODEL = (
     "import torch\nmodel = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))\n"
 )
@@ -20,9 +20,10 @@ END = "\nimport os, torch\ntorch.distributed.barrier()\nos._exit(0)\n"
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def example(mark):
-    """The guide's only example that contains a text."""
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+def example(mark, page="distributed.md"):
+    """A page's only example that contains a text."""
+    text = (GUIDES / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```py(?:thon)?\n(.*?)```", text, re.DOTALL)
     (found,) = [block for block in blocks if mark in block]
     return found
 
@@ -50,11 +51,24 @@ def test_ranks(tmp_path, before, mark, after):
     run(tmp_path, before + example(mark) + after + END, *RANKS)
 
 
-def test_dask(tmp_path):
+@pytest.fixture
+def features(tmp_path):
+    """A zarr file in the folder of the program."""
     pytest.importorskip("zarr")
     da = pytest.importorskip("dask.array")
     x = da.random.default_rng(0).normal(5, 2, (1000, 3), chunks=(100, 3)).astype("float32")
     x.to_zarr(str(tmp_path / "features.zarr"))
+
+
+@pytest.mark.usefixtures("features")
+def test_the_scaler_of_dask(tmp_path):
+    pytest.importorskip("sklearn", minversion="1.6")
+    after = "\nassert abs(da.from_zarr('standardised.zarr').std().compute() - 1) < 1e-6\n"
+    run(tmp_path, example("scaler.transform(X)", "scikit_learn.md") + after)
+
+
+@pytest.mark.usefixtures("features")
+def test_dask(tmp_path):
     after = "\nassert da.from_zarr('normalized.zarr').shape == (1000, 3)\nassert m.count == 1000\n"
     run(tmp_path, example("dask_moments(x, axis=1)") + after)
 
