@@ -90,13 +90,34 @@ def include_report(_app, docname, source):
         source[0] = source[0].replace("@REPORT@", text)
 
 
+# The first page shows one figure of those reports.
+FIGURE = """```{figure} ../bench/results/figures/forward.png
+:width: 540px
+:alt: Training forward by shape, as a share of what memory allows: bnfast, oneDNN, PyTorch, libxsmm
+
+The speed of a training forward by shape, two threads of an AMD EPYC. The limit is a loop that only
+moves the bytes that must be moved.
+```"""
+
+
+def include_figure(_app, docname, source):
+    """Put the figure in the first page, where there is one."""
+    if docname == "index":
+        there = (HERE.parent / "bench" / "results" / "figures" / "forward.png").exists()
+        source[0] = source[0].replace("@FIGURE@", FIGURE if there else "")
+
+
 def formula(translator, node):
     """Write a formula as MathML, which browsers draw themselves: no script, no network."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
-    translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+    drawn = latex2mathml.converter.convert(node.astext(), display=display)
+    if display == "block":
+        drawn = f'<div class="formula">{drawn}</div>'
+    translator.body.append(drawn)
     raise nodes.SkipNode
 
 
 def setup(app):
     app.connect("source-read", include_report)
+    app.connect("source-read", include_figure)
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))

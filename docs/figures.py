@@ -15,6 +15,10 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 import bnfast
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import paper_line_by_line  # one of the examples
+
 OURS, READ, WRITE, QUIET = "#D55E00", "#0072B2", "#56B4E9", "#dddddd"
 SETTINGS = {
     "svg.hashsalt": "bnfast",
@@ -273,8 +277,28 @@ def drifting():
     return figure
 
 
+def counterexample():
+    """Section 2 of the paper: a bias that a mean cancels, learned by two gradients."""
+    figure, (bias, loss) = plt.subplots(1, 2, figsize=(7.2, 2.8))
+    for ignore_mean, name, style in (
+        (True, "E[x] taken for a constant", {"color": OURS, "linewidth": 4}),
+        (False, "the right gradient", {"color": READ, "linewidth": 1.8}),
+    ):
+        b, of_b, _ = paper_line_by_line.counterexample(ignore_mean, sigmoid=False)
+        bias.plot(b, label=name, **style)
+        loss.plot(of_b, **style)
+    bias.set_title("b", fontsize=10)
+    bias.legend(frameon=False, fontsize=8, loc="upper left")
+    loss.set_title("loss", fontsize=10)
+    loss.set_ylim(0, 1)
+    for axis in (bias, loss):
+        axis.set_xlabel("step")
+    return figure
+
+
 DRAWN = (traffic, groups, digits, tree)
 DRAWN += (whole_batch, masked_batch, virtual_batches, renormalisation, drifting)
+DRAWN += (counterexample,)
 
 
 def draw_all(folder):
