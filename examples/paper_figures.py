@@ -65,7 +65,7 @@ def accuracy(results: dict[str, Any]) -> Figure:
     close.set(
         title="Close up. Dots: first test at the plain network's best,\n"
         f"a seed each; normalized in {results['median_ratio']:.0%} of the steps (median)",
-        ylim=(90, 100),
+        ylim=(100 * results["milestone"] - 5, 100),
     )
     for axes in (whole, close):
         axes.set(xscale="log", xlabel="training steps (log scale)", xlim=(steps[0], steps[-1]))
@@ -127,7 +127,8 @@ def learning_rates(results: dict[str, Any]) -> Figure:
         ylim=(0, 100),
     )
     soon.set(
-        title="How soon: steps to 95% accuracy\n(no point: not every seed got there)",
+        title=f"How soon: steps to {results['milestone']:.0%} accuracy\n"
+        "(no point: not every seed got there)",
         ylabel="training steps (log scale)",
         yscale="log",
     )

@@ -9,7 +9,7 @@ from typing import Any
 def report(results: dict[str, Any]) -> None:
     """Print what was trained, every table, and what the experiment has shown."""
     images = f"{results['train_images']:,} training and {results['test_images']:,} test images"
-    print(f"\n{results['data']}: {images}")
+    print(f"\n{results['data']}: {images}, {results['split']}")
     print(
         f"{results['steps']:,} steps of {results['batch']} images, tested every {results['every']}"
     )

@@ -67,7 +67,7 @@ def made(norm: str, data: Data, seed: int) -> Network:
 
 def train(norm: str, kind: str, seed: int, steps: int) -> Floats:
     """Train one network; return its accuracies on the test images, in evaluation mode."""
-    data = load_data(None)
+    data = load_data()
     network = made(norm, data, seed)
     drawn = batches(data.train_labels, kind, np.random.default_rng([seed, 1]))
     accuracies = []

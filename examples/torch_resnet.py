@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15)
     epochs = parser.parse_args().epochs
-    data = load_data(None)
+    data = load_data()
     x, test = images(torch.from_numpy(data.train)), images(torch.from_numpy(data.test))
     labels, test_labels = torch.from_numpy(data.train_labels), torch.from_numpy(data.test_labels)
 

