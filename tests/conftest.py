@@ -86,8 +86,7 @@ def dispatches():
 @pytest.fixture
 def own_default(monkeypatch):
     """Give a test a process default of its own, and no number asked for in this thread."""
-    monkeypatch.setattr(_threads, "_default", 5)
-    monkeypatch.setattr(_threads, "_default_source", "a test")
+    monkeypatch.setattr(_threads, "_default", (5, "a test"))
     token = _threads._asked_here.set(None)
     yield
     _threads._asked_here.reset(token)

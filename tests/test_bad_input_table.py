@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 import bnfast
 
 PAGE = Path(__file__).parents[1] / "docs/guide/bad_input.md"
-LINES = re.findall(r"^\| `(.+)` \| (\w+Error): ?(.*) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+LINES = re.findall(r"^\| `(.+)` \| `(\w+Error.*)` \|$", PAGE.read_text("utf-8"), re.MULTILINE)
 
 
 def arguments():
@@ -25,14 +25,14 @@ def test_every_line_of_the_table_is_read():
     assert len(LINES) == len(table) > 50
 
 
-@pytest.mark.parametrize(("call", "error", "message"), LINES)
+@pytest.mark.parametrize(("call", "message"), LINES)
 @pytest.mark.smoke
-def test_line(call, error, message):
+def test_whole_message(call, message):
     given = arguments()
     before = {name: bits(a) for name, a in given.items() if isinstance(a, np.ndarray)}
     names = {**vars(bnfast), "np": np, "read_only": read_only, "as_strided": as_strided, **given}
     with pytest.raises((TypeError, ValueError, RuntimeError, MemoryError)) as caught:
         eval(call, names)
-    assert caught.type.__name__ == error
-    assert str(caught.value).startswith(message), str(caught.value)
+    said = str(caught.value)
+    assert (f"{caught.typename}: {said}" if said else caught.typename) == message
     assert {name: bits(given[name]) for name in before} == before

@@ -1,94 +1,58 @@
 """Every example of the pages and the README runs, and prints what the page shows."""
 
-import doctest
 import importlib
-import re
-import sys
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from pages import ROOT, blocks, needed_by, run, run_docstrings
 
 import bnfast
 
-ROOT = Path(__file__).resolve().parents[1]
 # Run by the tests of their subjects, which have the files and processes that they need.
-ELSEWHERE = {"checkpoints.md", "distributed.md", "onnx.md"}
+ELSEWHERE = {"checkpoints.md", "distributed.md", "onnx.md", "pytorch.md"}
 PAGES = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name not in ELSEWHERE),
 ]
-# Blocks marked py are only shown.
-BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# A page, or the rest of one, may need another package: a MyST comment, which readers do not see.
-REQUIRES = re.compile(r"^% requires: (.+)$", re.MULTILINE)
-
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not run from a source tree")
 
 
-def blocks(text):
-    """Return (language, code, line) of each fenced block."""
-    return [(m[1], m[2], text.count("\n", 0, m.start()) + 1) for m in BLOCK.finditer(text)]
-
-
-def run(page, text):
-    """Run a page's examples in one namespace; return what went wrong."""
-    said = []
-    main = ModuleType("__main__")  # torch.compile looks names up where a reader's program has them
-    names = vars(main)
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for language, code, line in blocks(text):
-        if language == "python":
-            exec(compile(code, f"{page}:{line}", "exec"), names)
-            continue
-        test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
-        assert test.examples, f"{page}:{line}: a pycon block without a prompt"
-        test.globs = names  # get_doctest copies: a page's blocks share their names
-        with as_main(main):
-            runner.run(test, out=said.append, clear_globs=False)
-    return "".join(said)
-
-
-@contextmanager
-def as_main(module):
-    before = sys.modules["__main__"]
-    sys.modules["__main__"] = module
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = before
-
-
-def forget_torch_counts(monkeypatch):
-    """Make `bnfast.torch` count from nothing: a reader of a page has a new process."""
-    if "bnfast.torch" in sys.modules:
-        from bnfast.torch import _aten, compiled
-
-        _aten.forget_counts()
-        for name in ("_fused", "_apart"):
-            monkeypatch.setattr(compiled, name, Counter())
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_examples(page, monkeypatch):
+def test_examples(page):
     text = page.read_text(encoding="utf-8")
     if not blocks(text):
         pytest.skip("no examples")
-    for name in re.findall(r"[\w.]+", " ".join(REQUIRES.findall(text))):
+    for name in needed_by(text):
         pytest.importorskip(name)
-    forget_torch_counts(monkeypatch)
     with np.errstate(all="warn"):
-        assert run(page, text) == ""
+        assert run(page, [block for block in blocks(text) if not block.needs]) == ""
+
+
+ALONE = [
+    pytest.param(page, block, id=f"{page.name}:{block.needs[0]}")
+    for page in PAGES
+    if page.exists()
+    for block in blocks(page.read_text(encoding="utf-8"))
+    if block.needs and "torch" not in block.needs  # see tests/pytorch/test_pages.py
+]
+
+
+@pytest.mark.parametrize(("page", "block"), ALONE)
+def test_block_that_needs_a_package(page, block):
+    """Such a block is a program of its own, in pages that need nothing else."""
+    for name in block.needs:
+        pytest.importorskip(name)
+    assert run(page, [block]) == ""
 
 
 def test_wrong_output_and_errors_are_reported():
-    page = Path("page.md")
-    assert "Expected:\n    3" in run(page, "```pycon\n>>> 1 + 1\n3\n```\n")
-    assert "ZeroDivisionError" in run(page, "```pycon\n>>> 1 / 0\n```\n")
-    assert run(page, "```pycon\n>>> n = 1\n```\ntext\n```pycon\n>>> n\n1\n```\n") == ""
+    def said(text):
+        return run(Path("page.md"), blocks(text))
+
+    assert "Expected:\n    3" in said("```pycon\n>>> 1 + 1\n3\n```\n")
+    assert "ZeroDivisionError" in said("```pycon\n>>> 1 / 0\n```\n")
+    assert said("```pycon\n>>> n = 1\n```\ntext\n```pycon\n>>> n\n1\n```\n") == ""
 
 
 def test_pages_with_examples_are_found():
@@ -97,22 +61,13 @@ def test_pages_with_examples_are_found():
     assert len(found) > 8
 
 
-@pytest.mark.parametrize(
-    ("module", "peer"),
-    [("bnfast", "numpy"), ("bnfast.torch", "torch"), ("bnfast.sklearn", "sklearn")],
-)
+@pytest.mark.parametrize(("module", "peer"), [("bnfast", "numpy"), ("bnfast.sklearn", "sklearn")])
 def test_docstring_examples(module, peer):
     """The Examples sections of public objects run and print what they show."""
     pytest.importorskip(peer)
-    public = importlib.import_module(module)
-    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
-    printed, ran = [], 0
-    for name in public.__all__:
-        for test in finder.find(getattr(public, name), f"{module}.{name}", globs={}):
-            ran += len(test.examples)
-            runner.run(test, out=printed.append)
+    ran, said = run_docstrings(importlib.import_module(module))
     assert ran
-    assert "".join(printed) == ""
+    assert said == ""
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,13 @@ def test_changelog_has_this_version(check):
     assert check.problems_of_log(changelog, check.version()) == []
 
 
+def test_citation_has_this_version(check):
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert check.problems_of_citation(citation, check.version()) == []
+    assert "None" in check.problems_of_citation("", "0.2.0")[0]
+    assert "0.1.0" in check.problems_of_citation("version: 0.1.0\n", "0.2.0")[0]
+
+
 def test_version_read_without_import(check):
     import bnfast
 
