@@ -1,4 +1,4 @@
-"""Check that a tag, the package's version and the changelog's newest entry agree.
+"""Check that a tag, the package's version, the citation's and the changelog's newest entry agree.
 
 PyPI shows where the project lives, so pyproject.toml has to say it, too.
 
@@ -78,6 +78,14 @@ def problems_of_release(tag, changelog, current):
     return problems
 
 
+def problems_of_citation(citation, current):
+    """Return the problems of CITATION.cff, for a package of the `current` version."""
+    found = re.search(r"^version: (.+)$", citation, re.MULTILINE)
+    if found and found[1] == current:
+        return []
+    return [f"CITATION.cff has version {found and found[1]}, the package's version is {current}"]
+
+
 def problems_of_urls(project):
     """Return which addresses a `[project]` table lacks."""
     missing = [name for name in URLS if name not in project.get("urls", {})]
@@ -89,9 +97,12 @@ def main():
         sys.exit(__doc__)
     import tomllib  # of Python 3.11: the tests of 3.10 do without
 
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    changelog, citation = (
+        (ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff")
+    )
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    problems = problems_of_release(sys.argv[1], changelog, version()) + problems_of_urls(project)
+    problems = problems_of_release(sys.argv[1], changelog, version())
+    problems += problems_of_citation(citation, version()) + problems_of_urls(project)
     sys.exit("\n".join(problems) or None)
 
 
