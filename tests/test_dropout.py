@@ -15,6 +15,8 @@ SIZES = (6, 5, 5, 5, 4)
 for needed in ("sklearn", "tqdm"):
     pytest.importorskip(needed, reason=f"the example needs {needed}: pip install 'bnfast[demo]'")
 
+from test_paper import assert_gradients  # noqa: E402
+
 
 @pytest.fixture
 def module(monkeypatch):
@@ -58,8 +60,7 @@ def test_refused_probability(module, rng, probability):
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_gradients_against_finite_differences(module, rng, normalized):
-    """Central differences, as for the network without dropout; all calls have the same masks."""
-    h, tolerance = 1e-5, 1e-9
+    """All calls have the same masks."""
     network = module.DropoutNetwork(SIZES, normalized, rng, 0.4, rng, std=1.0, dtype=np.float64)
     images, labels = rng.normal(size=(9, 6)), rng.integers(0, 4, 9)
 
@@ -71,15 +72,7 @@ def test_gradients_against_finite_differences(module, rng, normalized):
     loss()
     assert all((dropout.mask == 0).any() for dropout in network.dropouts)
     gradients = [gradient.copy() for _, gradient in network.parameters()]
-    for (value, _), gradient in zip(network.parameters(), gradients, strict=True):
-        for i in np.ndindex(value.shape):
-            middle = value[i]
-            value[i] = middle + h
-            above = loss()
-            value[i] = middle - h
-            below = loss()
-            value[i] = middle
-            assert abs((above - below) / (2 * h) - gradient[i]) < tolerance
+    assert_gradients(network, gradients, loss)
 
 
 @pytest.mark.parametrize("normalized", [False, True])
