@@ -43,7 +43,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[int, str] | None:
 def _from_machine(root: str = "/") -> tuple[int, str]:
     """Return a part of the memory this process may use, 1 GiB at most."""
     limits = [
-        *((limit, "the machine's memory") for limit in _physical()),
+        *((limit, "the machine's memory") for limit in _whole_memory()),
         *((limit, "the cgroup's memory") for limit in _cgroup_limits(root)),
         *((limit, "the address space's limit") for limit in _address_space()),
     ]
@@ -60,10 +60,12 @@ def _cgroup_limits(root: str) -> list[int]:
     return [int(text) for text in said if text.isdecimal()]
 
 
-def _physical() -> list[int]:
+def _whole_memory() -> list[int]:
+    """Return the machine's memory, alone in a list; an empty list if the system does not say."""
     from . import _core
 
-    return list(filter(None, [_core.physical_memory()]))
+    memory = _core.physical_memory()
+    return [memory] if memory else []
 
 
 def _address_space() -> list[int]:
