@@ -18,7 +18,7 @@ import pytest
 from bnfast import _core
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
-from program import ROOT, compiled, libraries
+from program import ROOT, WARNINGS, compiled, libraries
 
 
 def isa_libraries(platform=None):
@@ -113,6 +113,14 @@ def test_a_python_for_both_of_apples_processors_builds_for_its_own(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     names = {name for name, _ in isa_libraries("macosx-10.13-universal2")}
     assert names == set(one_for_each_type(["scalar", "neon"]))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in LIBRARIES])
+def test_no_warning(name):
+    """Of those that need no optimisation: objects that `make build` made are not made again."""
+    facts = dict(LIBRARIES)[name]
+    command = ("cc", "-fsyntax-only", *facts["cflags"], *WARNINGS, f"-I{ROOT / 'src'}")
+    run(*command, *(ROOT / source for source in facts["sources"]))
 
 
 def test_one_source_per_library(objects):
