@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 EDITABLE ?= --editable
 ARGS ?=
+# Processes that `make test` spreads test files over; 0: none but its own, for a debugger.
+WORKERS ?= 2
 DEBUG ?=
 # What the demo learns: digits (or nothing), mnist.
 DATA :=
@@ -53,7 +55,7 @@ demo: $(VENV)/.bnfast-$(or $(filter mnist,$(DATA)),demo)  ## the paper's experim
 	$(PY) examples/paper.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: $(VENV)/.bnfast-test $(VENV)/.bnfast-simde  ## the whole test suite
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 build: $(VENV)/.bnfast-build  ## compile in place what an edit of C or Cython needs; DEBUG=1: a debug build
 	$(if $(filter 1,$(DEBUG)),BNFAST_DEBUG=1) $(PY) setup.py --quiet build_clib build_ext --inplace
@@ -165,7 +167,7 @@ tsan-python-test: $(INSTALLED)
 	    $(abspath $(PY)) -m pytest -c ../pyproject.toml --rootdir=.. ../tests/test_threads_at_once.py $(ARGS)
 
 test-torch: $(VENV)/.bnfast-pytorch  ## the PyTorch drop-in; TORCH=, TORCH_INDEX= say which PyTorch and where from
-	$(PY) -m pytest tests/pytorch $(ARGS)
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile tests/pytorch $(ARGS)
 
 test-zoo:  ## some seventy architectures of torchvision, timm, ultralytics, transformers
 	@$(MAKE) --no-print-directory VENV=$(ZOO_VENV) zoo-tests
