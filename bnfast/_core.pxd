@@ -49,6 +49,7 @@ cdef extern from "bnfast.h" nogil:
     int bnf_useful_threads(Py_ssize_t bytes)
     bnf_plan bnf_make_plan(bnf_shape shape, Py_ssize_t itemsize, bint gathers, int reads,
                            int writes, bnf_caches caches, int max_threads)
+    Py_ssize_t bnf_chains_in_turn(bnf_shape shape, bnf_plan plan)
     bnf_tile bnf_block_tile(bnf_shape shape, bnf_blocks blocks, Py_ssize_t block,
                             Py_ssize_t channel0, Py_ssize_t channels)
 

@@ -787,6 +787,7 @@ def plan(shape, itemsize, gathers, reads, writes, l2, l3, threads):
         "threads": found.threads,
         "fused": bool(found.fused),
         "stream": bool(found.stream),
+        "chains": bnf_chains_in_turn(planned, found),
         "sums": [tile_of(planned, found.blocks, block, group * found.group, found.group)
                  for block in range(found.blocks.count) for group in range(found.groups)],
         "writes": [tile_of(planned, found.write_blocks, block, group * found.width, found.width)

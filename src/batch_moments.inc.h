@@ -96,19 +96,20 @@ APART void NAME(pivots_planar)(const bnf_operands *o, bnf_tile tile, P *pivot)
     }
 }
 
-static void NAME(batch_moments_planar)(const bnf_operands *o, bnf_tile tile, double *mean,
-                                       double *m2)
+INLINE ptrdiff_t NAME(values_of_channel)(bnf_tile tile)
 {
-    const double n = (double)((tile.outer1 - tile.outer0) * (tile.inner1 - tile.inner0));
-    if (sizeof(T) == sizeof(double) || n < SHORT_CHANNEL) {
-        NAME(moments_planar)(o, tile, mean, m2);
-        return;
-    }
+    return (tile.outer1 - tile.outer0) * (tile.inner1 - tile.inner0);
+}
+
+INLINE void NAME(moments_about_pivots)(const bnf_operands *o, bnf_tile tile, double *mean,
+                                       double *m2, NAME(writer) * writer)
+{
+    const double n = (double)NAME(values_of_channel)(tile);
     P pivot[BNF_MAX_PLANAR];
     NAME(pivots_planar)(o, tile, pivot);
     const NAME(params) params = {.high = pivot};
     const NAME(work) w = {.o = o, .v = {.layout = BNF_PLANAR}};
-    NAME(sum_planar)(w, tile, params, mean, m2);
+    NAME(sum_planar)(w, tile, params, mean, m2, writer);
     for (ptrdiff_t c = tile.channel0; c < tile.channel1; c++) {
         if (NAME(settle)(pivot[c - tile.channel0], n, &mean[c], &m2[c]))
             continue;
@@ -116,6 +117,15 @@ static void NAME(batch_moments_planar)(const bnf_operands *o, bnf_tile tile, dou
         one.channel0 = c, one.channel1 = c + 1;
         NAME(moments_planar)(o, one, mean, m2);
     }
+}
+
+static void NAME(batch_moments_planar)(const bnf_operands *o, bnf_tile tile, double *mean,
+                                       double *m2)
+{
+    if (sizeof(T) == sizeof(double) || NAME(values_of_channel)(tile) < SHORT_CHANNEL)
+        NAME(moments_planar)(o, tile, mean, m2);
+    else
+        NAME(moments_about_pivots)(o, tile, mean, m2, NULL);
 }
 
 /* Interleaved: one row at each place.  Eight rows at a time are read along their whole length, as

@@ -1,4 +1,4 @@
-/* The C contract of bnfast: shapes, tiles, the operands of the six kernels
+/* The C contract of bnfast: shapes, tiles, the operands of the seven kernels
  * and the table of them that each instruction set fills.
  *
  * Every tensor is (outer, channels, inner), C-contiguous: NCHW is (N, C, H*W),
@@ -181,6 +181,8 @@ static inline ptrdiff_t bnf_rows_at_once(bnf_shape shape)
  * number in the whole tensor. */
 typedef void bnf_sum_kernel(const bnf_operands *operands, bnf_tile tile, double *a, double *b);
 typedef void bnf_write_kernel(const bnf_operands *operands, bnf_tile tile);
+typedef void bnf_both_kernel(const bnf_operands *operands, bnf_tile summed, bnf_tile written,
+                             double *a, double *b);
 /* count: the sum of the tile's weights. */
 typedef void bnf_masked_kernel(const bnf_operands *operands, bnf_tile tile, double count, double *a,
                                double *b);
@@ -188,10 +190,12 @@ typedef void bnf_masked_kernel(const bnf_operands *operands, bnf_tile tile, doub
 typedef struct {
     bnf_sum_kernel *moments;       /* mean, M2, for any data */
     bnf_sum_kernel *batch_moments; /* mean, M2, within the error that a training call may have */
-    bnf_masked_kernel *masked_moments; /* mean, M2 of what a mask counts */
-    bnf_write_kernel *apply;           /* y */
-    bnf_sum_kernel *grad_sums;         /* sum of g, sum of g * (x - mean) */
-    bnf_write_kernel *grad_input;      /* dx, dresidual */
+    bnf_masked_kernel *masked_moments;  /* mean, M2 of what a mask counts */
+    bnf_write_kernel *apply;            /* y */
+    bnf_sum_kernel *grad_sums;          /* sum of g, sum of g * (x - mean) */
+    bnf_write_kernel *grad_input;       /* dx, dresidual */
+    bnf_both_kernel *moments_and_apply; /* batch_moments of one tile and apply of another,
+                                           of the same images; planar */
 } bnf_kernels;
 
 typedef struct {
@@ -231,6 +235,7 @@ typedef struct {
     ptrdiff_t group, groups; /* channels of a tile that is summed, such tiles across all */
     ptrdiff_t width, widths; /* the same for a tile that is written */
     bool fused;              /* a group is summed and written while the caches hold it */
+    ptrdiff_t chains;        /* groups are shared out in so many chains, of neighbours */
     bool stream;
     ptrdiff_t ahead; /* how many values ahead sums fetch; 0: they do not */
     int threads;
@@ -242,6 +247,7 @@ ptrdiff_t bnf_values_before(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block)
 int bnf_useful_threads(ptrdiff_t bytes);
 bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int reads, int writes,
                        bnf_caches caches, int max_threads);
+ptrdiff_t bnf_chains_in_turn(bnf_shape shape, bnf_plan plan);
 bnf_tile bnf_block_tile(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block, ptrdiff_t channel0,
                         ptrdiff_t channels);
 

@@ -213,12 +213,22 @@ static bool gathers(const bnf_call *call)
 
 static bool writes(const bnf_call *call) { return call->y || call->dx || call->dresidual; }
 
-static void gather_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t group)
+/* Whether moments_and_apply has a loop for it. */
+static bool writes_in_turn(const bnf_call *call)
+{
+    return call->direction == BNF_FORWARD && call->type == BNF_F32 && !call->weights &&
+           !call->residual && (call->activation == BNF_LINEAR || call->activation == BNF_RELU);
+}
+
+static bnf_tile block_of_group(const bnf_call *call, ptrdiff_t block, ptrdiff_t group)
 {
     const bnf_plan *plan = &call->plan;
-    const bnf_tile tile =
-        bnf_block_tile(call->shape, plan->blocks, block, group * plan->group, plan->group);
-    call->steps->gather(call, tile, block);
+    return bnf_block_tile(call->shape, plan->blocks, block, group * plan->group, plan->group);
+}
+
+static void gather_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t group)
+{
+    call->steps->gather(call, block_of_group(call, block, group), block);
 }
 
 static void finish_group(bnf_call *call, ptrdiff_t group)
@@ -234,14 +244,31 @@ static void write_tile(bnf_call *call, ptrdiff_t block, ptrdiff_t width)
                                             width * plan->width, plan->width));
 }
 
-/* All steps of one group of channels, while the caches hold it. */
-static void run_group(void *context, ptrdiff_t group)
+/* Gathers a group's moments while the one before it is written. */
+static void gather_and_write_last(bnf_call *call, ptrdiff_t block, ptrdiff_t group)
+{
+    const ptrdiff_t row = block * call->shape.channels;
+    call->kernels->moments_and_apply(&call->operands, block_of_group(call, block, group),
+                                     block_of_group(call, block, group - 1), call->slot_a + row,
+                                     call->slot_b + row);
+}
+
+/* All steps of some groups of channels, each while the caches hold it. */
+static void run_chain(void *context, ptrdiff_t chain)
 {
     bnf_call *call = context;
-    for (ptrdiff_t block = 0; block < call->plan.blocks.count; block++)
-        gather_tile(call, block, group);
-    finish_group(call, group);
-    write_tile(call, 0, group);
+    const bnf_plan *plan = &call->plan;
+    const ptrdiff_t first = chain * plan->groups / plan->chains;
+    const ptrdiff_t end = (chain + 1) * plan->groups / plan->chains;
+    for (ptrdiff_t group = first; group < end; group++) {
+        for (ptrdiff_t block = 0; block < plan->blocks.count; block++)
+            if (group == first)
+                gather_tile(call, block, group);
+            else
+                gather_and_write_last(call, block, group);
+        finish_group(call, group);
+    }
+    write_tile(call, 0, end - 1);
 }
 
 /* The tiles of a block follow one another, as they do in memory. */
@@ -261,7 +288,7 @@ static void run_tiles(bnf_call *call, int threads)
 {
     const bnf_plan *plan = &call->plan;
     if (plan->fused) {
-        bnf_share_out(plan->groups, threads, BNF_DYNAMIC, run_group, call);
+        bnf_share_out(plan->chains, threads, BNF_DYNAMIC, run_chain, call);
         return;
     }
     if (gathers(call)) {
@@ -361,6 +388,8 @@ void bnf_call_plan(bnf_call *call, int threads)
     call->most_threads = threads;
     call->plan = bnf_make_plan(shape, itemsize, gathers(call), reads, writes, in_use.caches,
                                bnf_share_of(threads));
+    if (writes_in_turn(call))
+        call->plan.chains = bnf_chains_in_turn(shape, call->plan);
     call->kernels = &in_use.table->kernels[call->type][call->plan.layout];
 }
 

@@ -172,12 +172,14 @@ INLINE vec NAME(before_activation)(const bnf_operands *o, ptrdiff_t i, ptrdiff_t
 #include "grad_sums.inc.h"
 #include "writes.inc.h"
 #include "apply.inc.h"
+#include "moments_and_apply.inc.h"
 #include "grad_input.inc.h"
 
 /* This type's part of the table (dispatch.c). */
 const bnf_kernels KERNELS[BNF_LAYOUTS] = {
     [BNF_PLANAR] = {NAME(moments_planar), NAME(batch_moments_planar), NAME(masked_moments_planar),
-                    NAME(apply_planar), NAME(grad_sums_planar), NAME(grad_input_planar)},
+                    NAME(apply_planar), NAME(grad_sums_planar), NAME(grad_input_planar),
+                    NAME(moments_and_apply)},
     [BNF_INTERLEAVED] = {NAME(moments_interleaved), NAME(batch_moments_interleaved),
                          NAME(masked_moments_interleaved), NAME(apply_interleaved),
                          NAME(grad_sums_interleaved), NAME(grad_input_interleaved)},

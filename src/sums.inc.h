@@ -147,12 +147,25 @@ INLINE NAME(sums) NAME(widened)(NAME(sums) s, NAME(tree) t)
 
 /* --- Planar --- */
 
-/* n values, and as many in the next image's plane if there are few: they are in one tree. */
-INLINE NAME(sums) NAME(sum_run)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, ptrdiff_t next,
-                                const NAME(lanes) * p, ptrdiff_t ahead, NAME(sums) s)
+/* moments_and_apply.inc.h */
+typedef struct NAME(writer) NAME(writer);
+INLINE void NAME(begin_image)(NAME(writer) * writer, ptrdiff_t image);
+INLINE void NAME(write_more)(NAME(writer) * writer);
+INLINE void NAME(end_image)(NAME(writer) * writer);
+
+/* n values, and as many in the next image's plane if there are few: they are in one tree.  Writes
+ * some of another tile after each tree, if there is a writer. */
+INLINE NAME(sums)
+    NAME(sum_run)(NAME(work) w, ptrdiff_t i, ptrdiff_t n, ptrdiff_t next, const NAME(lanes) * p,
+                  ptrdiff_t ahead, NAME(sums) s, NAME(writer) * writer)
 {
-    for (; n >= 8 * LANES; n -= 8 * LANES, i += 8 * LANES)
+    for (; n >= 8 * LANES; n -= 8 * LANES, i += 8 * LANES) {
         s = NAME(widened)(s, NAME(eight)(w, i, LANES, *p, ahead));
+        if (writer)
+            NAME(write_more)(writer);
+    }
+    if (writer)
+        NAME(write_more)(writer);
     if (n == 0)
         return s;
     const ptrdiff_t count = (n + LANES - 1) / LANES;
@@ -176,7 +189,7 @@ INLINE NAME(lanes) NAME(summed_about)(NAME(work) w, NAME(params) params, ptrdiff
 
 /* A tile's channels are one run in each image.  Where it ends, the next image's is fetched. */
 INLINE void NAME(sum_planar)(NAME(work) w, bnf_tile tile, NAME(params) params, double *first,
-                             double *second)
+                             double *second, NAME(writer) * writer)
 {
     const bnf_shape shape = w.o->shape;
     const ptrdiff_t channels = tile.channel1 - tile.channel0, run = channels * shape.inner;
@@ -189,11 +202,16 @@ INLINE void NAME(sum_planar)(NAME(work) w, bnf_tile tile, NAME(params) params, d
         images = length <= 4 * LANES && o + 1 < tile.outer1 ? 2 : 1;
         const ptrdiff_t far = near ? near + images * image - run : 0;
         ptrdiff_t i = o * image + tile.channel0 * shape.inner + tile.inner0;
+        if (writer)
+            NAME(begin_image)(writer, o);
         for (ptrdiff_t c = 0; c < channels; c++, i += shape.inner) {
             const NAME(lanes) p = NAME(summed_about)(w, params, c);
             const ptrdiff_t ahead = c * shape.inner + near < run ? near : far;
-            sums[c] = NAME(sum_run)(w, i, length, images == 2 ? image : 0, &p, ahead, sums[c]);
+            sums[c] =
+                NAME(sum_run)(w, i, length, images == 2 ? image : 0, &p, ahead, sums[c], writer);
         }
+        if (writer)
+            NAME(end_image)(writer);
     }
     for (ptrdiff_t c = 0; c < channels; c++) {
         first[tile.channel0 + c] = wide_sum(sums[c].first);
@@ -272,7 +290,7 @@ INLINE void NAME(sum_tile)(NAME(work) w, bnf_tile tile, NAME(params) params, dou
                            double *second)
 {
     if (w.v.layout == BNF_PLANAR)
-        NAME(sum_planar)(w, tile, params, first, second);
+        NAME(sum_planar)(w, tile, params, first, second, NULL);
     else
         NAME(sum_interleaved)(w, tile, params, first, second);
 }

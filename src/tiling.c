@@ -17,6 +17,8 @@
 /* With fewer bytes for each, another thread costs more time than it saves. */
 #define BYTES_PER_THREAD 100000
 #define PAGE 4096
+/* Values of a plane: shorter ones are not written in turn with others' sums. */
+#define SHORTEST_IN_TURN 128
 /* float32 values in a cache line. */
 #define LINE 16
 _Static_assert(LINE >= BNF_FEW_CHANNELS, "or a tile that is summed might have a part of them");
@@ -72,7 +74,7 @@ static ptrdiff_t last_cache(bnf_caches caches) { return least(caches.l3, MOST_LA
  * cache. */
 static ptrdiff_t held_bytes(bnf_caches caches, int threads)
 {
-    return most(caches.l2, last_cache(caches) / (12 * threads));
+    return most(caches.l2, last_cache(caches) / most(12, 6 * threads));
 }
 
 /* The most channels of a tile that is summed: few enough that every thread gets
@@ -143,7 +145,7 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
                  (!cached || bytes <= caches.l2 * plan.threads) &&
                  is_even(quotient_up(shape.channels, group), plan.threads);
     plan.group = plan.fused ? group : channels;
-    plan.groups = quotient_up(shape.channels, plan.group);
+    plan.groups = plan.chains = quotient_up(shape.channels, plan.group);
     if (plan.fused) {
         plan.width = plan.group;
         plan.widths = plan.groups;
@@ -156,6 +158,15 @@ bnf_plan bnf_make_plan(bnf_shape shape, ptrdiff_t itemsize, bool gathers, int re
     const bool near = channel_bytes * shape.channels <= caches.l2 * plan.threads;
     plan.ahead = near ? 0 : PAGE / itemsize / most(reads, 1);
     return plan;
+}
+
+/* A thread that writes a group while it sums the next one needs groups that follow one another; a
+ * few chains of them for each thread are still shared out evenly. */
+ptrdiff_t bnf_chains_in_turn(bnf_shape shape, bnf_plan plan)
+{
+    const bool worth_it =
+        plan.fused && plan.stream && plan.blocks.segments == 1 && shape.inner >= SHORTEST_IN_TURN;
+    return worth_it ? least(plan.groups, plan.threads > 1 ? 4 * plan.threads : 1) : plan.groups;
 }
 
 bnf_tile bnf_block_tile(bnf_shape shape, bnf_blocks blocks, ptrdiff_t block, ptrdiff_t channel0,

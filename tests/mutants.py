@@ -24,7 +24,7 @@ TESTS = [
         *("moments", "functional_forward", "functional_backward", "numerics", "half"),
         *("batch_variance", "masked", "virtual_batches", "batch_renorm"),
         *("activations", "layers", "layers_backward", "layers_state"),
-        *("inference", "tiling", "partial_batches", "float_environment"),
+        *("inference", "tiling", "written_in_turn", "partial_batches", "float_environment"),
         *("threads", "threads_calls", "threads_default", "forks"),
     )
 ]
@@ -66,6 +66,13 @@ MUTANTS = [
     ("src/batch_moments.inc.h", "&mean[c], &m2[c]))", "&mean[c], &m2[c]) || true)"),
     ("src/batch_moments.inc.h", "if (!again[i])", "if (true)"),
     ("src/batch_moments.inc.h", "again[i] = !NAME(settle)(", "again[i] = false && !NAME(settle)("),
+    # what is written while the next group is summed
+    ("src/moments_and_apply.inc.h", "writer->params, ++writer->c", "writer->params, writer->c"),
+    ("src/moments_and_apply.inc.h", "writer->plane += writer->w.o->shape.inner;", ""),
+    ("src/moments_and_apply.inc.h", "i + 8 * LANES <= writer->plane", "i <= writer->plane"),
+    ("src/moments_and_apply.inc.h", "writer->stop - writer->i, writer->p", "0, writer->p"),
+    ("src/driver.c", "group == first", "group == 0"),
+    ("src/driver.c", "write_tile(call, 0, end - 1);", ""),
     # sums over trees
     ("src/sums.inc.h", "fmadd(b.l, b.f, mul(a.l, a.f))", "fmadd(b.l, b.l, mul(a.l, a.f))"),
     ("src/sums.inc.h", "add(s.first, widen(t.first))", "widen(t.first)"),

@@ -108,7 +108,7 @@ def test_the_wheel_carries_every_module(tree, wheel):
 
 
 def test_the_wheel_carries_no_sources_and_is_small(wheel):
-    assert wheel.stat().st_size < 1_800_000  # and OpenMP's runtime, below 2 MB
+    assert wheel.stat().st_size < 1_850_000  # and OpenMP's runtime, 0.12 MB, below 2 MB
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     package = {name for name in names if not name.startswith("bnfast-")}

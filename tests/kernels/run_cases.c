@@ -75,6 +75,30 @@ static double count_of(const header *h, bnf_tile tile, const void *weights)
     return count;
 }
 
+/* moments_and_apply over two parts of a tile's channels: the bits of batch_moments and apply, and
+ * no other byte. */
+static void check_in_turn(const bnf_kernels *kernels, const bnf_operands *f, bnf_tile tile,
+                          size_t bytes, size_t row, row_pair batch)
+{
+    bnf_operands g = *f, alone = *f;
+    bnf_tile summed = tile, written = tile;
+    summed.channel0 = written.channel1 = (tile.channel0 + tile.channel1) / 2;
+    const row_pair sums = place_rows(row), sums_alone = place_rows(row);
+    g.y = place(bytes);
+    alone.y = place(bytes);
+    kernels->moments_and_apply(&g, summed, written, sums.a, sums.b);
+    kernels->apply(&alone, written);
+    for (ptrdiff_t c = summed.channel0; c < summed.channel1; c++)
+        sums_alone.a[c] = batch.a[c], sums_alone.b[c] = batch.b[c];
+    if (memcmp(g.y, alone.y, bytes) || memcmp(sums.a, sums_alone.a, row) ||
+        memcmp(sums.b, sums_alone.b, row))
+        fail("moments_and_apply: other bits than batch_moments and apply");
+    release(g.y, bytes);
+    release(alone.y, bytes);
+    release(sums.a, row), release(sums.b, row);
+    release(sums_alone.a, row), release(sums_alone.b, row);
+}
+
 static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE *results)
 {
     const bnf_kernels *kernels = &table->kernels[h->type][h->layout];
@@ -112,6 +136,8 @@ static void run_case(const bnf_table *table, const header *h, FILE *cases, FILE 
     kernels->moments(&f, tile, moments.a, moments.b);
     kernels->batch_moments(&f, tile, batch.a, batch.b);
     kernels->apply(&f, tile);
+    if (kernels->moments_and_apply && tile.channel1 - tile.channel0 > 1)
+        check_in_turn(kernels, &f, tile, bytes, row, batch);
     kernels->grad_sums(&b, tile, sums.a, sums.b);
     kernels->grad_input(&b, tile);
 
