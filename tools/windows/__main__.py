@@ -1,6 +1,6 @@
 """bnfast for Windows: built here by clang and run by wine. `make test-windows`.
 
-    python tools/windows build
+    python tools/windows build [FOLDER]      the wheel, into a folder
     python tools/windows test [pytest's arguments]
     python tools/windows python [its arguments]
 
@@ -10,6 +10,7 @@ build/windows: an interpreter, the wheel of bnfast, the copied suite.
 
 import shutil
 import sys
+from pathlib import Path
 
 import interpreter
 import package
@@ -54,7 +55,11 @@ def main():
     if command not in COMMANDS:
         sys.exit(__doc__)
     python = set_up()
-    package.build(python)
+    wheel = package.build(python)
+    if command == "build" and arguments:
+        (folder,) = arguments
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(wheel, folder)
     if command == "python":
         sys.exit(wine.run(suite.PYTHON, *arguments, **suite.ENVIRONMENT))
     if command == "test":

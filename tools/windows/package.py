@@ -97,7 +97,8 @@ def check(wheel):
 
 
 def build(python):
-    """Build the wheel, and unpack it where the interpreter finds it."""
+    """Build the wheel, unpack it where the interpreter finds it, and return it."""
     parts = [HERE / "package.py", TOOLS / "zig_cc.py", SHORT, *sources()]
     folder = made("wheel", make_wheel(python), *parts)
     made("installed", lambda target: zipfile.ZipFile(wheel_in(folder)).extractall(target), folder)
+    return wheel_in(folder)
