@@ -594,7 +594,17 @@ class TestRefused:
     @CALLS
     @pytest.mark.parametrize(
         "size",
-        [2.0, "2", True, np.True_, np.float32(2), np.nan, [2], np.array([2]), np.timedelta64(2)],
+        [
+            2.0,
+            "2",
+            True,
+            np.True_,
+            np.float32(2),
+            np.nan,
+            [2],
+            np.array([2]),
+            np.timedelta64(2, "D"),
+        ],
         ids=repr,
     )
     def test_no_integer(self, call, size):
