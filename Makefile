@@ -155,7 +155,9 @@ tsan: $(VENV)/.bnfast-test  ## whole calls in a C program under ThreadSanitizer,
 
 tsan-python:  ## calls from Python's threads under ThreadSanitizer: PYTHON=python3.14t, a free-threaded one
 	@mkdir -p .sanitize
-	@BNFAST_SANITIZE=thread $(MAKE) --no-print-directory VENV=.sanitize/venv-thread EDITABLE= tsan-python-test
+	@# The newest NumPy and hypothesis have no wheels for 3.13t; older ones have.
+	@BNFAST_SANITIZE=thread PIP_PREFER_BINARY=1 $(MAKE) --no-print-directory \
+	    VENV=.sanitize/venv-thread EDITABLE= tsan-python-test
 
 # Python itself is not instrumented, nor is libgomp, so teams have one thread: races between calls.
 tsan-python-test: $(INSTALLED)

@@ -46,8 +46,13 @@ print(package)
 
 
 def clean():
-    """Return the caller's environment without variables that affect new environments."""
-    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    """Return the caller's environment without variables that affect new environments.
+
+    Where the newest release of NumPy or hypothesis has no wheel for a Python (3.13t), pip takes an
+    older one that has, instead of compiling the newest for minutes, or failing without Rust.
+    """
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return {"PIP_PREFER_BINARY": "1"} | kept
 
 
 def run(*command, cwd=None, quiet=True, **environ):
