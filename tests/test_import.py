@@ -28,6 +28,23 @@ new = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(*sorted(new - set(sys.stdlib_module_names) - {"numpy", "bnfast"}))
 """
 
+# None says that PyTorch is not installed. Its operators' extension links nothing of it.
+WITHOUT_TORCH = """
+import importlib.machinery
+import importlib.util
+import sys
+import bnfast
+
+sys.modules["torch"] = None
+try:
+    import bnfast.torch
+except ModuleNotFoundError as error:
+    print(error.name)
+folder = bnfast.__path__[0] + "/torch"
+spec = importlib.machinery.PathFinder.find_spec("_aten", [folder])
+print(importlib.util.module_from_spec(spec).counts())
+"""
+
 
 def in_a_new_process(program, **environment):
     return subprocess.run(
@@ -87,6 +104,13 @@ def test_needs_only_numpy():
 def test_import_prints_nothing():
     done = in_a_new_process("import bnfast")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_torch_without_pytorch():
+    """The name that is missing is PyTorch's, not the extension's or one of its libraries."""
+    done = in_a_new_process(WITHOUT_TORCH)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["torch", "({}, {})"]
 
 
 def test_result_types():
