@@ -40,10 +40,20 @@ def path(file):
     return "\\".join([DRIVE.upper(), *file.relative_to(BUILD).parts])
 
 
+def start_services():
+    """Start what wine runs beside any program, or find that it runs.
+
+    A server that stays for a minute saves seconds of the next start. Its services have the streams
+    of the program that they were started with, which then end a minute after it.
+    """
+    subprocess.run(["wineserver", "--persistent=60"], env=environment(), check=False)
+    nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.run(["wine", "cmd", "/c", "exit"], env=environment(), check=True, **nowhere)
+
+
 def start(*command, cwd, **more):
     """Start a program. Its streams are pipes: Python takes no other file of this system's there."""
-    # A server that stays for a minute saves seconds of the next start.
-    subprocess.run(["wineserver", "--persistent=60"], env=environment(), check=False)
+    start_services()
     process = subprocess.Popen(
         ["prlimit", f"--as={MOST_MEMORY}", shutil.which("wine"), *map(str, command)],
         stdin=subprocess.PIPE,
