@@ -69,6 +69,7 @@ def make_python(fetched, packages):
         library = folder / "Lib"
         ignore = shutil.ignore_patterns(*UNUSED)
         shutil.copytree(sysconfig.get_path("stdlib"), library, ignore=ignore)
+        mend_library(library)
         unpack(packages, library / "site-packages")
         forwarder.make_dll(folder, folder / forwarder.SYSTEM, COMPILER)
         forwarder.redirect(library / "site-packages")
@@ -80,6 +81,14 @@ def make_python(fetched, packages):
         copy_headers(folder / "include")
 
     return make
+
+
+def mend_library(library):
+    """Let an older patch release's library work with these DLLs, which call this on the class."""
+    file = library / "importlib" / "metadata" / "__init__.py"
+    text, method = file.read_text("utf-8"), "    def invalidate_caches(cls):"
+    if f"    @classmethod\n{method}" not in text:
+        file.write_text(text.replace(method, f"    @classmethod\n{method}"), "utf-8")
 
 
 def copy_headers(target):

@@ -19,7 +19,7 @@ def copy():
     """The suite and the files that it reads, without the package beside them in the source."""
     shutil.rmtree(SUITE, ignore_errors=True)
     unused = shutil.ignore_patterns("__pycache__", "_build", "zoo")
-    for folder in ("tests", "docs"):
+    for folder in ("tests", "docs", "examples"):
         shutil.copytree(ROOT / folder, SUITE / folder, ignore=unused)
     for file in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / file, SUITE)
