@@ -30,8 +30,9 @@ def _start() -> None:
     from . import _core
 
     atexit.register(_print_dispatches, os.getpid())
-    # A child has its parent's counts, which the parent prints.
-    os.register_at_fork(after_in_child=_core.reset_dispatches)
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        # A child has its parent's counts, which the parent prints.
+        os.register_at_fork(after_in_child=_core.reset_dispatches)
 
 
 def _print_dispatches(importer: int) -> None:

@@ -40,6 +40,12 @@ def test_where_nothing_ran_it_says_so():
     assert printed("import bnfast")[1].stderr == _verbose.HEAD + "\n"
 
 
+@needs_fork
+def test_where_nothing_forks():
+    code = "import os; del os.fork, os.register_at_fork; import bnfast"
+    assert printed(code)[1].stderr == _verbose.HEAD + "\n"
+
+
 @pytest.mark.parametrize("value", [None, "", "0", " "])
 def test_it_is_off_unless_asked(value):
     code = (
