@@ -81,6 +81,10 @@ def run(*command, **options):
     return done.stdout
 
 
+def say(text):
+    print(text, flush=True)
+
+
 def check(tools):
     missing = [package for tool, package in tools.items() if not shutil.which(tool)]
     if missing:
@@ -104,7 +108,8 @@ def download(folder):
             "has, as in 'make test-arm64 PYTHON=python3.11'"
         )
     install = ("apt-get", "install", "--yes", "--download-only", "--no-install-recommends")
-    run(*install, PYTHON, f"lib{PYTHON}-dev", "libgomp1", **apt)
+    # NumPy's wheels link the last of them.
+    run(*install, PYTHON, f"lib{PYTHON}-dev", "libgomp1", "libstdc++6", **apt)
     return (folder / "archives").glob("*.deb")
 
 
@@ -112,6 +117,7 @@ def make_root():
     """Unpack the packages. Their scripts are not run: nothing here needs them."""
     if (PACKAGES / "numpy").exists():
         return
+    say(f"unpacking an AArch64 {PYTHON}")
     for archive in download(HERE / "apt"):
         run("dpkg-deb", "-x", archive, SYSTEM)
     platforms = ("manylinux2014_aarch64", "manylinux_2_28_aarch64")
@@ -178,10 +184,10 @@ def compare_bits(python, suite):
     here = run(sys.executable, "-c", "from bnfast import _core; print(*_core.isas())", cwd=ROOT)
     found = run(python, "-c", HASH, cwd=suite)
     if "avx2" not in here.split():
-        print(f"hashes of results, without AVX2 to compare with:\n{found}")
+        say(f"hashes of results, without AVX2 to compare with:\n{found}")
         return
     want = run(sys.executable, "-c", HASH, "avx2", cwd=ROOT)
-    print(f"hashes of results, AArch64:\n{found}AVX2:\n{want}", flush=True)
+    say(f"hashes of results, AArch64:\n{found}AVX2:\n{want}")
     if found != want:
         sys.exit("bnfast: results differ from AVX2's")
 
@@ -191,16 +197,16 @@ def publish(wheel, folder):
     from repair_wheel import repair  # needs what only wheels are made with
 
     repaired = repair(wheel, folder, SYSTEM / "usr/lib/aarch64-linux-gnu/libgomp.so.1")
-    print(f"{repaired.stat().st_size:>9,} bytes  {repaired.name}", flush=True)
+    say(f"{repaired.stat().st_size:>9,} bytes  {repaired.name}")
 
 
 def test(wheel, arguments):
     install(wheel)
-    print(f"{wheel.name} on {PYTHON}, under qemu-aarch64", flush=True)
+    say(f"{wheel.name} on {PYTHON}, under qemu-aarch64")
     python, suite = make_python(), copy_suite()
     compare_bits(python, suite)
     for name, reason in LEFT_OUT.items():
-        print(f"left out: {name}: {reason}", flush=True)
+        say(f"left out: {name}: {reason}")
     left_out = [f"--deselect=tests/{name}" for name in LEFT_OUT]
     command = [python, "-m", "pytest", "-q", "-m", "not slow", *left_out, *arguments]
     sys.exit(subprocess.run(command, cwd=suite, check=False).returncode)
@@ -213,6 +219,7 @@ def main():
     check(TOOLS | (EMULATOR if step == "test" else {}))
     HERE.mkdir(parents=True, exist_ok=True)
     make_root()
+    say("compiling: some minutes")
     wheel = build_wheel()
     if step == "wheel":
         publish(wheel, Path(*arguments))
