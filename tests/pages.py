@@ -45,7 +45,7 @@ def needed_by(text):
 
 def run_docstrings(public):
     """Run the Examples sections of a module's public objects; return how many, what went wrong."""
-    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
     printed, ran = [], 0
     for name in public.__all__:
         for test in finder.find(getattr(public, name), f"{public.__name__}.{name}", globs={}):
@@ -59,7 +59,7 @@ def run(page, found):
     said = []
     main = ModuleType("__main__")  # torch.compile looks names up where a reader's program has them
     scope = vars(main)
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
     for block in found:
         if block.language == "python":
             exec(compile(block.code, f"{page}:{block.line}", "exec"), scope)
