@@ -10,6 +10,8 @@ import pytest
 from bnfast import _core
 
 HERE = Path(__file__).resolve().parent
+# How many times as long to wait for another process: on an emulated processor (`make test-arm64`).
+PATIENCE = int(os.environ.get("BNFAST_PATIENCE", "1"))
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 needs_openmp = pytest.mark.skipif(
@@ -26,7 +28,7 @@ def run_python(code, *, timeout=60, **environ):
         env={name: value for name, value in environment.items() if value is not None},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=timeout * PATIENCE,
         check=False,
     )
 
