@@ -138,7 +138,8 @@ def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def _copy(a: Array, dtype: np.dtype[Any], order: Literal["C", "K"] = "C") -> Array:
     copy = np.empty_like(a, dtype, order)
-    copy_into(copy, a)
+    with np.errstate(invalid="ignore"):  # of a signalling NaN
+        copy_into(copy, a)
     return copy
 
 
@@ -353,7 +354,7 @@ def constant(name: str, value: Any, channels: int | None = None) -> Array:
     elif a.ndim != 1:
         raise ValueError(f"{name} has shape {a.shape}; expected (channels,)")
     # An array over bytes, so that it cannot be made writeable again.
-    return np.frombuffer(a.astype(np.float64).tobytes(), np.float64)
+    return np.frombuffer(_copy(a, np.dtype(np.float64)).tobytes(), np.float64)
 
 
 def running_statistic(name: str, value: Any, channels: int, x_dtype: np.dtype[Any]) -> Array:

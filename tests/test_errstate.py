@@ -159,3 +159,24 @@ def test_results_independent_of_errstate(call, dtype):
         for ours, theirs in zip(arrays_of(call, dtype, state), want, strict=True):
             assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
             assert ours.tobytes() == theirs.tobytes()
+
+
+def signalling(dtype, shape):
+    """NaN whose conversion is invalid: of halves too, on some processors."""
+    infinity = np.full(shape, np.inf, dtype)
+    return (infinity.view(f"u{infinity.itemsize}") + 1).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+def test_signalling_nan_in_parameters(dtype):
+    x = Numbers(np.float32)(4, CHANNELS, 3)
+    one, rows = signalling(dtype, CHANNELS), signalling(dtype, (2, CHANNELS))
+    stats = BatchStats(rows, rows, rows, 12)
+    with np.errstate(all="raise"):
+        results = (
+            bnfast.scale_shift(x, one, one),
+            bnfast.FrozenBatchNorm(one, one, one)(x),
+            bnfast.batch_norm_backward(x, x, stats, one, virtual_batch_size=2)[0],
+        )
+    for result in results:
+        assert np.isnan(result).all()
