@@ -56,7 +56,7 @@ def test_enabled_restores_former_state(before):
         bnfast.torch.disable()
 
 
-def test_report_counts_and_reasons(calls):
+def test_report_counts_and_reasons(calls, fresh):
     x = torch.randn(SHAPE, requires_grad=True)
     F.batch_norm(x, None, None, training=True).sum().backward()
     F.batch_norm(x, torch.zeros(3), torch.ones(3))
