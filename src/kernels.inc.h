@@ -182,5 +182,6 @@ const bnf_kernels KERNELS[BNF_LAYOUTS] = {
                     NAME(moments_and_apply)},
     [BNF_INTERLEAVED] = {NAME(moments_interleaved), NAME(batch_moments_interleaved),
                          NAME(masked_moments_interleaved), NAME(apply_interleaved),
-                         NAME(grad_sums_interleaved), NAME(grad_input_interleaved)},
+                         NAME(grad_sums_interleaved), NAME(grad_input_interleaved),
+                         NULL /* for planes only */},
 };
