@@ -113,8 +113,8 @@ class TestThreadSanitizer:
     def test_finds_a_race(self, hashes, tmp_path):
         """With all blocks of a call in one slot."""
         jobs = broken(
-            "row = block * call->shape.channels;\n    call->kernels->moments",
-            "row = 0 * block;\n    call->kernels->moments",
+            "row = block * call->shape.channels;\n    call->kernels->grad_sums",
+            "row = 0 * block;\n    call->kernels->grad_sums",
             tmp_path,
         )
         with pytest.raises(AssertionError, match="WARNING: ThreadSanitizer: data race"):
