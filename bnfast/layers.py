@@ -519,6 +519,7 @@ class BatchNorm:
         y: Tensor,
         out: Tensor | None,
         mask: Tensor | None = None,
+        correction: Any = None,
     ) -> None:
         """Save what a backward needs.
 
@@ -538,6 +539,7 @@ class BatchNorm:
             and not _options.is_from_output(self.activation, _core.ACTIVATIONS),
             mask,
             self.virtual_batch_size,
+            correction,
         )
 
     def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
@@ -651,6 +653,7 @@ class Saved(NamedTuple):
     lacks_residual: bool = False  # it is needed and was overwritten, and y cannot replace it
     mask: Tensor | None = None
     virtual_batch_size: int | None = None
+    correction: Any = None  # of BatchRenorm
 
 
 def _overwritten(tensor: Tensor | None, out: Tensor | None) -> bool:

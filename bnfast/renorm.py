@@ -171,7 +171,9 @@ class BatchRenorm(BatchNorm):
 
         Parameters and errors are those of `BatchNorm`.
         """
-        if not self.training or self._observer is not None:
+        # Without tracked statistics it is plain, as the PyTorch modules are.
+        corrects = self.training and self.track_running_stats and self._observer is None
+        if not corrects:
             return super().__call__(x, residual, out, mask=mask, update_stats=update_stats)
         limits = checked_limits(self.rmax, self.dmax)
         if self.virtual_batch_size is not None:
@@ -216,13 +218,15 @@ class BatchRenorm(BatchNorm):
             (batch.count, batch.mean, batch.m2),
             mask,
         )
-        self._keep(x, BatchStats(mean, var, inv_std, count), residual, y, out, mask)
-        self._correction = correction
+        stats = BatchStats(mean, var, inv_std, count)
+        self._keep(x, stats, residual, y, out, mask, correction)
         return y
 
     def _gradients(self, dy: ArrayLike, saved: Saved, needs: Sequence[str]) -> Gradients:
         """Return the gradients by those of the plain batch norm with the same output."""
-        correction = self._correction
+        correction = saved.correction
+        if correction is None:
+            return super()._gradients(dy, saved, needs)
         weight, bias = correction.parameters(self.weight, self.bias)
         found = self._plain_gradients(dy, saved, needs, weight, bias)
         if found.weight is None or found.bias is None:

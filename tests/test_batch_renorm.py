@@ -518,6 +518,19 @@ class TestRunningStatistics:
         with pytest.raises(RuntimeError, match="running statistics"):
             layer(p.x)
 
+    def test_not_tracked(self):
+        """It is plain then, as the PyTorch modules are, and nothing moves."""
+        p = make_problem(PLANAR)
+        layer, plain = renorm_of(p), BatchNorm(5)
+        layer(p.x)
+        layer.track_running_stats = plain.track_running_stats = False
+        plain.weight[:], plain.bias[:] = layer.weight, layer.bias
+        before = state_bits(layer)
+        assert bits(layer(p.x)) == bits(plain(p.x))
+        assert state_bits(layer) == before
+        assert bits(layer.backward(p.dy)) == bits(plain.backward(p.dy))
+        assert bits(layer.weight_grad) == bits(plain.weight_grad)
+
     def test_without_affine(self):
         p = make_problem(PLANAR, np.float64)
         layer = BatchRenorm(5, affine=False, dtype=np.float64, **WIDE)
