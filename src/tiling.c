@@ -71,7 +71,8 @@ static ptrdiff_t last_cache(bnf_caches caches) { return least(caches.l3, MOST_LA
 
 /* How many bytes a thread may keep in the caches between summing and writing.  More than L2 holds,
  * where the last cache is large: long runs through memory gain more than a second read from a near
- * cache. */
+ * cache.  Two groups of every thread lie there while one is written and the next one summed, beside
+ * what is written: so all threads' groups together take a sixth of it. */
 static ptrdiff_t held_bytes(bnf_caches caches, int threads)
 {
     return most(caches.l2, last_cache(caches) / most(12, 6 * threads));
