@@ -9,6 +9,7 @@
  * float32 data with fewer digits.  float64 data have no spare bits, so a block is read twice while
  * the caches hold it: the mean of the first pass is the pivot of the second. */
 
+#define FETCHED 16384 /* bytes ahead of rows that are summed */
 #define SWEEPS (sizeof(T) < sizeof(double) ? 1 : 2)
 
 /* The first n values as pivots.  0 replaces a value that is not finite, so that
@@ -101,7 +102,6 @@ INLINE void NAME(moments_strip)(const T *x, ptrdiff_t stride, ptrdiff_t rows, pt
     ISA_UNROLL
     for (ptrdiff_t r = 0; r < rows; r++) {
         const T *row = x + r * stride;
-        __builtin_prefetch(row + rows * stride);
         const d8 wide = n < WIDE_LANES ? load_wide_part(row, n, d8_set1(0.0)) : load_wide(row);
         NAME(moments_step)(wide, pivot, &sum, &square);
     }
@@ -109,11 +109,19 @@ INLINE void NAME(moments_strip)(const T *x, ptrdiff_t stride, ptrdiff_t rows, pt
     store(sums->second, square);
 }
 
+/* Whole rows follow one another in memory, and are fetched in that order, from `later` on. */
 INLINE void NAME(moments_rows)(const T *x, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t channels,
                                strip_sums *sums)
 {
-    for (; channels >= WIDE_LANES; channels -= WIDE_LANES, x += WIDE_LANES, sums++)
+    const bool whole = channels == stride;
+    const T *later = x + at_least(FETCHED / (ptrdiff_t)sizeof(T), whole ? rows * stride : 0);
+    for (; channels >= WIDE_LANES; channels -= WIDE_LANES, x += WIDE_LANES, sums++) {
+        ISA_UNROLL
+        for (ptrdiff_t r = 0; r < rows; r++)
+            fetch(whole ? later + r * WIDE_LANES : x + (rows + r) * stride);
+        later += rows * WIDE_LANES;
         NAME(moments_strip)(x, stride, rows, WIDE_LANES, sums);
+    }
     if (channels)
         NAME(moments_strip)(x, stride, rows, channels, sums);
 }

@@ -49,36 +49,40 @@ INLINE NAME(tree) NAME(two)(NAME(term) a, NAME(term) b)
     return (NAME(tree)){add(a.l, b.l), fmadd(b.l, b.f, mul(a.l, a.f))};
 }
 
-/* A prefetch never faults, for any address. */
+/* Fetches a vector of all that is summed, for later. */
 INLINE void NAME(fetch)(NAME(work) w, ptrdiff_t i)
 {
-    __builtin_prefetch((const T *)w.o->x + i);
+    fetch((const T *)w.o->x + i);
     if (w.v.backward)
-        __builtin_prefetch((const T *)w.o->dy + i);
+        fetch((const T *)w.o->dy + i);
     if (w.v.z_source == BNF_Z_FROM_Y)
-        __builtin_prefetch((const T *)w.o->y + i);
+        fetch((const T *)w.o->y + i);
     if (w.v.z_source == BNF_Z_FROM_X_RESIDUAL)
-        __builtin_prefetch((const T *)w.o->residual + i);
+        fetch((const T *)w.o->residual + i);
 }
 
-/* Two whole vectors, `step` apart; what lies `ahead` of them is fetched for a later pair. */
-INLINE NAME(tree)
-    NAME(pair)(NAME(work) w, ptrdiff_t i, ptrdiff_t step, NAME(lanes) p, ptrdiff_t ahead)
+/* Eight vectors, `step` apart. */
+INLINE void NAME(fetch_eight)(NAME(work) w, ptrdiff_t i, ptrdiff_t step)
 {
-    NAME(fetch)(w, i + ahead);
-    NAME(fetch)(w, i + step + ahead);
+    ISA_UNROLL
+    for (int k = 0; k < 8; k++)
+        NAME(fetch)(w, i + k * step);
+}
+
+/* Two whole vectors, `step` apart. */
+INLINE NAME(tree) NAME(pair)(NAME(work) w, ptrdiff_t i, ptrdiff_t step, NAME(lanes) p)
+{
     return NAME(two)(NAME(term_at)(w, i, LANES, p), NAME(term_at)(w, i + step, LANES, p));
 }
 
 /* Eight whole vectors.  Pairs are added as soon as two are there, to keep few in registers. */
-INLINE NAME(tree)
-    NAME(eight)(NAME(work) w, ptrdiff_t i, ptrdiff_t step, NAME(lanes) p, ptrdiff_t ahead)
+INLINE NAME(tree) NAME(eight)(NAME(work) w, ptrdiff_t i, ptrdiff_t step, NAME(lanes) p)
 {
     NAME(tree) half[2];
     ISA_UNROLL
     for (int k = 0; k < 2; k++, i += 4 * step) {
-        half[k] = NAME(pair)(w, i, step, p, ahead);
-        half[k] = NAME(plus)(half[k], NAME(pair)(w, i + 2 * step, step, p, ahead));
+        half[k] = NAME(pair)(w, i, step, p);
+        half[k] = NAME(plus)(half[k], NAME(pair)(w, i + 2 * step, step, p));
     }
     return NAME(plus)(half[0], half[1]);
 }
@@ -100,10 +104,8 @@ INLINE NAME(tree)
 }
 
 INLINE NAME(tree) NAME(up_to_four)(NAME(work) w, ptrdiff_t i, ptrdiff_t count, const NAME(left) * a,
-                                   NAME(lanes) p, ptrdiff_t ahead)
+                                   NAME(lanes) p)
 {
-    for (ptrdiff_t k = 0; ahead && k < count; k++)
-        NAME(fetch)(w, i + k * a->step + ahead);
     const NAME(tree) t = NAME(up_to_two)(w, i, count, a, p);
     if (count <= 2)
         return t;
@@ -111,33 +113,32 @@ INLINE NAME(tree) NAME(up_to_four)(NAME(work) w, ptrdiff_t i, ptrdiff_t count, c
 }
 
 /* A tree of the same shape as eight, without the vectors that are missing. */
-INLINE NAME(tree)
-    NAME(tree_of)(NAME(work) w, ptrdiff_t i, const NAME(left) * a, NAME(lanes) p, ptrdiff_t ahead)
+INLINE NAME(tree) NAME(tree_of)(NAME(work) w, ptrdiff_t i, const NAME(left) * a, NAME(lanes) p)
 {
-    const NAME(tree) t = NAME(up_to_four)(w, i, a->count, a, p, ahead);
+    const NAME(tree) t = NAME(up_to_four)(w, i, a->count, a, p);
     if (a->times == 1)
         return t;
-    return NAME(plus)(t, NAME(up_to_four)(w, i + a->then, a->count - a->fewer, a, p, ahead));
+    return NAME(plus)(t, NAME(up_to_four)(w, i + a->then, a->count - a->fewer, a, p));
 }
 
 /* The same, compiled once: for loops with another activation than ReLU, to keep the library small.
  */
 APART NAME(tree) NAME(tree_of_any)(const bnf_operands *o, variant v, ptrdiff_t i,
-                                   const NAME(left) * a, const NAME(lanes) * p, ptrdiff_t ahead)
+                                   const NAME(left) * a, const NAME(lanes) * p)
 {
     const NAME(work) w = {.o = o, .slope = set1(o->slope), .v = v};
     const NAME(lanes) own = *p;
-    return NAME(tree_of)(w, i, a, own, ahead);
+    return NAME(tree_of)(w, i, a, own);
 }
 
 /* p is a pointer, since a copy for each call takes longer than a short run. */
-INLINE NAME(tree) NAME(left_over)(NAME(work) w, ptrdiff_t i, const NAME(left) * a,
-                                  const NAME(lanes) * p, ptrdiff_t ahead)
+INLINE NAME(tree)
+    NAME(left_over)(NAME(work) w, ptrdiff_t i, const NAME(left) * a, const NAME(lanes) * p)
 {
     const bool common = w.v.activation == BNF_LINEAR || w.v.activation == BNF_RELU;
     if (!w.v.backward || (common && !w.v.smooth && !w.v.masked && !FEW_LOOPS))
-        return NAME(tree_of)(w, i, a, *p, ahead);
-    return NAME(tree_of_any)(w.o, w.v, i, a, p, ahead);
+        return NAME(tree_of)(w, i, a, *p);
+    return NAME(tree_of_any)(w.o, w.v, i, a, p);
 }
 
 INLINE NAME(sums) NAME(widened)(NAME(sums) s, NAME(tree) t)
@@ -160,7 +161,9 @@ INLINE NAME(sums)
                   ptrdiff_t ahead, NAME(sums) s, NAME(writer) * writer)
 {
     for (; n >= 8 * LANES; n -= 8 * LANES, i += 8 * LANES) {
-        s = NAME(widened)(s, NAME(eight)(w, i, LANES, *p, ahead));
+        if (ahead)
+            NAME(fetch_eight)(w, i + ahead, LANES);
+        s = NAME(widened)(s, NAME(eight)(w, i, LANES, *p));
         if (writer)
             NAME(write_more)(writer);
     }
@@ -169,6 +172,11 @@ INLINE NAME(sums)
     if (n == 0)
         return s;
     const ptrdiff_t count = (n + LANES - 1) / LANES;
+    for (ptrdiff_t k = 0; ahead && k < count; k++) {
+        NAME(fetch)(w, i + k * LANES + ahead);
+        if (next)
+            NAME(fetch)(w, i + k * LANES + next + ahead);
+    }
     const NAME(left) a = {.step = LANES,
                           .count = count,
                           .n = LANES,
@@ -176,7 +184,7 @@ INLINE NAME(sums)
                           .times = 1 + (next || count > 4),
                           .then = next ? next : 4 * LANES,
                           .fewer = next ? 0 : 4};
-    return NAME(widened)(s, NAME(left_over)(w, i, &a, p, ahead));
+    return NAME(widened)(s, NAME(left_over)(w, i, &a, p));
 }
 
 /* Moments have a pivot alone. */
@@ -234,10 +242,9 @@ INLINE void NAME(sum_strip)(NAME(work) w, ptrdiff_t i, ptrdiff_t stride, ptrdiff
 {
     const NAME(lanes) p = (NAME(lanes)){
         .high = load(strip->high), .scale = load(strip->scale), .shift = load(strip->shift)};
-    const ptrdiff_t ahead = w.o->ahead ? ROWS * stride : 0;
     NAME(sums) s = {wide_load(strip->first), wide_load(strip->second)};
     if (rows == ROWS && n == LANES)
-        s = NAME(widened)(s, NAME(eight)(w, i, stride, p, ahead));
+        s = NAME(widened)(s, NAME(eight)(w, i, stride, p));
     else {
         const NAME(left) a = {.step = stride,
                               .count = rows,
@@ -246,14 +253,15 @@ INLINE void NAME(sum_strip)(NAME(work) w, ptrdiff_t i, ptrdiff_t stride, ptrdiff
                               .times = 1 + (rows > 4),
                               .then = 4 * stride,
                               .fewer = 4};
-        s = NAME(widened)(s, NAME(left_over)(w, i, &a, &p, ahead));
+        s = NAME(widened)(s, NAME(left_over)(w, i, &a, &p));
     }
     wide_store(strip->first, s.first);
     wide_store(strip->second, s.second);
 }
 
 /* Rows of few channels are taken several at once (bnf_rows_at_once), with a copy of the channels
- * for each; the last rows go into the sums of the first copy. */
+ * for each; the last rows go into the sums of the first copy.  Whole rows follow one another in
+ * memory, and are fetched in that order, in which memory is fastest. */
 INLINE void NAME(sum_interleaved)(NAME(work) w, bnf_tile tile, NAME(params) params, double *first,
                                   double *second)
 {
@@ -268,12 +276,19 @@ INLINE void NAME(sum_interleaved)(NAME(work) w, bnf_tile tile, NAME(params) para
         s->scale[i % LANES] = params.scale[i % channels];
         s->shift[i % LANES] = params.shift[i % channels];
     }
+    const bool whole = channels == stride;
+    const ptrdiff_t far = at_least(4 * w.o->ahead, ROWS * columns);
     for (ptrdiff_t o = tile.outer0, rows; o < tile.outer1; o += rows) {
         const ptrdiff_t each = o + at_once <= tile.outer1 ? at_once : 1;
         rows = each == at_once ? at_most(ROWS, (tile.outer1 - o) / at_once) * at_once : 1;
-        for (ptrdiff_t c = 0; c < each * channels; c += LANES)
-            NAME(sum_strip)(w, o * stride + tile.channel0 + c, each * stride, rows / each,
-                            at_most(LANES, each * channels - c), &strips[c / LANES]);
+        for (ptrdiff_t c = 0; c < each * channels; c += LANES) {
+            const ptrdiff_t i = o * stride + tile.channel0 + c;
+            if (w.o->ahead)
+                NAME(fetch_eight)(w, whole ? o * stride + ROWS * c + far : i + ROWS * stride,
+                                  whole ? LANES : stride);
+            NAME(sum_strip)(w, i, each * stride, rows / each, at_most(LANES, each * channels - c),
+                            &strips[c / LANES]);
+        }
     }
     for (ptrdiff_t c = 0; c < channels; c++) {
         double a = 0.0, b = 0.0;
