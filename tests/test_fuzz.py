@@ -430,7 +430,7 @@ BAD_ARRAYS = {
     "strings": lambda a: np.full(a.shape, "1.5"),
     "objects": lambda a: a.astype(object),
     "integers": lambda a: a.astype(int),
-    "unsigned": lambda a: a.astype(np.uint16),
+    "unsigned": lambda a: np.abs(a).astype(np.uint16),  # of a negative one it is not defined
     "booleans": lambda a: a > 0,
     "complex": lambda a: a.astype(complex),
     "wider": lambda a: a.astype(np.longdouble),
