@@ -83,7 +83,7 @@ class Canonical:
         if self._out_asked is None:
             return result
         if not np.may_share_memory(result, self._out_asked):
-            copy_into(np.asarray(self._out_asked), result)
+            _write(np.asarray(self._out_asked), result)
         return self._out_asked
 
     def _alike(self, other: Array | None) -> Array | None:
@@ -91,7 +91,7 @@ class Canonical:
         if other is None or _is_alike(other, self.x):
             return other
         copy = np.empty_like(self.x)
-        copy_into(copy, other)
+        _write(copy, other)
         return copy
 
     def _target(self, out: Array) -> Array:
@@ -104,7 +104,7 @@ def in_order_of(x: Array, result: Array | None) -> Array | None:
     if result is None:
         return None
     copy = np.empty_like(x)
-    copy_into(copy, result)
+    _write(copy, result)
     return copy
 
 
@@ -138,9 +138,13 @@ def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def _copy(a: Array, dtype: np.dtype[Any], order: Literal["C", "K"] = "C") -> Array:
     copy = np.empty_like(a, dtype, order)
-    with np.errstate(invalid="ignore"):  # of a signalling NaN
-        copy_into(copy, a)
+    _write(copy, a)
     return copy
+
+
+def _write(target: Array, source: Array) -> None:
+    with np.errstate(invalid="ignore"):  # of a signalling NaN, on some processors at any copy
+        copy_into(target, source)
 
 
 def copied(a: Array) -> Array:
