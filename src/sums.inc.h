@@ -261,7 +261,8 @@ INLINE void NAME(sum_strip)(NAME(work) w, ptrdiff_t i, ptrdiff_t stride, ptrdiff
 
 /* Rows of few channels are taken several at once (bnf_rows_at_once), with a copy of the channels
  * for each; the last rows go into the sums of the first copy.  Whole rows follow one another in
- * memory, and are fetched in that order, in which memory is fastest. */
+ * memory, and are fetched in that order, in which memory is fastest: as far ahead as was measured
+ * to be best (bench/NOTES.md), but no row of those that are summed now. */
 INLINE void NAME(sum_interleaved)(NAME(work) w, bnf_tile tile, NAME(params) params, double *first,
                                   double *second)
 {
